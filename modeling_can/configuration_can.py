@@ -1,0 +1,218 @@
+"""Configuration of CAN: contrastive learning + masked autoencoding + noise prediction in one ViT (arXiv 2210.16870)."""
+
+import difflib
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
+    """K, the number of patches that stay visible when `mask_ratio` of `num_patches` are hidden; at least one."""
+    return max(1, int(num_patches * (1 - mask_ratio)))
+
+
+@strict
+class CANConfig(PreTrainedConfig):
+    r"""
+    The configuration of `CANModel`, `CANForPreTraining` and `CANForImageClassification`. The defaults are CAN with a
+    ViT-B/16 encoder at 224 x 224. Numbers come from the paper's abstract (mask ratio), from the authors' PyTorch
+    release shlokk/mae-contrastive (noise, temperature, projection, decoder) and from bwconrad/can (loss weights).
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width D of the encoder; a multiple of 4 and of `num_attention_heads`.
+        num_hidden_layers (`int`, defaults to 12): Encoder blocks.
+        num_attention_heads (`int`, defaults to 12): Attention heads of each encoder block.
+        intermediate_size (`int`, defaults to 3072): Width of the encoder's MLPs.
+        hidden_act (`str`, defaults to `"gelu"`): Activation in the MLPs of encoder and decoder.
+        hidden_dropout_prob (`float`, defaults to 0.0): Dropout after attention and MLP, in [0, 1).
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout on attention weights, in [0, 1).
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth of the last encoder block, in [0, 1); it grows linearly from 0 at the first.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the class and mask tokens. Linear layers are Xavier-uniform, as in MAE.
+        layer_norm_eps (`float`, defaults to 1e-6): As in MAE (transformers' `ViTMAEConfig` has 1e-12).
+        image_size (`int` or `(height, width)`, defaults to 224): Pixels; a multiple of `patch_size`.
+        patch_size (`int` or `(height, width)`, defaults to 16): Pixels.
+        num_channels (`int`, defaults to 3): Channels of an image.
+        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        decoder_hidden_size (`int`, defaults to 512): Width; a multiple of 4 and of `decoder_num_attention_heads`.
+        decoder_num_hidden_layers (`int`, defaults to 8): Decoder blocks.
+        decoder_num_attention_heads (`int`, defaults to 16): Attention heads of each decoder block.
+        decoder_intermediate_size (`int`, defaults to 2048): Width of the decoder's MLPs.
+        mask_ratio (`float`, defaults to 0.5): Share of the patches that is hidden from the encoder, in [0, 1).
+        noise_std_max (`float`, defaults to 0.05):
+            sigma_max, in units of normalised pixels: each view's noise level is drawn from U[0, sigma_max].
+            0 builds no noise-level embedding.
+        projection_hidden_size (`int`, *optional*): Hidden width of the contrastive head; `hidden_size` if `None`.
+        projection_size (`int`, defaults to 128): Dimension of the contrastive embedding.
+        temperature (`float`, defaults to 0.1): tau of InfoNCE, > 0.
+        contrastive_loss_weight (`float`, defaults to 0.03): Weight of the contrastive term C, >= 0.
+        reconstruction_loss_weight (`float`, defaults to 0.67): Weight of the reconstruction term A, >= 0.
+        denoising_loss_weight (`float`, defaults to 0.30): Weight of the noise-prediction term N, >= 0.
+        norm_pix_loss (`bool`, defaults to `False`):
+            Whether the reconstruction target is normalised per patch (MAE, section 4). Never applied to the noise
+            target, from which it would erase the noise level.
+
+    Raises:
+        ValueError: for a value that cannot work; the message names the field, the value and the fix.
+
+    Example:
+
+    ```python
+    >>> from modeling_can import CANConfig, CANForPreTraining
+
+    >>> simclr = CANConfig(
+    ...     mask_ratio=0, noise_std_max=0,
+    ...     contrastive_loss_weight=1, reconstruction_loss_weight=0, denoising_loss_weight=0,
+    ... )
+    >>> mae = CANConfig(
+    ...     mask_ratio=0.75, noise_std_max=0,
+    ...     contrastive_loss_weight=0, reconstruction_loss_weight=1, denoising_loss_weight=0,
+    ... )
+    >>> model = CANForPreTraining(CANConfig())
+    ```"""
+
+    model_type = "can"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    mask_ratio: float | int = 0.5
+    noise_std_max: float | int = 0.05
+    projection_hidden_size: int | None = None
+    projection_size: int = 128
+    temperature: float | int = 0.1
+    contrastive_loss_weight: float | int = 0.03
+    reconstruction_loss_weight: float | int = 0.67
+    denoising_loss_weight: float | int = 0.30
+    norm_pix_loss: bool = False
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt(kwargs)
+        if self.projection_hidden_size is None:
+            self.projection_hidden_size = self.hidden_size
+        # JSON knows no tuples: one type before and after a save, so that configurations compare equal.
+        for name in ("image_size", "patch_size"):
+            if not isinstance(getattr(self, name), int):
+                setattr(self, name, tuple(getattr(self, name)))
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+        self._check_objective()
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of an image in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return (self.patch_size, self.patch_size) if isinstance(self.patch_size, int) else self.patch_size
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the patch grid."""
+        return self.image_shape[0] // self.patch_shape[0], self.image_shape[1] // self.patch_shape[1]
+
+    @property
+    def num_patches(self) -> int:
+        """L, the number of patches of an image."""
+        return self.grid_shape[0] * self.grid_shape[1]
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """P = patch height x patch width x channels."""
+        return self.patch_shape[0] * self.patch_shape[1] * self.num_channels
+
+    @property
+    def uses_decoder(self) -> bool:
+        """Whether reconstruction or noise prediction is part of the objective."""
+        return self.reconstruction_loss_weight > 0 or self.denoising_loss_weight > 0
+
+    def _refuse_misspelt(self, kwargs):
+        # transformers accepts any keyword, so `mask_ration=0.75` would quietly train with 0.5.
+        names = [field.name for field in fields(self)]
+        for key in kwargs:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.85)
+            if near:
+                raise ValueError(f"CANConfig has no field {key!r}; did you mean {near[0]!r}?")
+
+    def _check_sizes(self):
+        for name in ("image_size", "patch_size"):
+            shape = getattr(self, name)
+            if not isinstance(shape, int) and len(shape) != 2:
+                raise ValueError(f"{name}={shape} has {len(shape)} entries; give one number or (height, width)")
+        positive = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
+        positive += ["decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"]
+        positive += ["decoder_intermediate_size", "projection_hidden_size", "projection_size"]
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for size, patch in zip(self.image_shape, self.patch_shape, strict=True):
+            if patch < 1 or size < patch or size % patch:
+                below, above = max(1, size // max(1, patch)) * patch, (size // max(1, patch) + 1) * patch
+                raise ValueError(
+                    f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; "
+                    f"use {below} or {above} instead of {size}"
+                )
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
+            if width % heads:
+                raise ValueError(
+                    f"{prefix}hidden_size={width} is not a multiple of {prefix}num_attention_heads={heads}; "
+                    f"use a width of {width - width % heads + heads} or another number of heads"
+                )
+            if width % 4:
+                raise ValueError(
+                    f"{prefix}hidden_size={width} is not a multiple of 4, which 2-D sin-cos positions need; "
+                    f"use {width + 4 - width % 4}"
+                )
+
+    def _check_objective(self):
+        for name in ("mask_ratio", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be greater than 0; the paper's is 0.1")
+        if not 0 <= self.noise_std_max < float("inf"):
+            raise ValueError(f"noise_std_max={self.noise_std_max} must be finite and at least 0; 0 switches noise off")
+        weights = {
+            name: getattr(self, name)
+            for name in ("contrastive_loss_weight", "reconstruction_loss_weight", "denoising_loss_weight")
+        }
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}={weight} must be finite and at least 0; 0 switches the term off")
+        if not any(weights.values()):
+            raise ValueError(f"all three loss weights are 0: {weights}; give at least one a positive weight")
+        hidden = self.num_patches - num_visible_patches(self.num_patches, self.mask_ratio)
+        if self.reconstruction_loss_weight > 0 and hidden == 0:
+            raise ValueError(
+                f"mask_ratio={self.mask_ratio} hides none of the {self.num_patches} patches, so "
+                f"reconstruction_loss_weight={self.reconstruction_loss_weight} would be a mean over nothing; "
+                "raise mask_ratio or set reconstruction_loss_weight=0"
+            )
+        if self.denoising_loss_weight > 0 and self.noise_std_max == 0:
+            raise ValueError(
+                f"denoising_loss_weight={self.denoising_loss_weight} with noise_std_max=0 has no noise to predict; "
+                "raise noise_std_max or set denoising_loss_weight=0"
+            )
+
+
+__all__ = ["CANConfig"]

@@ -1,0 +1,105 @@
+"""The three terms of CAN (arXiv 2210.16870): contrastive (C), reconstruction (A) and denoising (N).
+
+Legend: B images, V views, L patches, P pixels per patch. Every function computes in fp32 with autocast off, because
+squares, exponentials and their sums lose digits in half precision.
+"""
+
+import torch
+from torch import nn
+
+
+def full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device (the meta device, which counts FLOPs, knows no autocast)."""
+    device_type = tensor.device.type
+    return torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False)
+
+
+class _AllGather(torch.autograd.Function):
+    """Rows of all processes, in the order of their rank; the backward pass sums what all of them need of one row."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.num_rows = tensor.shape[0]
+        rows = tensor.new_empty(torch.distributed.get_world_size() * tensor.shape[0], *tensor.shape[1:])
+        torch.distributed.all_gather_into_tensor(rows, tensor.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Every process's loss depends on this process's rows, so the gradients are summed. Keeping only the local one,
+        # as many gathers do, is wrong by several per cent (tests/test_distributed.py compares).
+        grad = grad.contiguous()
+        torch.distributed.all_reduce(grad)
+        return grad.narrow(0, torch.distributed.get_rank() * ctx.num_rows, ctx.num_rows)
+
+
+def all_gather(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """
+    Stacks the rows of all processes along the first axis, with gradient; every process must hold equally many.
+    This is the one place that talks to other processes.
+
+    Returns:
+        The rows of the global batch, and the index of this process's first row in them. Without
+        `torch.distributed`, the tensor itself and 0.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor, 0
+    return _AllGather.apply(tensor), torch.distributed.get_rank() * tensor.shape[0]
+
+
+def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
+    r"""
+    InfoNCE (NT-Xent of SimCLR, arXiv 2002.05709, eq. 1), the term C of CAN: for every embedding z_i with positive z_j,
+    the other view of the same image,
+
+        - log( exp(z_i . z_j / tau) / sum_{k != i} exp(z_i . z_k / tau) ),
+
+    where k runs over the 2N embeddings of the global batch: 1 positive and 2N - 2 negatives. Averaged over this
+    process's 2B embeddings; the mean over processes is the loss of the joined batch, and so is its gradient.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(batch_size, 2, projection_size)`): Embeddings of unit length.
+        temperature (`float`): tau.
+
+    Raises:
+        ValueError: if there are not two views, or fewer than two images in the global batch.
+    """
+    if image_embeds.shape[1] != 2:
+        raise ValueError(
+            f"the contrastive term compares 2 views of an image, got {image_embeds.shape[1]}; "
+            "give pixel_values of shape (B, 2, C, H, W), or set contrastive_loss_weight=0"
+        )
+    with full_precision(image_embeds):
+        anchors = image_embeds.float().flatten(0, 1)  # (2B, d): the two views of an image are neighbours
+        keys, offset = all_gather(anchors)  # (2N, d)
+        if keys.shape[0] < 4:
+            raise ValueError(
+                f"the contrastive term needs other images as negatives, got a batch of {keys.shape[0] // 2}; "
+                "use at least 2 images a batch, or set contrastive_loss_weight=0"
+            )
+        itself = offset + torch.arange(anchors.shape[0], device=anchors.device)
+        logits = anchors @ keys.T / temperature  # (2B, 2N)
+        logits = logits.scatter(1, itself[:, None], float("-inf"))
+        return nn.functional.cross_entropy(logits, itself ^ 1)  # neighbours 2n and 2n + 1 differ in the last bit
+
+
+def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit variance over the P pixels of each patch (MAE, arXiv 2111.06377, section 4)."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6) ** 0.5
+
+
+def masked_mse(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    Mean squared error over the patches where `weight` is 1, the terms A and N of CAN. A looks at the hidden patches
+    with the clean pixels as target, N at the visible ones with sigma * e as target, in raw units.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_views, num_patches, pixels_per_patch)`): Predictions.
+        target (`torch.Tensor` of the same shape): What they should be.
+        weight (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`): 1 where a patch counts, else 0.
+    """
+    with full_precision(logits):
+        error = (logits.float() - target.float()).square().mean(dim=-1)  # (B, V, L)
+        return (error * weight).sum() / weight.sum()
