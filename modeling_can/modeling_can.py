@@ -412,14 +412,14 @@ class CANDecoder(nn.Module):
         hidden_states = self.embed(hidden_states)  # (N, 1 + K, E)
         class_token, visible = hidden_states[:, :1], hidden_states[:, 1:]
         num_hidden = ids_restore.shape[1] - visible.shape[1]
-        mask_tokens = self.mask_token.to(visible.dtype).expand(visible.shape[0], num_hidden, -1)
+        mask_tokens = self.mask_token.expand(visible.shape[0], num_hidden, -1)
         patch_tokens = gather_tokens(torch.cat([visible, mask_tokens], dim=1), ids_restore)  # (N, L, E), image order
         if self.noise_level_embedding is not None:
             patch_tokens = patch_tokens + self.noise_level_embedding(noise_level)[:, None]
         hidden_states = torch.cat([class_token, patch_tokens], dim=1)
         hidden_states = hidden_states + resize_positions(
             self.position_embeddings, self.config.grid_shape, grid_shape
-        ).to(hidden_states.dtype)
+        )
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return self.head(self.layernorm(hidden_states)[:, 1:])  # (N, L, P)
@@ -474,6 +474,9 @@ class CANModel(CANPreTrainedModel):
     The ViT encoder. Unmasked by default, so that it is deterministic and every patch has its token: this is what turns
     images into features downstream.
     """
+
+    # A pre-training checkpoint holds more than the encoder; leaving that behind is the purpose, not a fault.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^projection_head\.", r"^classifier\."]
 
     def __init__(self, config: CANConfig):
         super().__init__(config)
@@ -572,49 +575,43 @@ class CANForPreTraining(CANPreTrainedModel):
         """
         config = self.config
         self._check_views(pixel_values)
-        num_views = pixel_values.shape[1]
         noise, noise_level = self._draw_noise(pixel_values, pixel_noise, noise_level)  # sigma * e, sigma (B, V)
-
-        encoded = self.can(
-            (pixel_values if noise is None else pixel_values + noise).flatten(0, 1),
-            mask_ratio=config.mask_ratio,
-            masking_scores=None if masking_scores is None else masking_scores.flatten(0, 1),
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            **kwargs,
-        )
-        by_view = (-1, num_views)
-        output = CANForPreTrainingOutput(
-            mask=encoded.mask.unflatten(0, by_view),
-            ids_restore=encoded.ids_restore.unflatten(0, by_view),
-            hidden_states=encoded.hidden_states and tuple(x.unflatten(0, by_view) for x in encoded.hidden_states),
-            attentions=encoded.attentions and tuple(x.unflatten(0, by_view) for x in encoded.attentions),
-        )
-        terms = []
+        noised = pixel_values if noise is None else pixel_values + noise
+        encoded, split_views = self._encode(noised, masking_scores, interpolate_pos_encoding, **kwargs)
+        mask = split_views(encoded.mask)
+        image_embeds = logits = contrastive = reconstruction = denoising = None
+        loss = 0
 
         if config.contrastive_loss_weight > 0:  # C
-            output.image_embeds = self.projection_head(encoded.pooler_output).unflatten(0, by_view)
-            output.contrastive_loss = contrastive_loss(output.image_embeds, config.temperature)
-            terms.append(config.contrastive_loss_weight * output.contrastive_loss)
+            image_embeds = split_views(self.projection_head(encoded.pooler_output))
+            contrastive = contrastive_loss(image_embeds, config.temperature)
+            loss = loss + config.contrastive_loss_weight * contrastive
 
         if config.uses_decoder:
-            grid_shape = tuple(pixels // patch for pixels, patch in zip(pixel_values.shape[-2:], config.patch_shape))
-            level = None if noise_level is None else noise_level.flatten()
-            logits = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid_shape, level)
-            output.logits = logits.unflatten(0, by_view)
+            logits = split_views(self._decode(encoded, pixel_values, noise_level))
 
         if config.reconstruction_loss_weight > 0:  # A: the clean pixels, where the encoder saw nothing
             target = patchify(pixel_values.float(), config.patch_shape)
             target = normalize_patches(target) if config.norm_pix_loss else target
-            output.reconstruction_loss = masked_mse(output.logits, target, output.mask)
-            terms.append(config.reconstruction_loss_weight * output.reconstruction_loss)
+            reconstruction = masked_mse(logits, target, mask)
+            loss = loss + config.reconstruction_loss_weight * reconstruction
 
         if config.denoising_loss_weight > 0:  # N: the noise, where the encoder saw it
-            target = patchify(noise, config.patch_shape)
-            output.denoising_loss = masked_mse(output.logits, target, 1 - output.mask)
-            terms.append(config.denoising_loss_weight * output.denoising_loss)
+            denoising = masked_mse(logits, patchify(noise, config.patch_shape), 1 - mask)
+            loss = loss + config.denoising_loss_weight * denoising
 
-        output.loss = sum(terms)
-        return output
+        return CANForPreTrainingOutput(
+            loss=loss,
+            contrastive_loss=contrastive,
+            reconstruction_loss=reconstruction,
+            denoising_loss=denoising,
+            logits=logits,
+            mask=mask,
+            ids_restore=split_views(encoded.ids_restore),
+            image_embeds=image_embeds,
+            hidden_states=encoded.hidden_states and tuple(map(split_views, encoded.hidden_states)),
+            attentions=encoded.attentions and tuple(map(split_views, encoded.attentions)),
+        )
 
     def freeze_unused_parameters(self) -> list[str]:
         """
@@ -635,6 +632,27 @@ class CANForPreTraining(CANPreTrainedModel):
             self.decoder.mask_token.requires_grad_(False)
             unused["decoder.mask_token"] = self.decoder.mask_token
         return list(unused)
+
+    def _encode(self, pixel_values, masking_scores, interpolate_pos_encoding, **kwargs):
+        """All views in one batch through the encoder; and the function that gives a result its axis of views back."""
+        encoded = self.can(
+            pixel_values.flatten(0, 1),
+            mask_ratio=self.config.mask_ratio,
+            masking_scores=None if masking_scores is None else masking_scores.flatten(0, 1),
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        return encoded, lambda tensor: tensor.unflatten(0, pixel_values.shape[:2])
+
+    def _decode(self, encoded: CANModelOutput, pixel_values: torch.Tensor, noise_level: torch.Tensor | None):
+        """Predictions `(batch_size * num_views, num_patches, pixels_per_patch)`."""
+        (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], self.config.patch_shape
+        return self.decoder(
+            encoded.last_hidden_state,
+            encoded.ids_restore,
+            grid_shape=(height // patch_height, width // patch_width),
+            noise_level=None if noise_level is None else noise_level.flatten(),
+        )
 
     def _draw_noise(
         self, pixel_values: torch.Tensor, pixel_noise: torch.Tensor | None, noise_level: torch.Tensor | None
@@ -671,6 +689,8 @@ class CANForImageClassification(CANPreTrainedModel):
     The encoder with a linear classifier on the mean of the patch tokens after the final norm. There is no further
     norm, so that the classifier can be folded into a native export.
     """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^projection_head\."]
 
     def __init__(self, config: CANConfig):
         super().__init__(config)
