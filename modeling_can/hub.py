@@ -1,0 +1,85 @@
+"""The model card of a run, written from its recipe and its results, so that no number in it was typed."""
+
+from .recipe import Recipe
+
+
+def probe_table(results: dict) -> str:
+    """Markdown table of k-NN and linear probe for raw pixels, untrained and trained encoder, in per cent."""
+    lines = ["| features | k-NN | linear probe |", "|---|---|---|"]
+    for name, accuracy in results["probe"].items():
+        lines.append(f"| {name} | {100 * accuracy['knn']:.1f} | {100 * accuracy['linear_probe']:.1f} |")
+    return "\n".join(lines)
+
+
+def model_card(recipe: Recipe, results: dict, name: str) -> str:
+    """README.md of an output folder: front matter for the Hub, use, results, objective, training, pictures."""
+    config = recipe.config
+    source = recipe.dataset_name or recipe.data_dir or recipe.data_files
+    probe = ""
+    if "probe" in results:
+        probe = (
+            f"## Results\n\nTop-1 accuracy in % on the test split of `{recipe.probe_dataset_name}`: weighted k-NN "
+            f"(k = 20, cosine, temperature 0.07) and linear probe on the mean of the patch tokens.\n\n"
+            f"{probe_table(results)}\n\n"
+        )
+    losses = {
+        "contrastive": config.contrastive_loss_weight,
+        "reconstruction": config.reconstruction_loss_weight,
+        "denoising": config.denoising_loss_weight,
+    }
+    return f"""---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+license: apache-2.0
+tags:
+- can
+- self-supervised-learning
+- masked-image-modeling
+- contrastive-learning
+---
+
+# {name}
+
+A vision encoder pre-trained with CAN (contrastive learning, masked autoencoding and noise prediction in one ViT,
+[arXiv 2210.16870](https://arxiv.org/abs/2210.16870)) on `{source}`. This folder holds the full pre-training model,
+decoder included.
+
+## Use
+
+```python
+import modeling_can  # registers CAN with the Auto classes
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "."  # or wherever this folder lies
+processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+inputs = processor(Image.open("photo.jpg"), return_tensors="pt")
+with torch.no_grad():
+    embedding = model(**inputs).pooler_output  # (1, {config.hidden_size})
+```
+
+{probe}## Training
+
+| | |
+|---|---|
+| encoder | width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} heads, \
+patch {config.patch_size}, image {config.image_size} |
+| loss weights | {", ".join(f"{term} {weight}" for term, weight in losses.items())} |
+| mask ratio, largest noise | {config.mask_ratio}, {config.noise_std_max} |
+| steps x global batch | {results["num_steps"]} x {results["global_batch_size"]} |
+| learning rate at its peak | {results["learning_rate"]:.3g} |
+| seed | {recipe.seed} |
+| time | {results["train_seconds"]:.0f} s on {results["machine"]}, {results["num_processes"]} process(es) |
+| unreadable images skipped | {results["num_skipped"]} |
+| final losses | {", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in results["final_losses"].items())} |
+
+`recipe.yaml` is the exact input and `results.json` the exact output of the run:
+
+```bash
+python run_pretraining.py recipe.yaml
+```
+
+![losses](figures/curves.png)
+{"![reconstructions](figures/reconstructions.png)" if config.uses_decoder else ""}
+"""

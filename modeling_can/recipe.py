@@ -1,0 +1,207 @@
+"""
+A recipe: one flat YAML of training fields and `CANConfig` fields, each of which is also a `--flag`.
+
+A `Recipe` is the exact input of a run. It is checked when it is made, so that a run fails in its first second.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from .configuration_can import CANConfig
+
+
+def _field(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Recipe:
+    """The training half of a recipe; the fields of the model are those of `CANConfig`, in `config`."""
+
+    config: CANConfig
+
+    # Data: exactly one of the first three
+    dataset_name: str | None = _field(None, "Hub id, local folder that datasets.load_dataset reads, or sample_data")
+    data_dir: str | None = _field(None, "any folder of images, nested or flat")
+    data_files: str | None = _field(None, "path, glob or URL of parquet, WebDataset tar, arrow or jsonl files")
+    dataset_split: str = _field("train", "split of dataset_name")
+    image_column: str = _field("image", "column that holds the images")
+    probe_dataset_name: str | None = _field(None, "labelled set with train and test splits, to measure the features")
+    probe_label_column: str = _field("label", "its column of class indices")
+    dataloader_num_workers: int = _field(0, "loader processes for each training process")
+    shuffle_block_size: int = _field(1024, "encoded images that a reader holds and shuffles at a time")
+
+    # Views
+    crop_scale: tuple[float, ...] = _field((0.2, 1.0), "range of a crop's share of the image area")
+    crop_ratio: tuple[float, ...] = _field((0.75, 4 / 3), "range of a crop's width / height")
+    resample: str = _field("bicubic", "bicubic or bilinear")
+    flip_probability: float = _field(0.5, "of a horizontal flip")
+    color_jitter: tuple[float, ...] = _field((0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue")
+    color_jitter_probability: float = _field(0.8, "of colour jitter")
+    greyscale_probability: float = _field(0.2, "of losing the colour")
+    blur_probability: float = _field(0.5, "of Gaussian blur")
+    blur_sigma: tuple[float, ...] = _field((0.1, 2.0), "range of the blur's width in pixels")
+    image_mean: tuple[float, ...] = _field((0.485, 0.456, 0.406), "of the pixels in [0, 1], a number a channel")
+    image_std: tuple[float, ...] = _field((0.229, 0.224, 0.225), "of the pixels in [0, 1], a number a channel")
+
+    # Length: the first that is set counts
+    max_steps: int | None = _field(None, "optimiser updates")
+    num_train_epochs: float | None = _field(None, "passes over the data, where the number of images is known")
+    num_train_samples: int | None = _field(None, "images to see")
+
+    # Optimisation
+    per_device_train_batch_size: int = _field(128, "images of one step on one process")
+    base_learning_rate: float = _field(2.5e-4, "for 256 images a step; scaled linearly with the global batch")
+    warmup_ratio: float = _field(0.05, "share of the steps with linear warm-up")
+    weight_decay: float = _field(0.05, "AdamW, on matrices only")
+    adam_beta1: float = _field(0.9, "AdamW")
+    adam_beta2: float = _field(0.95, "AdamW")
+    max_grad_norm: float = _field(0.0, "clip the gradient norm; 0 does not clip")
+    mixed_precision: str = _field("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
+    seed: int = _field(0, "of weights, order, crops, noise and masks")
+
+    # Output
+    output_dir: str = _field("out", "folder for weights, card, figures and results")
+    overwrite_output_dir: bool = _field(False, "replace a finished run in output_dir")
+    logging_steps: int = _field(20, "steps between lines of metrics.jsonl")
+
+    def __post_init__(self):
+        if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) != 1:
+            raise ValueError(
+                "give exactly one source: dataset_name, data_dir or data_files "
+                f"(got {self.dataset_name!r}, {self.data_dir!r}, {self.data_files!r})"
+            )
+        if self.max_steps is None and self.num_train_epochs is None and self.num_train_samples is None:
+            raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
+        positive = ("max_steps", "num_train_epochs", "num_train_samples", "per_device_train_batch_size")
+        for name in (*positive, "logging_steps", "shuffle_block_size", "base_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+        for name in [f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")] + ["warmup_ratio"]:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
+        for name in ("crop_scale", "crop_ratio", "blur_sigma"):
+            values = getattr(self, name)
+            if len(values) != 2 or not 0 < values[0] <= values[1]:
+                raise ValueError(f"{name}={values} must be two numbers, 0 < low <= high")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale={self.crop_scale} ends above 1, the whole image")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != self.config.num_channels or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name}={values} must be {self.config.num_channels} finite numbers, one a channel")
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std={self.image_std} must be greater than 0; it divides the pixels")
+        for name, known in {"resample": ("bicubic", "bilinear"), "mixed_precision": ("auto", "no", "bf16")}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+
+    def to_yaml(self) -> str:
+        """All fields, flat, in a form that `Recipe.from_dict` reads back."""
+        values = {f.name: getattr(self, f.name) for f in training_fields()}
+        values |= {f.name: getattr(self.config, f.name) for f in model_fields()}
+        return yaml.safe_dump(
+            {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, sort_keys=False, width=119
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Recipe":
+        """
+        Raises:
+            ValueError: for a key that is neither a training nor a model field (the nearest one is named), or a value
+                of the wrong type.
+        """
+        known = {f.name: f for f in [*training_fields(), *model_fields()]}
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        parsed = {key: _parse(key, value, known[key].type) for key, value in values.items()}
+        model_names = {f.name for f in model_fields()}
+        config = CANConfig(**{key: value for key, value in parsed.items() if key in model_names})
+        return cls(config=config, **{key: value for key, value in parsed.items() if key not in model_names})
+
+
+def training_fields() -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(Recipe) if f.name != "config"]
+
+
+def model_fields() -> list[dataclasses.Field]:
+    """The fields that `CANConfig` itself declares, without those of every transformers configuration."""
+    return [f for f in dataclasses.fields(CANConfig) if f.name in CANConfig.__annotations__ and f.name != "model_type"]
+
+
+def _parse(name: str, value, annotation):
+    """
+    A YAML value or command-line word as the type of its field. YAML reads 1e-3 as a string and 0 as an int; the command
+    line gives strings only.
+    """
+    if isinstance(annotation, types.UnionType):
+        options = list(typing.get_args(annotation))
+    else:
+        options = [annotation]
+    if value is None or (value in ("none", "None", "null") and type(None) in options):
+        if type(None) in options:
+            return None
+        raise ValueError(f"{name} needs a value")
+    sequence = next((option for option in options if typing.get_origin(option) in (tuple, list)), None)
+    if sequence and (isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)):
+        items = value.split(",") if isinstance(value, str) else value
+        return tuple(_parse(name, item, typing.get_args(sequence)[0]) for item in items)
+    if sequence and options == [sequence]:
+        return (_parse(name, value, typing.get_args(sequence)[0]),)
+    try:
+        if bool in options:
+            return {"true": True, "false": False}[str(value).lower()]
+        if int in options and float(value) == int(float(value)) and (float not in options or isinstance(value, int)):
+            return int(float(value))
+        if float in options:
+            return float(value)
+        if str in options:
+            return str(value)
+    except (KeyError, TypeError, ValueError):
+        pass
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
+    raise ValueError(f"{name}={value!r} is not of type {wanted}")
+
+
+def parse_arguments(argv: list[str] | None, default_recipe: Path, description: str) -> Recipe:
+    """
+    `[RECIPE.yaml] [--key value ...]` -> Recipe; the command line counts last. A flag without a value is `true`.
+
+    Raises:
+        ValueError: as `Recipe`; also for a recipe file that does not exist.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", type=Path, default=default_recipe, help=f"YAML; default {default_recipe}")
+    for group, group_fields in (("training", training_fields()), ("model", model_fields())):
+        arguments = parser.add_argument_group(group)
+        for f in group_fields:
+            text = f.metadata.get("help", "see CANConfig") + f" (default {f.default})"
+            arguments.add_argument(
+                f"--{f.name}", nargs="?", const="true", default=argparse.SUPPRESS, help=text.replace("%", "%%")
+            )
+    arguments, unknown = parser.parse_known_args(argv)
+    overrides = {key: value for key, value in vars(arguments).items() if key != "recipe"}
+    for word in unknown:
+        if not word.startswith("--"):
+            raise ValueError(f"unexpected {word!r}; write --key value")
+        overrides[word[2:].split("=")[0]] = None  # refused below, with the nearest valid name
+    if not arguments.recipe.is_file():
+        raise ValueError(f"there is no recipe {arguments.recipe}; the presets are model_cards/*/recipe.yaml")
+    values = yaml.safe_load(arguments.recipe.read_text()) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{arguments.recipe} is not a YAML mapping of keys to values")
+    if any(overrides.get(key) for key in ("dataset_name", "data_dir", "data_files")):
+        values = {key: value for key, value in values.items() if key not in ("dataset_name", "data_dir", "data_files")}
+    if any(key in overrides for key in ("max_steps", "num_train_epochs", "num_train_samples")):
+        values = {k: v for k, v in values.items() if k not in ("max_steps", "num_train_epochs", "num_train_samples")}
+    return Recipe.from_dict({**values, **overrides})

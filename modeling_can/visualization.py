@@ -1,0 +1,109 @@
+"""Pictures of a run: what the model reconstructs, and how its numbers moved."""
+
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import torch  # noqa: E402
+
+from .modeling_can import CANForPreTraining, patchify, unpatchify  # noqa: E402
+
+
+@torch.no_grad()
+def reconstruct(model: CANForPreTraining, pixel_values: torch.Tensor, noise_level: float | None = None) -> dict:
+    """
+    One view of each image through noise, mask and decoder.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
+        noise_level (`float`, *optional*): sigma; `noise_std_max` if `None`.
+
+    Returns:
+        Tensors of the same shape, in normalised pixels: `input` (noised, hidden patches NaN), `reconstruction`
+        (predicted on hidden patches, the noised input minus the predicted noise on visible ones), `noise` and
+        `predicted_noise` (hidden patches NaN; zero where the model has no noise).
+    """
+    config = model.config
+    has_noise = config.noise_std_max > 0
+    noise_level = config.noise_std_max if noise_level is None else noise_level
+    unit_noise = torch.randn_like(pixel_values) if has_noise else torch.zeros_like(pixel_values)
+    noised = pixel_values + noise_level * unit_noise
+    encoded = model.can(noised, mask_ratio=config.mask_ratio)
+    levels = torch.full((len(pixel_values),), float(noise_level), device=pixel_values.device)
+    logits = model.decoder(encoded.last_hidden_state, encoded.ids_restore, config.grid_shape, levels)
+
+    clean, noised_patches = patchify(pixel_values, config.patch_shape), patchify(noised, config.patch_shape)
+    predicted_pixels = logits
+    if config.norm_pix_loss:  # back to true colours, with the statistics that normalised the target
+        predicted_pixels = logits * (clean.var(-1, keepdim=True) + 1e-6) ** 0.5 + clean.mean(-1, keepdim=True)
+    predicted_noise = logits if config.denoising_loss_weight > 0 else torch.zeros_like(logits)
+    hidden, nan = encoded.mask[:, :, None].bool(), torch.tensor(float("nan"), device=logits.device)
+    patches = {
+        "input": torch.where(hidden, nan, noised_patches),
+        "reconstruction": torch.where(hidden, predicted_pixels, noised_patches - predicted_noise),
+        "noise": torch.where(hidden, nan, noised_patches - clean),
+        "predicted_noise": torch.where(hidden, nan, predicted_noise),
+    }
+    return {
+        name: unpatchify(value, config.patch_shape, config.grid_shape, config.num_channels)
+        for name, value in patches.items()
+    }
+
+
+def reconstruction_sheet(
+    model: CANForPreTraining, pixel_values: torch.Tensor, mean: tuple, std: tuple, path: Path
+) -> None:
+    """Saves a sheet with a row an image: image, noised and masked input, reconstruction, noise, predicted noise."""
+    mean, std = (torch.tensor(x, device=pixel_values.device)[:, None, None] for x in (mean, std))
+    pictures = reconstruct(model, pixel_values)
+
+    def colours(pixels):  # true colours, hidden patches grey
+        return (pixels * std + mean).clamp(0, 1).nan_to_num(0.5)
+
+    def amplified(noise):  # mid-grey is no noise, the full range three times sigma_max
+        return (0.5 + noise / (6 * max(model.config.noise_std_max, 1e-6))).clamp(0, 1).nan_to_num(0.5)
+
+    columns = {
+        "image": colours(pixel_values),
+        "noised, masked input": colours(pictures["input"]),
+        "reconstruction": colours(pictures["reconstruction"]),
+        "noise (amplified)": amplified(pictures["noise"]),
+        "predicted noise": amplified(pictures["predicted_noise"]),
+    }
+    rows = len(pixel_values)
+    figure, axes = plt.subplots(rows, len(columns), figsize=(1.6 * len(columns), 1.6 * rows + 0.4), squeeze=False)
+    for column, (title, images) in enumerate(columns.items()):
+        axes[0][column].set_title(title, fontsize=8)
+        for row, image in enumerate(images.cpu()):
+            axes[row][column].imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", interpolation="nearest")
+            axes[row][column].axis("off")
+    _save(figure, path)
+
+
+def curves(metrics: list[dict], path: Path) -> None:
+    """Saves a panel for each of the run's measurements over the steps."""
+    panels = {
+        "loss": "weighted sum", "contrastive_loss": "C, InfoNCE (nats)", "reconstruction_loss": "A, hidden pixels (MSE)",
+        "denoising_loss": "N, noise (MSE)", "embedding_spread": "embedding spread (0 = collapse)",
+        "grad_norm": "gradient norm", "learning_rate": "learning rate", "images_per_second": "images a second",
+    }  # fmt: skip
+    panels = {name: title for name, title in panels.items() if name in metrics[-1]}
+    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(12, 5), squeeze=False)
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
+        axis.plot([line["step"] for line in metrics], [line[name] for line in metrics], linewidth=1)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    _save(figure, path)
+
+
+def _save(figure, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

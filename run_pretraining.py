@@ -1,0 +1,352 @@
+"""
+Pre-trains CAN on images: recipe -> config -> data -> model -> loop -> results.
+
+    python run_pretraining.py                                             # the quickstart, minutes on two CPU cores
+    python run_pretraining.py --data_dir ~/photos --max_steps 2000        # its recipe on your own images
+    accelerate launch run_pretraining.py model_cards/can-vit-base-patch16-224/recipe.yaml --output_dir out
+
+Every key of a recipe is a flag, and flags count last; `--help` lists them all.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import ViTImageProcessor
+from transformers.utils import logging as transformers_logging
+
+from modeling_can import CANForPreTraining
+from modeling_can.augmentations import Augmentation
+from modeling_can.data import ImageSource, ViewStream
+from modeling_can.evaluation import Probe
+from modeling_can.hub import model_card
+from modeling_can.recipe import Recipe, parse_arguments
+from modeling_can.training import MetricAverage, embedding_spread, learning_rate, parameter_groups
+from modeling_can.views import TwoViews
+from modeling_can.visualization import curves, reconstruction_sheet
+
+
+QUICKSTART = Path(__file__).parent / "model_cards" / "can-quickstart" / "recipe.yaml"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs a recipe; returns what `results.json` holds. Raises ValueError for what the user can mend."""
+    started = time.perf_counter()
+    recipe = parse_arguments(argv, QUICKSTART, __doc__)
+    config = recipe.config
+    output_dir = Path(recipe.output_dir)
+    refuse_finished_run(output_dir, recipe.overwrite_output_dir)
+
+    # --- Processes ---------------------------------------------------------------------------------------------------
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(recipe.mixed_precision),
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+
+    # --- Data: the stream is split by process in ViewStream, so its loader is never prepared ---------------------------
+    source = ImageSource(
+        recipe.dataset_name, recipe.data_dir, recipe.data_files, recipe.dataset_split, recipe.image_column
+    )
+    make_views = TwoViews(
+        config.image_shape, config.num_channels, recipe.crop_scale, recipe.crop_ratio, recipe.resample, recipe.seed
+    )
+    stream = ViewStream(
+        source,
+        make_views,
+        recipe.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        recipe.shuffle_block_size,
+    )
+    loader = torch.utils.data.DataLoader(
+        stream,
+        batch_size=recipe.per_device_train_batch_size,
+        num_workers=recipe.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    augment = Augmentation(
+        recipe.image_mean,
+        recipe.image_std,
+        recipe.flip_probability,
+        recipe.color_jitter,
+        recipe.color_jitter_probability,
+        recipe.greyscale_probability,
+        recipe.blur_probability,
+        recipe.blur_sigma,
+        blur_kernel_size=max(3, min(config.image_shape) // 10 // 2 * 2 + 1),
+    ).to(device)
+    processor = image_processor(recipe)
+
+    # --- Length and learning rate, derived once ------------------------------------------------------------------------
+    global_batch_size = recipe.per_device_train_batch_size * accelerator.num_processes
+    num_images = source.num_images()
+    max_steps = number_of_steps(recipe, global_batch_size, num_images)
+    warmup_steps = round(recipe.warmup_ratio * max_steps)
+    peak_learning_rate = recipe.base_learning_rate * global_batch_size / 256
+
+    # --- Model: the same weights on every process, then different noise and masks --------------------------------------
+    set_seed(recipe.seed)
+    model = CANForPreTraining(config)
+    frozen = model.freeze_unused_parameters()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.weight_decay),
+        lr=peak_learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        fused=True,
+    )
+    model, optimizer = accelerator.prepare(model.to(device), optimizer)
+    unwrapped = accelerator.unwrap_model(model)
+    set_seed(recipe.seed, device_specific=True)
+
+    # --- What the features are worth before training -------------------------------------------------------------------
+    def embed(pixel_values):
+        unwrapped.eval()
+        features = unwrapped.can(pixel_values.to(device)).pooler_output
+        unwrapped.train()
+        return features
+
+    probe, probe_results = None, {}
+    if recipe.probe_dataset_name and is_main:
+        probe = Probe(recipe.probe_dataset_name, recipe.probe_label_column, processor)
+        probe_results["raw pixels"] = probe.measure(lambda pixel_values: pixel_values.flatten(1))
+        probe_results["untrained encoder"] = probe.measure(embed)
+
+    results = {
+        "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
+        "num_images": num_images,
+        "num_parameters": sum(p.numel() for p in unwrapped.parameters()),
+        "frozen": frozen,
+        "num_processes": accelerator.num_processes,
+        "global_batch_size": global_batch_size,
+        "num_steps": max_steps,
+        "warmup_steps": warmup_steps,
+        "learning_rate": peak_learning_rate,
+        "mixed_precision": accelerator.mixed_precision,
+        "machine": machine(device),
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "kornia")},
+        "git_commit": git_commit(),
+    }
+    if is_main:
+        (output_dir / "figures").mkdir(parents=True, exist_ok=True)
+        (output_dir / "results.json").unlink(missing_ok=True)  # from here on the folder is an unfinished run
+        write(output_dir / "recipe.yaml", recipe.to_yaml())
+        metrics_file = open(output_dir / "metrics.jsonl", "w")
+        print(
+            f"{results['num_parameters'] / 1e6:.2f} M parameters; {num_images or 'unknown number of'} images from "
+            f"{source.name}; {max_steps} steps of {global_batch_size} on {accelerator.num_processes} process(es), "
+            f"{device}; learning rate {peak_learning_rate:.3g} after {warmup_steps} steps of warm-up"
+            + (f"; frozen, as their loss weight is 0: {', '.join(frozen)}" if frozen else "")
+        )
+
+    # --- The loop ----------------------------------------------------------------------------------------------------
+    average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
+    metrics, num_skipped, waited, logged_at = [], 0, 0.0, time.perf_counter()
+    train_started = logged_at
+    batches = iter(loader)
+    bar = tqdm(range(max_steps), desc="pre-training", disable=not is_main, dynamic_ncols=True)
+    model.train()
+    for step in bar:
+        fetched_at = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - fetched_at
+        num_skipped += int(batch["num_skipped"].sum())
+
+        pixel_values = augment(batch["views"].to(device, non_blocking=True))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, max_steps, warmup_steps, peak_learning_rate)
+        with accelerator.autocast():
+            outputs = model(pixel_values)
+        accelerator.backward(outputs.loss)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        average.update(step_metrics(outputs, grad_norm))
+        if (step + 1) % recipe.logging_steps == 0 or step + 1 == max_steps:
+            line = average.compute()  # waits for the device and the other processes
+            now = time.perf_counter()
+            num_steps = step + 1 - (metrics[-1]["step"] if metrics else 0)
+            line |= {
+                "learning_rate": group["lr"],
+                "images_per_second": num_steps * global_batch_size / (now - logged_at),
+                "data_wait": waited / (now - logged_at),
+                "num_skipped": num_skipped,
+            }
+            metrics.append({"step": step + 1, **line})
+            waited, logged_at = 0.0, now
+            refuse_non_finite(metrics[-1])
+            if is_main:
+                metrics_file.write(json.dumps(metrics[-1]) + "\n")
+                metrics_file.flush()
+                bar.set_postfix_str(progress_text(line))
+    train_seconds = time.perf_counter() - train_started
+    num_skipped = int(accelerator.reduce(torch.tensor(float(num_skipped), device=device), "sum"))
+
+    # --- Results -----------------------------------------------------------------------------------------------------
+    if is_main:
+        metrics_file.close()
+        if probe:
+            probe_results["CAN, pre-trained"] = probe.measure(embed)
+            results["probe"] = probe_results
+        last = metrics[-1]
+        results |= {
+            "final_losses": {name: last[name] for name in last if name.endswith("loss")},
+            "images_per_second": max_steps * global_batch_size / train_seconds,
+            "data_wait": sum(line["data_wait"] for line in metrics) / len(metrics),
+            "num_skipped": num_skipped,
+            "train_seconds": train_seconds,
+            "total_seconds": time.perf_counter() - started,
+        }
+        save_output(output_dir, recipe, unwrapped.eval(), processor, pixel_values[:6, 0], metrics, results)
+        print_summary(output_dir, results)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return results
+
+
+# --- Preparation -----------------------------------------------------------------------------------------------------
+
+
+def refuse_finished_run(output_dir: Path, overwrite: bool):
+    if (output_dir / "results.json").exists() and not overwrite:
+        raise ValueError(
+            f"output_dir={output_dir} already holds a finished run; give another --output_dir, or replace it with "
+            "--overwrite_output_dir"
+        )
+
+
+def mixed_precision(choice: str) -> str:
+    """bf16 by default on GPUs that have it; never on a CPU, where it can be hundreds of times slower than fp32."""
+    if choice == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return choice
+
+
+def number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | None) -> int:
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    num_samples = recipe.num_train_samples
+    if recipe.num_train_epochs is not None:
+        if num_images is None:
+            raise ValueError(
+                f"num_train_epochs={recipe.num_train_epochs}, but the source does not tell how many images it has; "
+                "use --num_train_samples or --max_steps"
+            )
+        num_samples = recipe.num_train_epochs * num_images
+    return max(1, round(num_samples / global_batch_size))
+
+
+def image_processor(recipe: Recipe) -> ViTImageProcessor:
+    """What prepares an image downstream: the shortest edge to 256/224 of the size, centre crop, the recipe's mean."""
+    height, width = recipe.config.image_shape
+    transformers_logging.set_verbosity_error()  # no word about torchvision, which this project does without
+    return ViTImageProcessor(
+        do_convert_rgb=recipe.config.num_channels == 3,
+        do_resize=True,
+        size={"shortest_edge": round(max(height, width) * 256 / 224)},
+        do_center_crop=True,
+        crop_size={"height": height, "width": width},
+        image_mean=list(recipe.image_mean),
+        image_std=list(recipe.image_std),
+        resample={"bilinear": 2, "bicubic": 3}[recipe.resample],
+    )
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout
+
+
+# --- Within the loop ---------------------------------------------------------------------------------------------------
+
+
+def step_metrics(outputs, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
+    metrics = {name: value for name, value in outputs.items() if name.endswith("loss")}
+    metrics["grad_norm"] = grad_norm
+    if outputs.image_embeds is not None:
+        metrics["embedding_spread"] = embedding_spread(outputs.image_embeds)
+    return metrics
+
+
+def refuse_non_finite(line: dict):
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(
+            f"{', '.join(bad)} not finite by step {line['step']}: "
+            + ", ".join(f"{name} {value}" for name, value in line.items() if name.endswith("loss"))
+            + "; lower base_learning_rate, set max_grad_norm, or look at the last images"
+        )
+
+
+def progress_text(line: dict) -> str:
+    names = {"contrastive_loss": "C", "reconstruction_loss": "A", "denoising_loss": "N"}
+    terms = [f"{short} {line[name]:.4g}" for name, short in names.items() if name in line]
+    text = f"{' '.join(terms)}, {line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
+    return text + (f", {line['num_skipped']} unreadable" if line["num_skipped"] else "")
+
+
+# --- Output ----------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str):
+    """All or nothing: a reader never meets half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def save_output(output_dir, recipe, model, processor, pixel_values, metrics, results):
+    """Weights, processor, figures and card; results.json comes last and marks the run as finished."""
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    curves(metrics, output_dir / "figures" / "curves.png")
+    if model.config.uses_decoder:
+        sheet = output_dir / "figures" / "reconstructions.png"
+        reconstruction_sheet(model, pixel_values, recipe.image_mean, recipe.image_std, sheet)
+    write(output_dir / "README.md", model_card(recipe, results, name=output_dir.resolve().name))
+    write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def print_summary(output_dir: Path, results: dict):
+    if "probe" in results:
+        print(f"\n{'accuracy on the test images, %':32}{'k-NN':>8}{'linear probe':>15}")
+        for name, accuracy in results["probe"].items():
+            print(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
+    print(
+        f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s "
+        f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "
+        f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
+        "Next:\n"
+        f"  look at                 {output_dir}/figures/reconstructions.png and curves.png\n"
+        "  your own images         python run_pretraining.py --data_dir FOLDER --output_dir out-mine\n"
+        "  a full-size encoder     accelerate launch run_pretraining.py "
+        "model_cards/can-vit-base-patch16-224/recipe.yaml --data_dir FOLDER\n"
+        f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"run_pretraining.py: {error}")
