@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> dict:
     # --- Processes ---------------------------------------------------------------------------------------------------
     accelerator = Accelerator(
         mixed_precision=mixed_precision(recipe.mixed_precision),
-        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+        # The only buffers are the position tables, the same everywhere: nothing to send around before every step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
 

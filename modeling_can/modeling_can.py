@@ -182,10 +182,9 @@ class CANEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         # A linear layer instead of the usual convolution, because it can be applied to some of the patches.
         self.patch_embeddings = nn.Linear(config.pixels_per_patch, config.hidden_size)
-        # Saved, because a warm start may bring a learnt table.
-        self.position_embeddings = nn.Parameter(
-            torch.zeros(1, config.num_patches + 1, config.hidden_size), requires_grad=False
-        )
+        # A buffer, because transformers 5 gives loaded parameters their gradient back; a saved one, because a warm
+        # start may bring a learnt table.
+        self.register_buffer("position_embeddings", torch.zeros(1, config.num_patches + 1, config.hidden_size))
 
     def forward(
         self,
@@ -393,7 +392,7 @@ class CANDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + 1, width), requires_grad=False)
+        self.register_buffer("position_embeddings", torch.zeros(1, config.num_patches + 1, width))
         self.noise_level_embedding = CANNoiseLevelEmbedding(config) if config.noise_std_max > 0 else None
         self.layers = nn.ModuleList(
             CANLayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)

@@ -1,0 +1,104 @@
+"""The three terms against loops transcribed from the equations of the method."""
+
+import math
+
+import pytest
+import torch
+from conftest import inputs, tiny_model
+
+from modeling_can.losses import contrastive_loss
+
+
+def info_nce_by_loops(embeds, temperature):
+    """-log(exp(z_i z_j / t) / sum_{k != i} exp(z_i z_k / t)), in double precision."""
+    embeds = embeds.double().flatten(0, 1)
+    total = 0.0
+    for i in range(len(embeds)):
+        positive = i + 1 if i % 2 == 0 else i - 1
+        similarity = [math.exp(float(embeds[i] @ embeds[k]) / temperature) for k in range(len(embeds))]
+        total += -math.log(similarity[positive] / sum(s for k, s in enumerate(similarity) if k != i))
+    return total / len(embeds)
+
+
+def pixel_losses_by_loops(logits, clean, noise, mask, patch):
+    """Mean over hidden patches of the squared error to the clean pixels; over visible ones to sigma * e."""
+    batch, views, channels, height, width = clean.shape
+    reconstruction, denoising = [], []
+    for b in range(batch):
+        for v in range(views):
+            for index in range(logits.shape[2]):
+                row, column = divmod(index, width // patch)
+                hidden = bool(mask[b, v, index])
+                target, error = (clean if hidden else noise)[b, v], []
+                for y in range(patch):
+                    for x in range(patch):
+                        for c in range(channels):
+                            wanted = target[c, row * patch + y, column * patch + x]
+                            got = logits[b, v, index, (y * patch + x) * channels + c]
+                            error.append(float(got - wanted) ** 2)
+                (reconstruction if hidden else denoising).append(sum(error) / len(error))
+    return sum(reconstruction) / len(reconstruction), sum(denoising) / len(denoising)
+
+
+def test_losses_equal_loops_from_the_equations():
+    model = tiny_model()
+    batch = inputs(model.config, batch_size=3)
+    outputs = model(**batch)
+    noise = batch["noise_level"][:, :, None, None, None] * batch["pixel_noise"]
+    reconstruction, denoising = pixel_losses_by_loops(
+        outputs.logits.detach(), batch["pixel_values"], noise, outputs.mask, patch=8
+    )
+    contrastive = info_nce_by_loops(outputs.image_embeds.detach(), model.config.temperature)
+    assert outputs.contrastive_loss.item() == pytest.approx(contrastive, abs=1e-5)
+    assert outputs.reconstruction_loss.item() == pytest.approx(reconstruction, abs=1e-5)
+    assert outputs.denoising_loss.item() == pytest.approx(denoising, abs=1e-5)
+    assert outputs.loss.item() == pytest.approx(0.03 * contrastive + 0.67 * reconstruction + 0.3 * denoising, abs=1e-5)
+
+
+def test_norm_pix_loss_normalises_the_reconstruction_target_alone():
+    raw, normalised = tiny_model(), tiny_model(norm_pix_loss=True)
+    batch = inputs(raw.config)
+    a, b = raw(**batch), normalised(**batch)
+    assert torch.equal(a.logits, b.logits) and torch.equal(a.denoising_loss, b.denoising_loss)
+    patches = batch["pixel_values"].unfold(3, 8, 8).unfold(4, 8, 8)  # (B, V, C, rows, columns, 8, 8)
+    patches = patches.permute(0, 1, 3, 4, 5, 6, 2).reshape(*b.mask.shape, -1)
+    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    expected = ((b.logits - target) ** 2).mean(-1)[b.mask.bool()].mean()
+    torch.testing.assert_close(b.reconstruction_loss, expected)
+
+
+def test_swapping_the_views_gives_the_same_info_nce():
+    embeds = torch.nn.functional.normalize(torch.randn(5, 2, 8), dim=-1)
+    torch.testing.assert_close(contrastive_loss(embeds.flip(1), 0.1), contrastive_loss(embeds, 0.1))
+
+
+@pytest.mark.parametrize("num_images", [2, 7])
+def test_identical_embeddings_give_log_of_all_others(num_images):
+    embeds = torch.nn.functional.normalize(torch.ones(num_images, 2, 8), dim=-1)
+    assert contrastive_loss(embeds, 0.1).item() == pytest.approx(math.log(2 * num_images - 1), abs=1e-5)
+
+
+def test_perfect_pairs_give_nearly_nothing_and_wrong_pairs_a_lot():
+    embeds = torch.eye(4)[:, None].expand(4, 2, 4)
+    assert contrastive_loss(embeds, 0.05).item() < 1e-6
+    assert contrastive_loss(embeds.flatten(0, 1).roll(1, 0).unflatten(0, (4, 2)), 0.05).item() > 10
+
+
+def test_losses_stay_fp32_under_autocast():
+    model = tiny_model()
+    batch = inputs(model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**batch)
+        embeds = outputs.image_embeds
+        assert torch.equal(contrastive_loss(embeds, 0.1), outputs.contrastive_loss)
+    for term in (outputs.loss, outputs.contrastive_loss, outputs.reconstruction_loss, outputs.denoising_loss):
+        assert term.dtype == torch.float32
+    # The same embeddings without autocast: equal to the last bit only if no product was taken in bf16.
+    assert torch.equal(contrastive_loss(embeds, 0.1), outputs.contrastive_loss)
+    assert embeds.dtype == torch.float32
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(4, 2))
+
+
+def test_one_image_has_no_negatives():
+    with pytest.raises(ValueError, match="batch of 1.*at least 2 images"):
+        contrastive_loss(torch.ones(1, 2, 8), 0.1)
