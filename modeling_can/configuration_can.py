@@ -109,8 +109,11 @@ class CANConfig(PreTrainedConfig):
             self.projection_hidden_size = self.hidden_size
         # JSON knows no tuples: one type before and after a save, so that configurations compare equal.
         for name in ("image_size", "patch_size"):
-            if not isinstance(getattr(self, name), int):
-                setattr(self, name, tuple(getattr(self, name)))
+            shape = getattr(self, name)
+            if not isinstance(shape, int):
+                if len(shape) != 2:
+                    raise ValueError(f"{name}={shape} has {len(shape)} entries; give one number or (height, width)")
+                setattr(self, name, tuple(shape))
         super().__post_init__(**kwargs)
         self._check_sizes()
         self._check_objective()
@@ -154,10 +157,6 @@ class CANConfig(PreTrainedConfig):
                 raise ValueError(f"CANConfig has no field {key!r}; did you mean {near[0]!r}?")
 
     def _check_sizes(self):
-        for name in ("image_size", "patch_size"):
-            shape = getattr(self, name)
-            if not isinstance(shape, int) and len(shape) != 2:
-                raise ValueError(f"{name}={shape} has {len(shape)} entries; give one number or (height, width)")
         positive = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]
         positive += ["decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"]
         positive += ["decoder_intermediate_size", "projection_hidden_size", "projection_size"]

@@ -191,10 +191,9 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
             )
     arguments, unknown = parser.parse_known_args(argv)
     overrides = {key: value for key, value in vars(arguments).items() if key != "recipe"}
-    for word in unknown:
-        if not word.startswith("--"):
-            raise ValueError(f"unexpected {word!r}; write --key value")
-        overrides[word[2:].split("=")[0]] = None  # refused below, with the nearest valid name
+    if unknown and not unknown[0].startswith("--"):
+        raise ValueError(f"unexpected {unknown[0]!r}; write --key value")
+    overrides |= {word[2:].split("=")[0]: None for word in unknown[:1]}  # refused below, with the nearest valid name
     if not arguments.recipe.is_file():
         raise ValueError(f"there is no recipe {arguments.recipe}; the presets are model_cards/*/recipe.yaml")
     values = yaml.safe_load(arguments.recipe.read_text()) or {}

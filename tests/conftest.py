@@ -85,7 +85,7 @@ def _process(rank, world_size, port, function, arguments, queue):
             torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_processes():
     """Runs `function(rank, world_size, *arguments)` in gloo processes; returns their results in the order of rank."""
 

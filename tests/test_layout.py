@@ -1,0 +1,72 @@
+"""The rules of the house: which file may import what, and what the import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "modeling_can"
+HUB = {"configuration_can", "losses", "modeling_can"}  # these travel with the weights as remote code
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, relative ones with their leading dot."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_hub_files_import_torch_transformers_strict_and_each_other(name):
+    standard = set(sys.stdlib_module_names)
+    for module in imports(PACKAGE / f"{name}.py"):
+        if module.startswith("."):
+            assert module[1:] in HUB, f"{name} imports {module}"
+        else:
+            top = module.split(".")[0]
+            assert top in {"torch", "transformers"} | standard or module == "huggingface_hub.dataclasses", module
+
+
+def test_remote_code_copies_exactly_the_hub_files():
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    needed = get_relative_import_files(PACKAGE / "modeling_can.py")
+    assert {Path(path).stem for path in needed} | {"modeling_can"} == HUB
+
+
+def test_accelerate_stays_in_the_scripts_and_processes_in_the_losses():
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(module.split(".")[0] == "accelerate" for module in imports(path)), path
+        assert "run_pretraining" not in imports(path), path
+        if path.name != "losses.py":
+            assert "torch.distributed" not in path.read_text(), path
+    for name in ("data", "training", "evaluation"):
+        assert ".modeling_can" not in imports(PACKAGE / f"{name}.py")
+
+
+def test_importing_needs_torch_and_transformers_alone():
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+sys.path.insert(0, {str(ROOT)!r})
+blocked = {{"accelerate", "datasets", "kornia", "matplotlib", "PIL", "pyarrow", "sklearn", "torchvision"}}
+class Installed(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in blocked else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Installed
+import modeling_can, transformers
+from transformers import AutoConfig, AutoModel
+config = AutoConfig.for_model("can", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+print(type(AutoModel.from_config(config)).__name__)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert answer.stdout.strip() == "CANModel", answer.stderr

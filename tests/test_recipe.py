@@ -1,0 +1,93 @@
+"""Recipes: every key is a flag, every wrong one is refused with the right one."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modeling_can.recipe import Recipe, _parse, model_fields, parse_arguments, training_fields
+
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "model_cards" / "can-quickstart" / "recipe.yaml"
+
+
+def parse(*argv: str) -> Recipe:
+    return parse_arguments(list(argv), QUICKSTART, "")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("model_cards/*/recipe.yaml")), ids=lambda path: path.parent.name)
+def test_recipes_on_disk_are_valid_and_survive_yaml(path):
+    recipe = parse(str(path))
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_presets_are_the_published_sizes():
+    sizes = {"tiny-patch16": (192, 12, 3), "small-patch16": (384, 12, 6), "base-patch16": (768, 12, 12),
+             "large-patch16": (1024, 24, 16), "huge-patch14": (1280, 32, 16)}  # fmt: skip
+    for name, size in sizes.items():
+        config = parse(str(ROOT / "model_cards" / f"can-vit-{name}-224" / "recipe.yaml")).config
+        assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == size
+        assert (config.mask_ratio, config.noise_std_max, config.intermediate_size) == (0.5, 0.05, 4 * size[0])
+
+
+def test_the_command_line_counts_last():
+    recipe = parse("--base_learning_rate", "1e-3", "--image_size=64,32", "--crop_scale", "0.5,1", "--norm_pix_loss",
+                   "--temperature", "1", "--probe_dataset_name", "none", "--data_dir", "photos")  # fmt: skip
+    assert recipe.base_learning_rate == 1e-3 and recipe.config.image_size == (64, 32)
+    assert recipe.crop_scale == (0.5, 1.0) and recipe.config.norm_pix_loss is True and recipe.config.temperature == 1
+    assert recipe.probe_dataset_name is None
+    assert recipe.data_dir == "photos" and recipe.dataset_name is None  # one source replaces the other
+    assert parse("--num_train_epochs", "2").max_steps is None  # and one length the other
+
+
+def test_every_field_is_a_flag():
+    values = yaml.safe_load(parse().to_yaml())
+    for field in [*training_fields(), *model_fields()]:
+        value = values[field.name]
+        if value is not None and field.name not in ("data_dir", "data_files"):
+            word = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            assert parse(f"--{field.name}={word}") == parse(), field.name
+
+
+def test_numbers_are_read_as_their_field_says():
+    assert _parse("x", "1e-3", float) == 1e-3 and _parse("x", "1e3", int) == 1000
+    assert _parse("x", 0, float | int) == 0 and _parse("x", "0.5", float | int) == 0.5
+    assert _parse("x", "224", int | list[int] | tuple[int, int]) == 224
+    assert _parse("x", "8,16", int | list[int] | tuple[int, int]) == (8, 16)
+    assert _parse("x", "false", bool) is False
+    for value, annotation in (("ten", int), (0.5, int), ("yes!", bool), ("a,b", tuple[float, ...])):
+        with pytest.raises(ValueError, match="x="):
+            _parse("x", value, annotation)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--mask_ration", "0.75"], "unknown key 'mask_ration'; did you mean 'mask_ratio'"),
+        (["--batch_size=7"], "unknown key 'batch_size'; did you mean"),
+        (["recipe.yaml"], "no recipe recipe.yaml"),
+        ([str(QUICKSTART), "stray"], "unexpected 'stray'"),
+        (["--max_steps", "0"], "max_steps=0 must be greater than 0"),
+        (["--max_steps", "many"], "max_steps='many' is not of type int"),
+        (["--seed"], "seed='true' is not of type int"),
+        (["--image_mean", "0.5,nan,0.5"], "image_mean=.*must be 3 finite numbers"),
+        (["--image_std", "0.5,inf,0.5"], "image_std=.*must be 3 finite numbers"),
+        (["--image_std", "0.5,0,0.5"], "image_std=.*greater than 0"),
+        (["--image_mean", "0.5"], "must be 3 finite numbers"),
+        (["--crop_scale", "0.9,0.1"], "crop_scale"),
+        (["--crop_scale", "0.5,1.5"], "ends above 1"),
+        (["--flip_probability", "2"], r"flip_probability=2.0 is outside \[0, 1\]"),
+        (["--resample", "nearest"], "'nearest' is not one of bicubic, bilinear"),
+        (["--data_dir", "a", "--data_files", "b"], "exactly one source"),
+        (["--image_size", "33"], "image_size=33 is not a multiple"),
+    ],
+)
+def test_wrong_words_are_refused_with_the_fix(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*argv)
+
+
+def test_a_recipe_without_a_length_is_refused():
+    with pytest.raises(ValueError, match="max_steps, num_train_epochs or num_train_samples"):
+        Recipe.from_dict({"data_dir": "photos"})

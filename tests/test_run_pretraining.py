@@ -1,0 +1,185 @@
+"""The script as a user runs it, at toy size."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import MAE, SIMCLR, free_port
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+import run_pretraining
+from modeling_can.data import ImageSource
+from modeling_can.recipe import Recipe
+
+
+ROOT = Path(__file__).parent.parent
+TOY = ["--max_steps", "3", "--per_device_train_batch_size", "8", "--logging_steps", "2", "--hidden_size", "32",
+       "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "64"]  # fmt: skip
+
+
+def flags(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished toy run of the quickstart recipe, probe included."""
+    folder = tmp_path_factory.mktemp("run") / "can-toy"
+    results = run_pretraining.main([*TOY, "--output_dir", str(folder)])
+    return folder, results
+
+
+def test_the_output_folder_is_complete(finished):
+    folder, results = finished
+    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "recipe.yaml",
+                "metrics.jsonl", "results.json", "figures"}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == expected
+    assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "reconstructions.png"}
+    for figure in (folder / "figures").iterdir():
+        assert min(Image.open(figure).size) > 300
+    assert json.loads((folder / "results.json").read_text()) == results
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert {"loss", "contrastive_loss", "reconstruction_loss", "denoising_loss", "grad_norm", "learning_rate",
+            "images_per_second", "data_wait", "embedding_spread", "num_skipped"} <= lines[0].keys()  # fmt: skip
+    assert set(results["probe"]) == {"raw pixels", "untrained encoder", "CAN, pre-trained"}
+    recipe = Recipe.from_dict(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    assert recipe.max_steps == 3 and recipe.config.hidden_size == 32
+
+
+def test_the_saved_model_is_the_full_trained_one(finished):
+    folder, _ = finished
+    model = AutoModelForPreTraining.from_pretrained(folder)
+    config = model.config
+    torch.manual_seed(0)
+    fresh = type(model)(config)
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, fresh.get_parameter(name))]
+    assert len(moved) == len(list(model.named_parameters()))
+    processor = AutoImageProcessor.from_pretrained(folder)
+    for mode in ("RGB", "L", "RGBA", "P"):
+        pixels = processor(Image.new(mode, (90, 50)).convert("RGB"), return_tensors="pt").pixel_values
+        assert pixels.shape == (1, 3, 32, 32)
+    encoder = AutoModel.from_pretrained(folder)
+    assert encoder(pixels).pooler_output.shape == (1, 32)
+
+
+def test_the_card_is_filled_and_its_snippet_runs(finished, monkeypatch, tmp_path):
+    folder, results = finished
+    card = (folder / "README.md").read_text()
+    assert "None" not in card and "nan" not in card and not re.search(r"\{[a-z_.]+\}", card)
+    front_matter = yaml.safe_load(card.split("---")[1])
+    assert front_matter["pipeline_tag"] == "image-feature-extraction"
+    assert f"{100 * results['probe']['CAN, pre-trained']['knn']:.1f}" in card
+    for link in re.findall(r"\]\((figures/[^)]+)\)", card):
+        assert (folder / link).exists()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(snippet.replace('folder = "."', f"folder = {str(folder)!r}"), scope)
+    assert scope["embedding"].shape == (1, 32)
+
+
+def test_a_finished_run_is_not_overwritten_unless_asked(finished, tmp_path):
+    folder, results = finished
+    with pytest.raises(ValueError, match="already holds a finished run.*--overwrite_output_dir"):
+        run_pretraining.main([*TOY, "--output_dir", str(folder)])
+    assert json.loads((folder / "results.json").read_text()) == results
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(finished, tmp_path):
+    _, results = finished
+    again = run_pretraining.main(
+        [*TOY, "--output_dir", str(tmp_path), "--overwrite_output_dir", "--probe_dataset_name", "none"]
+    )
+    assert again["final_losses"] == results["final_losses"] and "probe" not in again
+    other = run_pretraining.main(
+        [*TOY, "--output_dir", str(tmp_path), "--overwrite_output_dir", "--probe_dataset_name", "none", "--seed", "1"]
+    )
+    assert other["final_losses"] != results["final_losses"]
+
+
+def test_a_folder_of_images_trains_for_epochs_with_bad_files_counted(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(16):
+        Image.effect_noise((60 + i, 50), 60).convert("RGB").save(images / f"{i}.jpg")
+    (images / "broken.jpg").write_bytes(b"not an image")
+    results = run_pretraining.main(
+        ["--data_dir", str(images), "--num_train_epochs", "2", "--per_device_train_batch_size", "8",
+         "--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none", "--blur_probability", "0.5",
+         "--dataloader_num_workers", "1", "--max_grad_norm", "1", "--crop_scale", "0.5,1"]  # fmt: skip
+    )
+    assert results["num_images"] == 17 and results["num_steps"] == round(2 * 17 / 8)
+    assert results["num_skipped"] >= 1
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        run_pretraining.main(["--data_dir", str(tmp_path / "images"), "--output_dir", str(tmp_path / "out")])
+    (tmp_path / "images" / "a.jpg").write_bytes(b"text")
+    command = [sys.executable, str(ROOT / "run_pretraining.py"), "--data_dir", str(tmp_path / "images"),
+               "--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none"]  # fmt: skip
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 1 and "no readable image" in answer.stderr and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("limit", [SIMCLR, MAE], ids=["SimCLR", "MAE"])
+def test_the_limits_of_the_dial_train_under_two_processes(tmp_path, limit):
+    # --multi_gpu is accelerate's word for several processes; without a GPU they talk over gloo.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", str(free_port()), str(ROOT / "run_pretraining.py"), *TOY,
+               "--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none", *flags(limit)]  # fmt: skip
+    answer = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["num_processes"] == 2 and results["global_batch_size"] == 16
+    assert results["frozen"] == (["decoder"] if limit is SIMCLR else ["projection_head"])
+
+
+def test_lengths_are_derived_once():
+    recipe = Recipe.from_dict({"data_dir": "x", "num_train_epochs": 2.5})
+    assert run_pretraining.number_of_steps(recipe, 10, 100) == 25
+    with pytest.raises(ValueError, match="--num_train_samples or --max_steps"):
+        run_pretraining.number_of_steps(recipe, 10, None)
+    recipe = Recipe.from_dict({"data_dir": "x", "num_train_samples": 64})
+    assert run_pretraining.number_of_steps(recipe, 16, None) == 4
+
+
+def test_non_finite_numbers_stop_the_run_with_the_terms():
+    with pytest.raises(FloatingPointError, match="grad_norm not finite by step 5: loss 1.0.*base_learning_rate"):
+        run_pretraining.refuse_non_finite({"step": 5, "loss": 1.0, "grad_norm": float("nan")})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "data" / "photos").is_dir(), reason="needs ../shared/data/photos")
+def test_photographs_are_read_and_trained_on(tmp_path):
+    name = str(ROOT.parent / "shared" / "data" / "photos")
+    assert ImageSource(dataset_name=name).num_images() == 1000
+    results = run_pretraining.main(
+        [*TOY, "--dataset_name", name, "--output_dir", str(tmp_path), "--probe_dataset_name", "none"]
+    )
+    assert results["num_skipped"] == 0
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_as_promised(tmp_path):
+    """The README's command: +6 points over the untrained encoder in both, +25 over pixels in the linear probe."""
+    command = [sys.executable, str(ROOT / "run_pretraining.py"), "--output_dir", str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=900)
+    probe = json.loads((tmp_path / "out" / "results.json").read_text())["probe"]
+    pixels, untrained, trained = (probe[name] for name in ("raw pixels", "untrained encoder", "CAN, pre-trained"))
+    assert trained["knn"] >= untrained["knn"] + 0.06
+    assert trained["linear_probe"] >= untrained["linear_probe"] + 0.06
+    assert trained["linear_probe"] >= pixels["linear_probe"] + 0.25
