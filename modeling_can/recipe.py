@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -119,11 +120,8 @@ class Recipe:
             ValueError: for a key that is neither a training nor a model field (the nearest one is named), or a value
                 of the wrong type.
         """
+        _refuse_unknown(values)
         known = {f.name: f for f in [*training_fields(), *model_fields()]}
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         parsed = {key: _parse(key, value, known[key].type) for key, value in values.items()}
         model_names = {f.name for f in model_fields()}
         config = CANConfig(**{key: value for key, value in parsed.items() if key in model_names})
@@ -137,6 +135,14 @@ def training_fields() -> list[dataclasses.Field]:
 def model_fields() -> list[dataclasses.Field]:
     """The fields that `CANConfig` itself declares, without those of every transformers configuration."""
     return [f for f in dataclasses.fields(CANConfig) if f.name in CANConfig.__annotations__ and f.name != "model_type"]
+
+
+def _refuse_unknown(keys):
+    known = [f.name for f in [*training_fields(), *model_fields()]]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _parse(name: str, value, annotation):
@@ -189,11 +195,12 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
             arguments.add_argument(
                 f"--{f.name}", nargs="?", const="true", default=argparse.SUPPRESS, help=text.replace("%", "%%")
             )
-    arguments, unknown = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    _refuse_unknown(word[2:].split("=")[0] for word in argv if word.startswith("--") and word != "--help")
+    arguments, stray = parser.parse_known_args(argv)
+    if stray:
+        raise ValueError(f"unexpected {stray[0]!r}; write --key value")
     overrides = {key: value for key, value in vars(arguments).items() if key != "recipe"}
-    if unknown and not unknown[0].startswith("--"):
-        raise ValueError(f"unexpected {unknown[0]!r}; write --key value")
-    overrides |= {word[2:].split("=")[0]: None for word in unknown[:1]}  # refused below, with the nearest valid name
     if not arguments.recipe.is_file():
         raise ValueError(f"there is no recipe {arguments.recipe}; the presets are model_cards/*/recipe.yaml")
     values = yaml.safe_load(arguments.recipe.read_text()) or {}
