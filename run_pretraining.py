@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict:
     )
     device, is_main = accelerator.device, accelerator.is_main_process
 
-    # --- Data: the stream is split by process in ViewStream, so its loader is never prepared ---------------------------
+    # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(
         recipe.dataset_name, recipe.data_dir, recipe.data_files, recipe.dataset_split, recipe.image_column
     )
@@ -89,14 +89,14 @@ def main(argv: list[str] | None = None) -> dict:
     ).to(device)
     processor = image_processor(recipe)
 
-    # --- Length and learning rate, derived once ------------------------------------------------------------------------
+    # --- Length and learning rate, derived once ----------------------------------------------------------------------
     global_batch_size = recipe.per_device_train_batch_size * accelerator.num_processes
     num_images = source.num_images()
     max_steps = number_of_steps(recipe, global_batch_size, num_images)
     warmup_steps = round(recipe.warmup_ratio * max_steps)
     peak_learning_rate = recipe.base_learning_rate * global_batch_size / 256
 
-    # --- Model: the same weights on every process, then different noise and masks --------------------------------------
+    # --- Model: the same weights on every process, then different noise and masks ------------------------------------
     set_seed(recipe.seed)
     model = CANForPreTraining(config)
     frozen = model.freeze_unused_parameters()
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
     unwrapped = accelerator.unwrap_model(model)
     set_seed(recipe.seed, device_specific=True)
 
-    # --- What the features are worth before training -------------------------------------------------------------------
+    # --- What the features are worth before training -----------------------------------------------------------------
     def embed(pixel_values):
         unwrapped.eval()
         features = unwrapped.can(pixel_values.to(device)).pooler_output
@@ -278,7 +278,7 @@ def git_commit() -> str | None:
         return None  # not a checkout
 
 
-# --- Within the loop ---------------------------------------------------------------------------------------------------
+# --- Within the loop -------------------------------------------------------------------------------------------------
 
 
 def step_metrics(outputs, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:

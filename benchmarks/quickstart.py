@@ -41,9 +41,10 @@ license: apache-2.0
 
 # can-quickstart
 
-What `python run_pretraining.py` does without arguments: CAN ([arXiv 2210.16870](https://arxiv.org/abs/2210.16870)) with
-a ViT of width 96 and 4 layers on 2,880 tiles of 32 x 32 pixels from twelve free photographs, offline. It shows that the
-code learns; the encoder is of no further use. Weights are not kept, because the run makes them in minutes.
+What `python run_pretraining.py` does without arguments: CAN
+([arXiv 2210.16870](https://arxiv.org/abs/2210.16870)) with a ViT of width 96 and 4 layers on 2,880 tiles of twelve
+free photographs, offline, at 32 x 32 pixels. It shows that the code learns; the encoder is of no further use. Weights
+are not kept, because the run makes them in minutes.
 
 ## Results
 

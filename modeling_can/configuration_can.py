@@ -1,4 +1,4 @@
-"""Configuration of CAN: contrastive learning + masked autoencoding + noise prediction in one ViT (arXiv 2210.16870)."""
+"""Configuration of CAN (arXiv 2210.16870): contrastive learning, masked autoencoding, noise prediction in one ViT."""
 
 import difflib
 from dataclasses import fields

@@ -26,7 +26,13 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises on bad files
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    Image.DecompressionBombError,
+)  # what Pillow raises on bad files
 
 
 def resolve_name(name: str) -> str:
@@ -96,9 +102,7 @@ class ImageSource:
         if self.image_column not in columns:
             raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {columns}")
         # Undecoded: a picture that datasets fails to decode would end the stream.
-        return dataset.select_columns([self.image_column]).cast_column(
-            self.image_column, datasets.Image(decode=False)
-        )
+        return dataset.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
 
     def num_images(self) -> int | None:
         """How many images an epoch has, without reading them: None where only reading would tell."""
@@ -166,7 +170,9 @@ class ViewStream(torch.utils.data.IterableDataset):
                     except UNREADABLE as error:
                         num_skipped += 1
                         if num_skipped <= 3:
-                            logger.warning("skipped an image of %s (%s): %s", self.source.name, images[i]["path"], error)
+                            logger.warning(
+                                "skipped an image of %s (%s): %s", self.source.name, images[i]["path"], error
+                            )
                         continue
                     yield {"views": torch.from_numpy(views), "num_skipped": num_skipped}
                     num_read, num_skipped = num_read + 1, 0

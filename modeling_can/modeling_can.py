@@ -416,9 +416,7 @@ class CANDecoder(nn.Module):
         if self.noise_level_embedding is not None:
             patch_tokens = patch_tokens + self.noise_level_embedding(noise_level)[:, None]
         hidden_states = torch.cat([class_token, patch_tokens], dim=1)
-        hidden_states = hidden_states + resize_positions(
-            self.position_embeddings, self.config.grid_shape, grid_shape
-        )
+        hidden_states = hidden_states + resize_positions(self.position_embeddings, self.config.grid_shape, grid_shape)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return self.head(self.layernorm(hidden_states)[:, 1:])  # (N, L, P)

@@ -147,8 +147,8 @@ def _refuse_unknown(keys):
 
 def _parse(name: str, value, annotation):
     """
-    A YAML value or command-line word as the type of its field. YAML reads 1e-3 as a string and 0 as an int; the command
-    line gives strings only.
+    A YAML value or command-line word as the type of its field. YAML reads 1e-3 as a string and 0 as an int; the
+    command line gives strings only.
     """
     if isinstance(annotation, types.UnionType):
         options = list(typing.get_args(annotation))

@@ -66,7 +66,9 @@ class TwoViews:
         seed (`int`): A picture's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
     """
 
-    def __init__(self, image_shape, num_channels=3, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), resample="bicubic", seed=0):
+    def __init__(
+        self, image_shape, num_channels=3, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), resample="bicubic", seed=0
+    ):
         if num_channels not in (1, 3):
             raise ValueError(f"num_channels={num_channels}: pictures are read as RGB (3) or greyscale (1)")
         self.image_shape, self.num_channels = image_shape, num_channels

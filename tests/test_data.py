@@ -188,7 +188,9 @@ def test_augmentation_normalises_and_leaves_its_input_alone():
     views = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)
     before = views.clone()
     augment = Augmentation(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), **OFF)
-    expected = (views / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+    expected = (views / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
+        :, None, None
+    ]
     torch.testing.assert_close(augment(views), expected)
     assert torch.equal(views, before)
 

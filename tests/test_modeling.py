@@ -52,9 +52,7 @@ def test_hidden_pixels_reach_neither_encoder_nor_denoising_term():
     model = tiny_model()
     batch = inputs(model.config)
     reference = model(**batch)
-    hidden = unpatchify(
-        reference.mask[..., None].expand(-1, -1, -1, model.config.pixels_per_patch), (8, 8), (4, 6), 3
-    )
+    hidden = unpatchify(reference.mask[..., None].expand(-1, -1, -1, model.config.pixels_per_patch), (8, 8), (4, 6), 3)
     changed = model(**{**batch, "pixel_values": batch["pixel_values"] + 5 * hidden})
     assert torch.equal(changed.logits, reference.logits)
     assert torch.equal(changed.denoising_loss, reference.denoising_loss)
@@ -289,8 +287,6 @@ def copy_encoder(can: CANModel, vit) -> None:
     state["embeddings.patch_embeddings.projection.weight"] = weight
     state["embeddings.patch_embeddings.projection.bias"] = state.pop("embeddings.patch_embeddings.bias")
     vit.load_state_dict(state)
-
-
 
 
 def vit_settings(config):

@@ -87,6 +87,17 @@ def test_the_card_is_filled_and_its_snippet_runs(finished, monkeypatch, tmp_path
     assert scope["embedding"].shape == (1, 32)
 
 
+def test_the_readmes_snippet_runs(finished, monkeypatch, tmp_path):
+    snippet = re.search(r"```python\n(import modeling_can.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(
+        1
+    )
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(snippet.replace('"out/can-quickstart"', repr(str(finished[0]))), scope)
+    assert scope["embedding"].shape == (1, 32)
+
+
 def test_a_finished_run_is_not_overwritten_unless_asked(finished, tmp_path):
     folder, results = finished
     with pytest.raises(ValueError, match="already holds a finished run.*--overwrite_output_dir"):
@@ -113,9 +124,26 @@ def test_a_folder_of_images_trains_for_epochs_with_bad_files_counted(tmp_path):
         Image.effect_noise((60 + i, 50), 60).convert("RGB").save(images / f"{i}.jpg")
     (images / "broken.jpg").write_bytes(b"not an image")
     results = run_pretraining.main(
-        ["--data_dir", str(images), "--num_train_epochs", "2", "--per_device_train_batch_size", "8",
-         "--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none", "--blur_probability", "0.5",
-         "--dataloader_num_workers", "1", "--max_grad_norm", "1", "--crop_scale", "0.5,1"]  # fmt: skip
+        [
+            "--data_dir",
+            str(images),
+            "--num_train_epochs",
+            "2",
+            "--per_device_train_batch_size",
+            "8",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--probe_dataset_name",
+            "none",
+            "--blur_probability",
+            "0.5",
+            "--dataloader_num_workers",
+            "1",
+            "--max_grad_norm",
+            "1",
+            "--crop_scale",
+            "0.5,1",
+        ]  # fmt: skip
     )
     assert results["num_images"] == 17 and results["num_steps"] == round(2 * 17 / 8)
     assert results["num_skipped"] >= 1
@@ -140,7 +168,11 @@ def test_the_limits_of_the_dial_train_under_two_processes(tmp_path, limit):
                "--main_process_port", str(free_port()), str(ROOT / "run_pretraining.py"), *TOY,
                "--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none", *flags(limit)]  # fmt: skip
     answer = subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
     assert answer.returncode == 0, answer.stderr[-3000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -44,9 +44,7 @@ def cut(photograph: PIL.Image, count: int) -> list[bytes]:
     """`count` tiles on the coarsest square grid that has as many, evenly thinned out."""
     width, height = photograph.size
     for stride in range(TILE, 0, -1):
-        corners = [
-            (x, y) for y in range(0, height - TILE + 1, stride) for x in range(0, width - TILE + 1, stride)
-        ]
+        corners = [(x, y) for y in range(0, height - TILE + 1, stride) for x in range(0, width - TILE + 1, stride)]
         if len(corners) >= count:
             break
     chosen = [corners[i] for i in np.linspace(0, len(corners) - 1, count).round().astype(int)]

@@ -1,0 +1,225 @@
+"""
+How fast is one optimiser step, and how much of the machine's own matrix-product rate does it reach?
+
+    python benchmarks/train_step.py                        # ViT-B/16 at 224, batch 4 on CPU
+    python benchmarks/train_step.py --size small --batch_size 8 --rounds 5
+
+In one process, in interleaved rounds, times (1) a step of CAN: forward of both views, backward, AdamW; (2) the
+matrix products of that step alone, recorded from it with their shapes and strides; (3) a step of transformers'
+ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
+products of that.
+The share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, written
+to train_step-SIZE-DEVICE.json beside this file.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from modeling_can import CANForPreTraining
+from modeling_can.modeling_can import sincos_positions
+from modeling_can.recipe import parse_arguments
+from modeling_can.training import parameter_groups
+
+
+ROOT = Path(__file__).parent.parent
+PATCH = {"huge": 14}
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
+
+
+class RecordProducts(TorchDispatchMode):
+    """Remembers the operands' shapes and strides of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in PRODUCTS:
+            left, right = args[-2:]
+            self.products.append(tuple((tuple(x.shape), x.stride()) for x in (left, right)))
+        return function(*args, **(kwargs or {}))
+
+
+def product_runner(products, device):
+    """A function that runs the recorded products and nothing else."""
+    operands = {}
+
+    def operand(description):
+        if description not in operands:
+            shape, stride = description
+            operands[description] = torch.empty_strided(shape, stride, device=device).normal_()
+        return operands[description]
+
+    pairs = [(operand(left), operand(right)) for left, right in products]
+
+    def run():
+        for left, right in pairs:
+            torch.matmul(left, right)
+
+    return run
+
+
+def can_model(config):
+    return CANForPreTraining(config)
+
+
+def mae_model(config):
+    """transformers' ViT-MAE of the same size. Built from a config it has no positions; they are copied in."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",
+             "patch_size", "layer_norm_eps", "mask_ratio", "decoder_hidden_size", "decoder_num_hidden_layers",
+             "decoder_num_attention_heads", "decoder_intermediate_size")  # fmt: skip
+    model = ViTMAEForPreTraining(ViTMAEConfig(**{name: getattr(config, name) for name in names}))
+    tables = {model.vit.embeddings.position_embeddings: config.hidden_size,
+              model.decoder.decoder_pos_embed: config.decoder_hidden_size}  # fmt: skip
+    for table, width in tables.items():
+        table.data.copy_(sincos_positions(config.grid_shape, width))
+    return model
+
+
+def stepper(model, batch, device):
+    """A function that makes one optimiser step."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def step():
+        with autocast:
+            loss = model(batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def record_products(model, batch):
+    """The products of forward and backward. Eager attention shows those that sdpa hides."""
+    model.set_attn_implementation("eager")
+    with RecordProducts() as recorder:
+        model(batch).loss.backward()
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+    return recorder.products
+
+
+def gflop_per_image(build, config, views) -> float:
+    """Forward and backward of both views of an image, on the meta device with eager attention."""
+    batch_size = 2
+    with torch.device("meta"):
+        model = build(config)
+        pixels = torch.empty(batch_size, 2, 3, *config.image_shape)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(views(pixels)).loss.backward()
+    return counter.get_total_flops() / batch_size / 1e9
+
+
+def timed(function, device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    preset = (
+        ROOT / "model_cards" / f"can-vit-{arguments.size}-patch{PATCH.get(arguments.size, 16)}-224" / "recipe.yaml"
+    )
+    config = parse_arguments([], preset, "").config
+
+    def both(pixels):
+        return pixels
+
+    def flat(pixels):
+        return pixels.flatten(0, 1)
+
+    torch.manual_seed(0)
+    pixels = torch.randn(arguments.batch_size, 2, 3, *config.image_shape, device=device)
+    runs, results = {}, {}
+    for name, build, views in (("CAN", can_model, both), ("ViT-MAE, both views", mae_model, flat)):
+        model = build(config).to(device)
+        products = record_products(model, views(pixels))
+        results[name] = {
+            "gflop_per_image": gflop_per_image(build, config, views) if name == "CAN" else None,
+            "num_products": len(products),
+        }
+        runs[name] = {
+            "step": stepper(model, views(pixels), device),
+            "products": product_runner(products, device),
+        }
+
+    seconds = {(name, part): [] for name in runs for part in ("step", "products")}
+    for round_ in tqdm(range(arguments.rounds + 1), desc="rounds, the first to warm up"):
+        for name, parts in runs.items():
+            for part, function in parts.items():
+                elapsed = timed(function, device)
+                if round_ > 0:
+                    seconds[name, part].append(elapsed)
+    for name, result in results.items():
+        step, products = (statistics.median(seconds[name, part]) for part in ("step", "products"))
+        result |= {
+            "step_seconds": step,
+            "images_per_second": arguments.batch_size / step,
+            "products_seconds": products,
+            "share_of_product_rate": statistics.median(
+                p / s for s, p in zip(seconds[name, "step"], seconds[name, "products"], strict=True)
+            ),
+        }
+    can, mae = results.values()
+    speed = statistics.median(
+        m / c for c, m in zip(seconds["CAN", "step"], seconds["ViT-MAE, both views", "step"], strict=True)
+    )
+    report = {
+        "size": arguments.size,
+        "batch_size": arguments.batch_size,
+        "rounds": arguments.rounds,
+        "results": results,
+        "speed_of_can_over_vit_mae": speed,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    path = Path(__file__).parent / f"train_step-{arguments.size}-{device.type}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\n{'':22}{'images/s':>10}{'step, s':>10}{'products, s':>13}{'share':>8}{'GFLOP/image':>13}")
+    for name, r in results.items():
+        gflop = f"{r['gflop_per_image']:.1f}" if r["gflop_per_image"] else "-"
+        print(f"{name:22}{r['images_per_second']:10.3f}{r['step_seconds']:10.2f}{r['products_seconds']:13.2f}"
+              f"{r['share_of_product_rate']:8.0%}{gflop:>13}")  # fmt: skip
+    print(f"CAN / ViT-MAE in images a second: {speed:.3f}. Written to {path.name}")
+
+
+def cpu_name() -> str:
+    try:
+        model = next(line for line in subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
+                     if line.startswith("Model name"))  # fmt: skip
+        name = model.split(":")[1].strip()
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

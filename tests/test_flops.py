@@ -1,0 +1,38 @@
+"""FLOPs of forward and backward, counted on the meta device with eager attention (CPU sdpa hides its products)."""
+
+from functools import cache
+
+import torch
+from conftest import SIMCLR
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling_can import CANConfig, CANForPreTraining
+
+
+LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+
+
+@cache
+def gflop_per_image(**settings) -> float:
+    with torch.device("meta"):
+        model = CANForPreTraining(CANConfig(**settings))
+        pixels = torch.empty(2, 2, 3, 224, 224)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(pixels).loss.backward()
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def test_vit_base_stays_within_its_budget():
+    assert 160 < gflop_per_image() <= 169
+
+
+def test_simclr_costs_70_per_cent_more_than_can():
+    assert 1.65 <= gflop_per_image(**LARGE, **SIMCLR) / gflop_per_image(**LARGE) <= 1.80
+
+
+def test_weights_of_zero_skip_their_work():
+    full = gflop_per_image()
+    assert gflop_per_image(contrastive_loss_weight=0) < full
+    no_decoder = gflop_per_image(reconstruction_loss_weight=0, denoising_loss_weight=0)
+    assert no_decoder < 0.7 * full
