@@ -7,9 +7,8 @@ How fast is one optimiser step, and how much of the machine's own matrix-product
 In one process, in interleaved rounds, times (1) a step of CAN: forward of both views, backward, AdamW; (2) the
 matrix products of that step alone, recorded from it with their shapes and strides; (3) a step of transformers'
 ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
-products of that.
-The share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, written
-to train_step-SIZE-DEVICE.json beside this file.
+products of that. The share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but
+multiply. Medians, written to train_step-SIZE-DEVICE.json beside this file.
 """
 
 import argparse

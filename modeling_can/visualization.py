@@ -86,7 +86,7 @@ def reconstruction_sheet(
 def curves(metrics: list[dict], path: Path) -> None:
     """Saves a panel for each of the run's measurements over the steps."""
     panels = {
-        "loss": "weighted sum", "contrastive_loss": "C, InfoNCE (nats)", 
+        "loss": "weighted sum", "contrastive_loss": "C, InfoNCE (nats)",
         "reconstruction_loss": "A, hidden pixels (MSE)",
         "denoising_loss": "N, noise (MSE)", "embedding_spread": "embedding spread (0 = collapse)",
         "grad_norm": "gradient norm", "learning_rate": "learning rate", "images_per_second": "images a second",
