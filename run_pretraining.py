@@ -349,5 +349,5 @@ def print_summary(output_dir: Path, results: dict):
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"run_pretraining.py: {error}")

@@ -61,6 +61,7 @@ class ImageSource:
         given = {name: value for name, value in given.items() if value}
         if len(given) != 1:
             raise ValueError(f"give exactly one of dataset_name, data_dir and data_files, got {given or 'none'}")
+        data_files = data_files if not data_files or isinstance(data_files, str) else list(data_files)
         self.name = str(dataset_name or data_dir or data_files)
         self.image_column = image_column
         self._builder, self.split = None, split
@@ -92,10 +93,14 @@ class ImageSource:
             suffix = Path(first).suffix
             if suffix not in FORMATS:
                 raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(FORMATS)}")
-            builder = datasets.load_dataset_builder(FORMATS[suffix], data_files=data_files)
+            arguments = {"path": FORMATS[suffix], "data_files": data_files}
             self.split = "train"
         else:
-            builder = datasets.load_dataset_builder(resolve_name(dataset_name))
+            arguments = {"path": resolve_name(dataset_name)}
+        try:
+            builder = datasets.load_dataset_builder(**arguments)
+        except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
+            raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
         self._builder = builder
         dataset = builder.as_streaming_dataset(split=self.split)
         columns = dataset.column_names or list(next(iter(dataset)))

@@ -32,7 +32,7 @@ class Recipe:
     # Data: exactly one of the first three
     dataset_name: str | None = _field(None, "Hub id, local folder that datasets.load_dataset reads, or sample_data")
     data_dir: str | None = _field(None, "any folder of images, nested or flat")
-    data_files: str | None = _field(None, "path, glob or URL of parquet, WebDataset tar, arrow or jsonl files")
+    data_files: str | list[str] | None = _field(None, "paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
     dataset_split: str = _field("train", "split of dataset_name")
     image_column: str = _field("image", "column that holds the images")
     probe_dataset_name: str | None = _field(None, "labelled set with train and test splits, to measure the features")

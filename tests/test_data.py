@@ -92,6 +92,8 @@ def test_any_folder_of_images_is_a_source(tmp_path):
 
 
 def test_load_dataset_folders_and_the_bundled_tiles_are_sources(shards):
+    two = ImageSource(data_files=[f"{shards[0]}/train-0.parquet", f"{shards[0]}/train-1.parquet"])
+    assert two.num_images() == 12
     source = ImageSource(dataset_name=str(shards[0]))
     assert source.num_images() == 24 and sorted(read(ViewStream(source, identity), 24)) == shards[1]
     bundled = ImageSource(dataset_name="sample_data")
@@ -108,6 +110,11 @@ def test_what_is_no_source_is_refused(tmp_path, shards):
     (tmp_path / "notes.txt").write_text("not an image")
     with pytest.raises(ValueError, match="holds no images.*--data_files"):
         ImageSource(data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"data_files=.*none\.parquet"):
+        ImageSource(data_files=str(tmp_path / "none.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="dataset_name=.*empty"):
+        ImageSource(dataset_name=str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="ends in '.zip'"):
         ImageSource(data_files="images.zip")
     with pytest.raises(ValueError, match=r"no column 'img'; set image_column to one of \['image', 'label'\]"):
