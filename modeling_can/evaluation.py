@@ -27,8 +27,9 @@ def load_labelled(dataset_name: str, label_column: str = "label") -> dict[str, d
 
 def batches(dataset: datasets.Dataset, processor: Callable, image_column: str = "image") -> Iterator[torch.Tensor]:
     """The images of a set, in order, in batches of pixel values as the processor prepares them."""
+    mode = "RGB" if len(processor.image_mean) == 3 else "L"
     for batch in dataset.select_columns([image_column]).iter(batch_size=256):
-        yield processor([image.convert("RGB") for image in batch[image_column]], return_tensors="pt")["pixel_values"]
+        yield processor([image.convert(mode) for image in batch[image_column]], return_tensors="pt")["pixel_values"]
 
 
 @torch.no_grad()

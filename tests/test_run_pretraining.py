@@ -149,6 +149,15 @@ def test_a_folder_of_images_trains_for_epochs_with_bad_files_counted(tmp_path):
     assert results["num_skipped"] >= 1
 
 
+def test_greyscale_non_square_images_train_probe_and_draw(tmp_path):
+    results = run_pretraining.main(
+        [*TOY, "--output_dir", str(tmp_path / "out"), "--num_channels", "1", "--image_mean", "0.5", "--image_std", "0.2",
+         "--color_jitter_probability", "0", "--greyscale_probability", "0", "--image_size", "32,48", "--norm_pix_loss"]
+    )  # fmt: skip
+    assert results["probe"]["CAN, pre-trained"]["knn"] > 0
+    assert (tmp_path / "out" / "figures" / "reconstructions.png").exists()
+
+
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
