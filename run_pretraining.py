@@ -15,11 +15,12 @@ import platform
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
@@ -28,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream
-from modeling_can.evaluation import Probe
+from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import model_card
 from modeling_can.recipe import Recipe, parse_arguments
 from modeling_can.training import MetricAverage, embedding_spread, learning_rate, parameter_groups
@@ -45,13 +46,16 @@ def main(argv: list[str] | None = None) -> dict:
     recipe = parse_arguments(argv, QUICKSTART, __doc__)
     config = recipe.config
     output_dir = Path(recipe.output_dir)
-    refuse_finished_run(output_dir, recipe.overwrite_output_dir)
+    refuse_finished_run(output_dir, recipe.overwrite_output_dir)  # before anything takes time
 
     # --- Processes ---------------------------------------------------------------------------------------------------
     accelerator = Accelerator(
         mixed_precision=mixed_precision(recipe.mixed_precision),
         # The only buffers are the position tables, the same everywhere: nothing to send around before every step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while the main process probes
+        ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
 
@@ -117,10 +121,12 @@ def main(argv: list[str] | None = None) -> dict:
         unwrapped.train()
         return features
 
+    if is_main:
+        prepare_folder(output_dir)
     probe, probe_results = None, {}
     if recipe.probe_dataset_name and is_main:
-        probe = Probe(recipe.probe_dataset_name, recipe.probe_label_column, processor)
-        probe_results["raw pixels"] = probe.measure(lambda pixel_values: pixel_values.flatten(1))
+        probe = Probe(recipe.probe_dataset_name, recipe.image_column, recipe.probe_label_column, processor)
+        probe_results["raw pixels"] = probe.measure(raw_pixels)
         probe_results["untrained encoder"] = probe.measure(embed)
 
     results = {
@@ -139,8 +145,6 @@ def main(argv: list[str] | None = None) -> dict:
         "git_commit": git_commit(),
     }
     if is_main:
-        (output_dir / "figures").mkdir(parents=True, exist_ok=True)
-        (output_dir / "results.json").unlink(missing_ok=True)  # from here on the folder is an unfinished run
         write(output_dir / "recipe.yaml", recipe.to_yaml())
         metrics_file = open(output_dir / "metrics.jsonl", "w")
         print(
@@ -169,7 +173,10 @@ def main(argv: list[str] | None = None) -> dict:
         with accelerator.autocast():
             outputs = model(pixel_values)
         accelerator.backward(outputs.loss)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
+        if recipe.max_grad_norm > 0:
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        else:
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad()
 
@@ -186,17 +193,19 @@ def main(argv: list[str] | None = None) -> dict:
             }
             metrics.append({"step": step + 1, **line})
             waited, logged_at = 0.0, now
-            refuse_non_finite(metrics[-1])
             if is_main:
                 metrics_file.write(json.dumps(metrics[-1]) + "\n")
                 metrics_file.flush()
                 bar.set_postfix_str(progress_text(line))
+            refuse_non_finite(metrics[-1])
     train_seconds = time.perf_counter() - train_started
     num_skipped = int(accelerator.reduce(torch.tensor(float(num_skipped), device=device), "sum"))
 
     # --- Results -----------------------------------------------------------------------------------------------------
     if is_main:
         metrics_file.close()
+        unwrapped.save_pretrained(output_dir)  # first of all: nothing that follows may cost the weights
+        processor.save_pretrained(output_dir)
         if probe:
             probe_results["CAN, pre-trained"] = probe.measure(embed)
             results["probe"] = probe_results
@@ -209,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict:
             "train_seconds": train_seconds,
             "total_seconds": time.perf_counter() - started,
         }
-        save_output(output_dir, recipe, unwrapped.eval(), processor, pixel_values[:6, 0], metrics, results)
+        save_output(output_dir, recipe, unwrapped.eval(), pixel_values[:6, 0], metrics, results)
         print_summary(output_dir, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -225,6 +234,16 @@ def refuse_finished_run(output_dir: Path, overwrite: bool):
             f"output_dir={output_dir} already holds a finished run; give another --output_dir, or replace it with "
             "--overwrite_output_dir"
         )
+
+
+def prepare_folder(output_dir: Path):
+    """An empty place for the outputs; what an earlier run left there would mix with this one's."""
+    (output_dir / "figures").mkdir(parents=True, exist_ok=True)
+    for pattern in ("results.json", "*.safetensors*", "*config.json", "README.md", "recipe.yaml", "metrics.jsonl"):
+        for path in output_dir.glob(pattern):
+            path.unlink()
+    for path in (output_dir / "figures").glob("*.png"):
+        path.unlink()
 
 
 def mixed_precision(choice: str) -> str:
@@ -251,8 +270,9 @@ def number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | No
 def image_processor(recipe: Recipe) -> ViTImageProcessor:
     """What prepares an image downstream: the shortest edge to 256/224 of the size, centre crop, the recipe's mean."""
     height, width = recipe.config.image_shape
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no word about torchvision, which this project does without
-    return ViTImageProcessor(
+    processor = ViTImageProcessor(
         do_convert_rgb=recipe.config.num_channels == 3,
         do_resize=True,
         size={"shortest_edge": round(max(height, width) * 256 / 224)},
@@ -262,6 +282,8 @@ def image_processor(recipe: Recipe) -> ViTImageProcessor:
         image_std=list(recipe.image_std),
         resample={"bilinear": 2, "bicubic": 3}[recipe.resample],
     )
+    transformers_logging.set_verbosity(verbosity)
+    return processor
 
 
 def machine(device: torch.device) -> str:
@@ -316,10 +338,8 @@ def write(path: Path, text: str):
     os.replace(partial, path)
 
 
-def save_output(output_dir, recipe, model, processor, pixel_values, metrics, results):
-    """Weights, processor, figures and card; results.json comes last and marks the run as finished."""
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
+def save_output(output_dir, recipe, model, pixel_values, metrics, results):
+    """Figures and card; results.json comes last and marks the run as finished."""
     curves(metrics, output_dir / "figures" / "curves.png")
     if model.config.uses_decoder:
         sheet = output_dir / "figures" / "reconstructions.png"

@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
@@ -56,6 +57,7 @@ class CANConfig(PreTrainedConfig):
 
     Raises:
         ValueError: for a value that cannot work; the message names the field, the value and the fix.
+        StrictDataclassFieldValidationError: for a value of the wrong type.
 
     Example:
 
@@ -187,8 +189,13 @@ class CANConfig(PreTrainedConfig):
         for name in ("mask_ratio", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be greater than 0; the paper's is 0.1")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature} must be finite and greater than 0; the default is 0.1")
+        if not self.layer_norm_eps > 0:
+            raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be greater than 0; the default is 1e-6")
+        if self.hidden_act not in ACT2FN:
+            near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1, cutoff=0) or ["gelu"]
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not known; did you mean {near[0]!r}?")
         if not 0 <= self.noise_std_max < float("inf"):
             raise ValueError(f"noise_std_max={self.noise_std_max} must be finite and at least 0; 0 switches noise off")
         weights = {

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
+IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -73,8 +74,7 @@ class ImageSource:
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
         if not folder.is_dir():
             raise ValueError(f"data_dir={folder} is not a folder")
-        extensions = Image.registered_extensions()
-        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in extensions and path.is_file())
+        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
         if not paths:
             raise ValueError(
                 f"data_dir={folder} holds no images; for parquet or tar files use "
@@ -162,9 +162,10 @@ class ViewStream(torch.utils.data.IterableDataset):
             )  # fmt: skip
         num_skipped = 0
         for epoch in itertools.count():
-            # set_epoch shuffles the shards with this very number, alike on all readers; 0 would leave them in order.
-            dataset.set_epoch(1 + self.seed + 1_000_003 * epoch)
             rows = split_dataset_by_node(dataset, rank=reader, world_size=num_readers, strategy=strategy)
+            # Shuffles the shards, then deals them, with this very number as the seed, alike on all readers. It must be
+            # said to the split set, which starts at epoch 0 (file order) whatever its parent was told.
+            rows.set_epoch(1 + self.seed + 1_000_003 * epoch)
             num_read = 0
             # iter(batch_size) is also the one way of reading that does not split among the workers a second time.
             for index, block in enumerate(rows.iter(batch_size=self.block_size)):
@@ -176,7 +177,10 @@ class ViewStream(torch.utils.data.IterableDataset):
                         num_skipped += 1
                         if num_skipped <= 3:
                             logger.warning(
-                                "skipped an image of %s (%s): %s", self.source.name, images[i]["path"], error
+                                "skipped an image of %s (%s): %s",
+                                self.source.name,
+                                images[i] and images[i]["path"],
+                                error,
                             )
                         continue
                     yield {"views": torch.from_numpy(views), "num_skipped": num_skipped}

@@ -9,19 +9,26 @@ import torch
 from .data import resolve_name
 
 
-def load_labelled(dataset_name: str, label_column: str = "label") -> dict[str, datasets.Dataset]:
+def load_labelled(
+    dataset_name: str, image_column: str = "image", label_column: str = "label"
+) -> dict[str, datasets.Dataset]:
     """
     The train and test splits of a labelled set.
 
     Raises:
-        ValueError: if it lacks one of the splits or the label column.
+        ValueError: if it lacks one of the splits or columns, or its labels are not class indices.
     """
     sets = datasets.load_dataset(resolve_name(dataset_name))
     for split in ("train", "test"):
         if split not in sets:
             raise ValueError(f"{dataset_name} has no split {split!r}, only {list(sets)}; a probe needs train and test")
-    if label_column not in sets["train"].column_names:
-        raise ValueError(f"{dataset_name} has no column {label_column!r}; one of {sets['train'].column_names}?")
+        columns = sets[split].column_names
+        for column in (image_column, label_column):
+            if column not in columns:
+                raise ValueError(f"the {split} split of {dataset_name} has no column {column!r}, only {columns}")
+        labels = np.asarray(sets[split][label_column])
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+            raise ValueError(f"{dataset_name}, {split}: {label_column!r} must hold class indices from 0 on")
     return {split: sets[split] for split in ("train", "test")}
 
 
@@ -44,10 +51,14 @@ def knn_accuracy(train, train_labels, test, test_labels, k: int = 20, temperatur
     exp(similarity / temperature), name the right class (Wu et al., arXiv 1805.01978, section 3.4).
     """
     train, test = (torch.nn.functional.normalize(torch.as_tensor(x), dim=1) for x in (train, test))
-    similarity, nearest = (test @ train.T).topk(min(k, len(train)), dim=1)
-    votes = torch.zeros(len(test), int(max(train_labels)) + 1)
-    votes.scatter_add_(1, torch.as_tensor(train_labels)[nearest], (similarity / temperature).exp())
-    return (votes.argmax(dim=1) == torch.as_tensor(test_labels)).float().mean().item()
+    train_labels, test_labels = torch.as_tensor(train_labels), torch.as_tensor(test_labels)
+    num_right = 0
+    for features, labels in zip(test.split(1024), test_labels.split(1024), strict=True):  # bounds the memory
+        similarity, nearest = (features @ train.T).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(features), int(train_labels.max()) + 1)
+        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        num_right += (votes.argmax(dim=1) == labels).sum().item()
+    return num_right / len(test)
 
 
 def logistic_regression(features, labels, num_classes: int, weight_decay: float, max_iter: int = 100) -> torch.Tensor:
@@ -92,22 +103,32 @@ def linear_probe_accuracy(train, train_labels, test, test_labels, seed: int = 0)
     return accuracy(order, (test, test_labels), best)
 
 
+def raw_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
+    """The baseline features `(B, C * h * w)`: the pixels themselves, pictures above 32 x 32 reduced to that."""
+    height, width = pixel_values.shape[-2:]
+    small = torch.nn.functional.adaptive_avg_pool2d(pixel_values, (min(32, height), min(32, width)))
+    return small.flatten(1)
+
+
 class Probe:
     """
-    A labelled set, prepared once, on which features are measured again and again.
+    A labelled set on which features are measured again and again.
 
     Args:
-        dataset_name, label_column: What `load_labelled` takes.
+        dataset_name, image_column, label_column: What `load_labelled` takes.
         processor: Image processor; the one that is saved with the model, so that users get what was measured.
     """
 
-    def __init__(self, dataset_name: str, label_column: str, processor: Callable):
-        sets = load_labelled(dataset_name, label_column)
-        self.pixels = {split: list(batches(dataset, processor)) for split, dataset in sets.items()}
-        self.labels = {split: np.asarray(dataset[label_column]) for split, dataset in sets.items()}
+    def __init__(self, dataset_name: str, image_column: str, label_column: str, processor: Callable):
+        self.sets = load_labelled(dataset_name, image_column, label_column)
+        self.image_column, self.processor = image_column, processor
+        self.labels = {split: np.asarray(dataset[label_column]) for split, dataset in self.sets.items()}
 
     def measure(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """k-NN and linear-probe accuracy, in [0, 1], of the features that `embed` makes."""
-        train, test = (extract_features(embed, self.pixels[split]) for split in ("train", "test"))
+        train, test = (
+            extract_features(embed, batches(self.sets[split], self.processor, self.image_column))
+            for split in ("train", "test")
+        )
         data = (train, self.labels["train"], test, self.labels["test"])
         return {"knn": knn_accuracy(*data), "linear_probe": linear_probe_accuracy(*data)}

@@ -22,6 +22,8 @@ def model_card(recipe: Recipe, results: dict, name: str) -> str:
             f"(k = 20, cosine, temperature 0.07) and linear probe on the mean of the patch tokens.\n\n"
             f"{probe_table(results)}\n\n"
         )
+    processes = results["num_processes"]
+    launch = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
     losses = {
         "contrastive": config.contrastive_loss_weight,
         "reconstruction": config.reconstruction_loss_weight,
@@ -74,10 +76,10 @@ patch {config.patch_size}, image {config.image_size} |
 | unreadable images skipped | {results["num_skipped"]} |
 | final losses | {", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in results["final_losses"].items())} |
 
-`recipe.yaml` is the exact input and `results.json` the exact output of the run:
+`recipe.yaml` is the exact input and `results.json` the exact output of the run. To repeat it:
 
 ```bash
-python run_pretraining.py recipe.yaml
+{launch} run_pretraining.py recipe.yaml --output_dir NEW
 ```
 
 ![losses](figures/curves.png)

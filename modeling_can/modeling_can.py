@@ -201,6 +201,11 @@ class CANEmbeddings(nn.Module):
         if mask_ratio is not None:
             if masking_scores is None:
                 masking_scores = torch.rand(patches.shape[:2], device=patches.device)
+            if masking_scores.shape != patches.shape[:2]:
+                raise ValueError(
+                    f"masking_scores has shape {tuple(masking_scores.shape)}; give one score a patch, "
+                    f"{tuple(patches.shape[:2])} for these pixels"
+                )
             num_visible = num_visible_patches(patches.shape[1], mask_ratio)
             ids_keep, ids_restore, mask = random_masking(masking_scores, num_visible)
             patches = gather_tokens(patches, ids_keep)  # (N, K, P)
@@ -211,6 +216,8 @@ class CANEmbeddings(nn.Module):
 
     def check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """The patch grid of these pixels; raises ValueError where they do not fit the model."""
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised pixels, e.g. from the processor")
         channels, height, width = pixel_values.shape[1:]
         patch_height, patch_width = self.config.patch_shape
         if channels != self.config.num_channels:
@@ -434,6 +441,7 @@ class CANPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # or transformers' Trainer would not divide by its accumulation steps
     _no_split_modules = ["CANEmbeddings", "CANLayer", "CANDecoder"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -632,6 +640,11 @@ class CANForPreTraining(CANPreTrainedModel):
 
     def _encode(self, pixel_values, masking_scores, interpolate_pos_encoding, **kwargs):
         """All views in one batch through the encoder; and the function that gives a result its axis of views back."""
+        if masking_scores is not None and masking_scores.shape[:2] != pixel_values.shape[:2]:
+            raise ValueError(
+                f"masking_scores has shape {tuple(masking_scores.shape)}; give (batch_size, num_views, num_patches) "
+                f"with {tuple(pixel_values.shape[:2])} in front"
+            )
         encoded = self.can(
             pixel_values.flatten(0, 1),
             mask_ratio=self.config.mask_ratio,
@@ -664,6 +677,12 @@ class CANForPreTraining(CANPreTrainedModel):
             pixel_noise = torch.randn(pixel_values.shape, device=device)
         if noise_level is None:
             noise_level = torch.rand(pixel_values.shape[:2], device=device) * self.config.noise_std_max
+        for name, tensor, shape in (
+            ("pixel_noise", pixel_noise, pixel_values.shape),
+            ("noise_level", noise_level, pixel_values.shape[:2]),
+        ):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but these pixels need {tuple(shape)}")
         return noise_level[:, :, None, None, None].float() * pixel_noise.float(), noise_level
 
     def _check_views(self, pixel_values: torch.Tensor):

@@ -84,8 +84,20 @@ class Recipe:
             raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
         positive = ("max_steps", "num_train_epochs", "num_train_samples", "per_device_train_batch_size")
         for name in (*positive, "logging_steps", "shuffle_block_size", "base_learning_rate"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and greater than 0")
+        for name in ("max_grad_norm", "weight_decay", "seed", "dataloader_num_workers"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
+        if len(self.color_jitter) != 4 or not all(0 <= strength < math.inf for strength in self.color_jitter):
+            raise ValueError(
+                f"color_jitter={self.color_jitter} must be four strengths >= 0: brightness,contrast,saturation,hue"
+            )
+        if self.color_jitter[3] > 0.5:
+            raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
         for name in [f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")] + ["warmup_ratio"]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
@@ -106,8 +118,11 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
 
     def to_yaml(self) -> str:
-        """All fields, flat, in a form that `Recipe.from_dict` reads back."""
-        values = {f.name: getattr(self, f.name) for f in training_fields()}
+        """
+        All fields, flat, in a form that `Recipe.from_dict` reads back; but `overwrite_output_dir`, or repeating a run
+        would destroy it.
+        """
+        values = {f.name: getattr(self, f.name) for f in training_fields() if f.name != "overwrite_output_dir"}
         values |= {f.name: getattr(self.config, f.name) for f in model_fields()}
         return yaml.safe_dump(
             {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, sort_keys=False, width=119
@@ -173,7 +188,7 @@ def _parse(name: str, value, annotation):
             return float(value)
         if str in options:
             return str(value)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         pass
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
     raise ValueError(f"{name}={value!r} is not of type {wanted}")

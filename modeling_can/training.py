@@ -1,7 +1,6 @@
 """What the training loop computes beside the model: parameter groups, schedule, averages over steps and processes."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -64,9 +63,3 @@ class MetricAverage:
         averages = dict(zip(self.sums, stacked.tolist(), strict=True))
         self.sums, self.num_steps = {}, 0
         return averages
-
-
-def named_missing(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterable[str]:
-    """Names of the trainable parameters that the optimiser does not hold; a correct set-up has none."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]

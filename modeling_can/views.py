@@ -4,6 +4,7 @@ import io
 import math
 import zlib
 
+import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -12,10 +13,19 @@ RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.
 
 
 def read_bytes(image: dict) -> bytes:
-    """The encoded file behind a row of a `datasets.Image(decode=False)` column, `{"bytes": ..., "path": ...}`."""
+    """
+    The encoded file behind a row of a `datasets.Image(decode=False)` column, `{"bytes": ..., "path": ...}`; the path
+    may also be one that fsspec reads (`zip://a.jpg::b.zip`, `hf://...`).
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if the row is empty.
+    """
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise ValueError("the row holds no image")
     if image["bytes"] is not None:
         return image["bytes"]
-    with open(image["path"], "rb") as file:
+    with fsspec.open(image["path"], "rb") as file:
         return file.read()
 
 

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import zipfile
 import zlib
 
 import numpy as np
@@ -78,6 +79,30 @@ def test_order_depends_on_seed_and_epoch_and_is_reproducible(shards):
     assert read(ViewStream(source, identity, 0, block_size=5), 24) != first[:24]
 
 
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_shards_are_shuffled_and_dealt_anew_for_every_epoch(shards, num_processes):
+    source = ImageSource(data_files=f"{shards[0]}/*.parquet")
+    shard_of = {
+        x: i
+        for i in range(4)
+        for x in read(ViewStream(ImageSource(data_files=f"{shards[0]}/train-{i}.parquet"), identity), 6)
+    }
+
+    def shard_orders(seed):
+        """For each of six epochs, the shards in the order in which the first process reads them."""
+        share = read(ViewStream(source, identity, seed, 0, num_processes, block_size=1), 6 * 24 // num_processes)
+        per_epoch = 24 // num_processes
+        return [
+            tuple(dict.fromkeys(shard_of[x] for x in share[e * per_epoch : (e + 1) * per_epoch])) for e in range(6)
+        ]
+
+    first = shard_orders(0)
+    assert len(set(first)) > 2 and first != shard_orders(1) and first == shard_orders(0)
+    assert all(len(order) == 4 // num_processes for order in first)
+    if num_processes == 2:
+        assert len({frozenset(order) for order in first}) > 1  # processes exchange shards between epochs
+
+
 # --- Sources ---------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +159,21 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, caplog):
     # Three of four are bad in each pass; those after the last good one belong to the next.
     assert 9 <= sum(row["num_skipped"] for row in rows) <= 12
     assert all(name in caplog.text for name in ("b.jpg", "c.jpg", "d.png"))
+
+
+def test_null_rows_and_pictures_in_archives(tmp_path, caplog):
+    features = Features({"image": ImageFeature()})
+    rows = {"image": [{"bytes": picture(), "path": None}, None]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    stream = iter(ViewStream(ImageSource(data_files=str(tmp_path / "rows.parquet")), TwoViews((16, 16))))
+    assert sum(row["num_skipped"] for row in itertools.islice(stream, 3)) >= 2
+    assert "the row holds no image" in caplog.text
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "folder" / "train.zip", "w") as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.jpg", picture(color=(80 * i, 2, 3)))
+    source = ImageSource(dataset_name=str(tmp_path / "folder"))
+    assert len(set(read(ViewStream(source, identity), 3))) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -19,7 +19,7 @@ from transformers import (
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel
 from modeling_can.modeling_can import patchify, random_masking, resize_positions, sincos_positions, unpatchify
-from modeling_can.training import named_missing, parameter_groups
+from modeling_can.training import parameter_groups
 
 
 SQUARE = dict(image_size=32, patch_size=8)
@@ -224,7 +224,8 @@ def test_one_step_moves_every_trainable_parameter_of_the_default_config():
     model = CANForPreTraining(config)
     assert model.freeze_unused_parameters() == []
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3)
-    assert named_missing(model, optimizer) == []
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(torch.randn(3, 2, 3, 32, 32)).loss.backward()
     optimizer.step()
@@ -266,7 +267,10 @@ def test_gradient_checkpointing_and_drop_path_train():
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.gradient_checkpointing_enable()
+    calls = []
+    model.can.layers[0].attention.register_forward_hook(lambda *_: calls.append("attention"))
     model(**batch).loss.backward()
+    assert len(calls) == 2  # once more in the backward pass
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient)
     dropped = tiny_model(drop_path_rate=0.5)
@@ -463,6 +467,13 @@ def test_wrong_shapes_are_refused_with_the_fix():
         model.can(torch.randn(2, 3, 32, 48), mask_ratio=1)
     with pytest.raises(ValueError, match="masking_scores without mask_ratio"):
         model.can(torch.randn(2, 3, 32, 48), masking_scores=torch.rand(2, 24))
+    for name, shape in {"masking_scores": (2, 2, 20), "pixel_noise": (2, 1, 3, 32, 48), "noise_level": (2, 1)}.items():
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            model(torch.randn(2, 2, 3, 32, 48), **{name: torch.rand(shape)})
+    with pytest.raises(ValueError, match="masking_scores has shape"):
+        model(torch.randn(2, 2, 3, 32, 48), masking_scores=torch.rand(2, 24))
+    with pytest.raises(ValueError, match="uint8.*processor"):
+        model.can(torch.zeros(2, 3, 32, 48, dtype=torch.uint8))
     with pytest.raises(ValueError, match="noise_std_max > 0"):
         tiny_model(**MAE)(torch.randn(2, 2, 3, 32, 48), noise_level=torch.rand(2, 2))
 
@@ -482,7 +493,9 @@ def test_wrong_shapes_are_refused_with_the_fix():
         (dict(mask_ratio=0), "mask_ratio=0 hides none of the 24 patches.*reconstruction_loss_weight=0"),
         (dict(noise_std_max=0), "noise_std_max=0 has no noise to predict.*denoising_loss_weight=0"),
         (dict(noise_std_max=-1), "noise_std_max=-1"),
-        (dict(temperature=0), "temperature=0 must be greater than 0"),
+        (dict(temperature=0), "temperature=0 must be finite and greater than 0"),
+        (dict(layer_norm_eps=-1), "layer_norm_eps=-1"),
+        (dict(hidden_act="gellu"), "hidden_act='gellu' is not known; did you mean 'gelu'"),
         (dict(denoising_loss_weight=-0.3), "denoising_loss_weight=-0.3"),
         (
             dict(contrastive_loss_weight=0, reconstruction_loss_weight=0, denoising_loss_weight=0),
