@@ -8,14 +8,17 @@ In one process, in interleaved rounds, times (1) a step of CAN: forward of both 
 matrix products of that step alone, recorded from it with their shapes and strides; (3) a step of transformers'
 ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
 products of that. The share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but
-multiply. Medians, written to train_step-SIZE-DEVICE.json beside this file.
+multiply. Medians, written to train_step-SIZE-DEVICE.json beside this file. The order alternates from round to round,
+and glibc is told to keep the memory that it has: page faults would otherwise cost whoever comes first some 10 %.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -171,7 +174,7 @@ def main():
 
     seconds = {(name, part): [] for name in runs for part in ("step", "products")}
     for round_ in tqdm(range(arguments.rounds + 1), desc="rounds, the first to warm up"):
-        for name, parts in runs.items():
+        for name, parts in runs.items() if round_ % 2 else reversed(runs.items()):
             for part, function in parts.items():
                 elapsed = timed(function, device)
                 if round_ > 0:
@@ -221,4 +224,7 @@ def cpu_name() -> str:
 
 
 if __name__ == "__main__":
+    keep_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # read when a process starts
+    if not keep_memory.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep_memory})
     main()
