@@ -108,11 +108,16 @@ def stepper(model, batch, device):
 
 def record_products(model, batch):
     """The products of forward and backward. Eager attention shows those that sdpa hides."""
-    model.set_attn_implementation("eager")
+    configs = [
+        module.config for module in model.modules() if hasattr(module, "config")
+    ]  # ViT-MAE's decoder has its own
+    for config in configs:
+        config._attn_implementation = "eager"
     with RecordProducts() as recorder:
         model(batch).loss.backward()
     model.zero_grad()
-    model.set_attn_implementation("sdpa")
+    for config in configs:
+        config._attn_implementation = "sdpa"
     return recorder.products
 
 

@@ -1,5 +1,6 @@
 """The model card of a run, written from its recipe and its results, so that no number in it was typed."""
 
+from .data import SAMPLE_DATA
 from .recipe import Recipe
 
 
@@ -22,6 +23,8 @@ def model_card(recipe: Recipe, results: dict, name: str) -> str:
             f"(k = 20, cosine, temperature 0.07) and linear probe on the mean of the patch tokens.\n\n"
             f"{probe_table(results)}\n\n"
         )
+    # Of weights from other people's images only their trainer can say under which licence they are.
+    licence = "license: apache-2.0\n" if recipe.dataset_name == SAMPLE_DATA else ""
     processes = results["num_processes"]
     launch = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
     losses = {
@@ -32,8 +35,7 @@ def model_card(recipe: Recipe, results: dict, name: str) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: image-feature-extraction
-license: apache-2.0
-tags:
+{licence}tags:
 - can
 - self-supervised-learning
 - masked-image-modeling

@@ -218,16 +218,14 @@ def test_initial_weights_follow_maes_scheme():
 
 
 def test_one_step_moves_every_trainable_parameter_of_the_default_config():
-    # Default config, in fewer layers: which parameters exist does not depend on the number of blocks.
     torch.manual_seed(0)
-    config = CANConfig(num_hidden_layers=1, decoder_num_hidden_layers=1, image_size=32)
-    model = CANForPreTraining(config)
+    model = CANForPreTraining(CANConfig())  # ViT-B/16 at 224
     assert model.freeze_unused_parameters() == []
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3)
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model(torch.randn(3, 2, 3, 32, 32)).loss.backward()
+    model(torch.randn(2, 2, 3, 224, 224)).loss.backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and not torch.equal(parameter, before[name]), name
