@@ -9,7 +9,8 @@ matrix products of that step alone, recorded from it with their shapes and strid
 ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
 products of that. The share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but
 multiply. Medians, written to train_step-SIZE-DEVICE.json beside this file. The order alternates from round to round,
-and glibc is told to keep the memory that it has: page faults would otherwise cost whoever comes first some 10 %.
+and glibc is told to keep the memory that it has, for both models alike, because page faults made single steps scatter
+(--default_allocator leaves it alone; run_pretraining.py does too).
 """
 
 import argparse
@@ -149,6 +150,7 @@ def main():
     parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--default_allocator", action="store_true", help="leave glibc's allocator as it is")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     preset = (
@@ -208,7 +210,8 @@ def main():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    path = Path(__file__).parent / f"train_step-{arguments.size}-{device.type}.json"
+    suffix = "-default_allocator" if arguments.default_allocator else ""
+    path = Path(__file__).parent / f"train_step-{arguments.size}-{device.type}{suffix}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{'':22}{'images/s':>10}{'step, s':>10}{'products, s':>13}{'share':>8}{'GFLOP/image':>13}")
     for name, r in results.items():
@@ -230,6 +233,6 @@ def cpu_name() -> str:
 
 if __name__ == "__main__":
     keep_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # read when a process starts
-    if not keep_memory.items() <= os.environ.items():
+    if "--default_allocator" not in sys.argv and not keep_memory.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **keep_memory})
     main()

@@ -64,7 +64,7 @@ def knn_accuracy(train, train_labels, test, test_labels, k: int = 20, temperatur
 def logistic_regression(features, labels, num_classes: int, weight_decay: float, max_iter: int = 100) -> torch.Tensor:
     """
     Multinomial logistic regression by full-batch L-BFGS, penalty weight_decay / 2 * |W|^2 beside the mean loss.
-    (scikit-learn's takes ten times as long on raw pixels.) Returns the weights `(d + 1, num_classes)`, bias last.
+    Returns the weights `(d + 1, num_classes)`, bias last.
     """
     weights = torch.zeros(features.shape[1] + 1, num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=max_iter, tolerance_change=1e-6, line_search_fn="strong_wolfe")
