@@ -90,16 +90,22 @@ def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
     return (patches - mean) / (variance + 1e-6) ** 0.5
 
 
-def masked_mse(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def patch_errors(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
-    Mean squared error over the patches where `weight` is 1, the terms A and N of CAN. A looks at the hidden patches
-    with the clean pixels as target, N at the visible ones with sigma * e as target, in raw units.
+    Mean squared error of each patch, which the terms A and N of CAN share. A averages it over the hidden patches, with
+    the clean pixels as target, N over the visible ones, with sigma * e as target, in raw units.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_views, num_patches, pixels_per_patch)`): Predictions.
         target (`torch.Tensor` of the same shape): What they should be.
-        weight (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`): 1 where a patch counts, else 0.
+
+    Returns:
+        `(batch_size, num_views, num_patches)`, fp32.
     """
     with full_precision(logits):
-        error = (logits.float() - target.float()).square().mean(dim=-1)  # (B, V, L)
-        return (error * weight).sum() / weight.sum()
+        return nn.functional.mse_loss(logits.float(), target.float(), reduction="none").mean(dim=-1)
+
+
+def masked_mean(errors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The mean of the errors where `weight`, of the same shape, is 1; elsewhere it is 0."""
+    return (errors * weight).sum() / weight.sum()

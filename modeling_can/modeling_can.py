@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_can import CANConfig, num_visible_patches
-from .losses import contrastive_loss, full_precision, masked_mse, normalize_patches
+from .losses import contrastive_loss, full_precision, masked_mean, normalize_patches, patch_errors
 
 
 @dataclass
@@ -592,17 +592,20 @@ class CANForPreTraining(CANPreTrainedModel):
             contrastive = contrastive_loss(image_embeds, config.temperature)
             loss = loss + config.contrastive_loss_weight * contrastive
 
-        if config.uses_decoder:
+        if config.uses_decoder:  # the clean pixels where the encoder saw nothing, the noise where it saw it
             logits = split_views(self._decode(encoded, pixel_values, noise_level))
-
-        if config.reconstruction_loss_weight > 0:  # A: the clean pixels, where the encoder saw nothing
             target = patchify(pixel_values.float(), config.patch_shape)
             target = normalize_patches(target) if config.norm_pix_loss else target
-            reconstruction = masked_mse(logits, target, mask)
+            if noise is not None:
+                target = torch.where(mask[..., None] == 1, target, patchify(noise, config.patch_shape))
+            errors = patch_errors(logits, target)
+
+        if config.reconstruction_loss_weight > 0:  # A
+            reconstruction = masked_mean(errors, mask)
             loss = loss + config.reconstruction_loss_weight * reconstruction
 
-        if config.denoising_loss_weight > 0:  # N: the noise, where the encoder saw it
-            denoising = masked_mse(logits, patchify(noise, config.patch_shape), 1 - mask)
+        if config.denoising_loss_weight > 0:  # N
+            denoising = masked_mean(errors, 1 - mask)
             loss = loss + config.denoising_loss_weight * denoising
 
         return CANForPreTrainingOutput(
