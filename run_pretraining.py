@@ -15,20 +15,22 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
-from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data import ImageSource, ViewStream, mean_and_std, view_loader
 from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import model_card
 from modeling_can.recipe import Recipe, parse_arguments
@@ -40,10 +42,18 @@ from modeling_can.visualization import curves, reconstruction_sheet
 QUICKSTART = Path(__file__).parent / "model_cards" / "can-quickstart" / "recipe.yaml"
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Runs a recipe; returns what `results.json` holds. Raises ValueError for what the user can mend."""
+def main(argv: list[str] | None = None, dataset=None) -> dict:
+    """
+    Runs a recipe; returns what `results.json` holds. Raises ValueError for what the user can mend.
+
+    Args:
+        argv (`list[str]`, *optional*): The command line; that of the process if `None`.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): Instead of the recipe's source.
+    """
     started = time.perf_counter()
     recipe = parse_arguments(argv, QUICKSTART, __doc__)
+    if dataset is not None:
+        recipe = replace(recipe, dataset_name=None, data_dir=None, data_files=None)
     config = recipe.config
     output_dir = Path(recipe.output_dir)
     refuse_finished_run(output_dir, recipe.overwrite_output_dir)  # before anything takes time
@@ -61,11 +71,28 @@ def main(argv: list[str] | None = None) -> dict:
 
     # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(
-        recipe.dataset_name, recipe.data_dir, recipe.data_files, recipe.dataset_split, recipe.image_column
+        recipe.dataset_name,
+        recipe.data_dir,
+        recipe.data_files,
+        recipe.dataset_split,
+        recipe.image_column,
+        recipe.streaming,
+        dataset,
     )
     make_views = TwoViews(
-        config.image_shape, config.num_channels, recipe.crop_scale, recipe.crop_ratio, recipe.resample, recipe.seed
+        config.image_shape,
+        config.num_channels,
+        recipe.crop_scale,
+        recipe.crop_ratio,
+        recipe.resample,
+        recipe.seed,
+        transparent_background=recipe.transparent_background,
+        high_bit_depth=recipe.high_bit_depth,
+        min_size=config.patch_shape,
     )
+    if recipe.measure_mean_std:
+        mean, std = mean_and_std(ViewStream(source, make_views, max_bad_fraction=1.0))
+        recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
     stream = ViewStream(
         source,
         make_views,
@@ -73,11 +100,13 @@ def main(argv: list[str] | None = None) -> dict:
         accelerator.process_index,
         accelerator.num_processes,
         recipe.shuffle_block_size,
+        recipe.max_bad_fraction,
+        output_dir / "bad_samples.jsonl",
     )
-    loader = torch.utils.data.DataLoader(
+    loader = view_loader(
         stream,
-        batch_size=recipe.per_device_train_batch_size,
-        num_workers=recipe.dataloader_num_workers,
+        recipe.per_device_train_batch_size,
+        recipe.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
     augment = Augmentation(
@@ -90,6 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
         recipe.blur_probability,
         recipe.blur_sigma,
         blur_kernel_size=max(3, min(config.image_shape) // 10 // 2 * 2 + 1),
+        solarize_probability=recipe.solarize_probability,
     ).to(device)
     processor = image_processor(recipe)
 
@@ -123,6 +153,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if is_main:
         prepare_folder(output_dir)
+    accelerator.wait_for_everyone()  # every process writes its bad images there
     probe, probe_results = None, {}
     if recipe.probe_dataset_name and is_main:
         probe = Probe(recipe.probe_dataset_name, recipe.image_column, recipe.probe_label_column, processor)
@@ -156,7 +187,8 @@ def main(argv: list[str] | None = None) -> dict:
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
-    metrics, num_skipped, waited, logged_at = [], 0, 0.0, time.perf_counter()
+    bad_samples = Counter()
+    metrics, waited, logged_at = [], 0.0, time.perf_counter()
     train_started = logged_at
     batches = iter(loader)
     bar = tqdm(range(max_steps), desc="pre-training", disable=not is_main, dynamic_ncols=True)
@@ -165,7 +197,7 @@ def main(argv: list[str] | None = None) -> dict:
         fetched_at = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - fetched_at
-        num_skipped += int(batch["num_skipped"].sum())
+        bad_samples.update(batch["bad"])
 
         pixel_values = augment(batch["views"].to(device, non_blocking=True))
         for group in optimizer.param_groups:
@@ -189,17 +221,17 @@ def main(argv: list[str] | None = None) -> dict:
                 "learning_rate": group["lr"],
                 "images_per_second": num_steps * global_batch_size / (now - logged_at),
                 "data_wait": waited / (now - logged_at),
-                "num_skipped": num_skipped,
+                "num_bad": bad_samples.total(),
             }
             metrics.append({"step": step + 1, **line})
             waited, logged_at = 0.0, now
             if is_main:
                 metrics_file.write(json.dumps(metrics[-1]) + "\n")
                 metrics_file.flush()
-                bar.set_postfix_str(progress_text(line))
+                bar.set_postfix_str(progress_text(line, bad_samples))
             refuse_non_finite(metrics[-1])
     train_seconds = time.perf_counter() - train_started
-    num_skipped = int(accelerator.reduce(torch.tensor(float(num_skipped), device=device), "sum"))
+    num_bad = sum(gather_object([bad_samples]), Counter())
 
     # --- Results -----------------------------------------------------------------------------------------------------
     if is_main:
@@ -214,7 +246,7 @@ def main(argv: list[str] | None = None) -> dict:
             "final_losses": {name: last[name] for name in last if name.endswith("loss")},
             "images_per_second": max_steps * global_batch_size / train_seconds,
             "data_wait": sum(line["data_wait"] for line in metrics) / len(metrics),
-            "num_skipped": num_skipped,
+            "bad_samples": dict(num_bad),
             "train_seconds": train_seconds,
             "total_seconds": time.perf_counter() - started,
         }
@@ -239,7 +271,8 @@ def refuse_finished_run(output_dir: Path, overwrite: bool):
 def prepare_folder(output_dir: Path):
     """An empty place for the outputs; what an earlier run left there would mix with this one's."""
     (output_dir / "figures").mkdir(parents=True, exist_ok=True)
-    for pattern in ("results.json", "*.safetensors*", "*config.json", "README.md", "recipe.yaml", "metrics.jsonl"):
+    results = ("results.json", "metrics.jsonl", "bad_samples.jsonl", "README.md", "recipe.yaml")
+    for pattern in (*results, "*.safetensors*", "*config.json"):
         for path in output_dir.glob(pattern):
             path.unlink()
     for path in (output_dir / "figures").glob("*.png"):
@@ -321,11 +354,11 @@ def refuse_non_finite(line: dict):
         )
 
 
-def progress_text(line: dict) -> str:
+def progress_text(line: dict, num_bad: Counter) -> str:
     names = {"contrastive_loss": "C", "reconstruction_loss": "A", "denoising_loss": "N"}
     terms = [f"{short} {line[name]:.4g}" for name, short in names.items() if name in line]
     text = f"{' '.join(terms)}, {line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
-    return text + (f", {line['num_skipped']} unreadable" if line["num_skipped"] else "")
+    return text + "".join(f", {count} {reason}" for reason, count in num_bad.most_common())
 
 
 # --- Output ----------------------------------------------------------------------------------------------------------
@@ -369,5 +402,5 @@ def print_summary(output_dir: Path, results: dict):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ConnectionError) as error:
         sys.exit(f"run_pretraining.py: {error}")

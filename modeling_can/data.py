@@ -5,10 +5,22 @@ Order: the shards of a source are shuffled for every epoch and dealt to the read
 there are fewer shards than readers, the rows are dealt instead. A reader passes over its own rows exactly once an
 epoch, in shuffled blocks, and goes on into the next epoch without a gap. So every batch is full on every process, and
 nobody waits for a reader that ran dry.
+
+Resume: a reader's state is where its block began in the source, and how far into the block it is. Restored to as many
+readers it continues with exactly the samples, in exactly the order, of a run that was never interrupted.
+
+Faults: a connection that fails is opened again where it broke off; an image that cannot be used is passed over and
+reported; a shard that is gone stops the run.
 """
 
+import asyncio
+import copy
+import hashlib
 import itertools
+import json
 import logging
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -17,9 +29,9 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from .views import read_bytes
+from .views import BadImage, read_bytes
 
 
 logger = logging.getLogger(__name__)
@@ -27,13 +39,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
 IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    Image.DecompressionBombError,
-)  # what Pillow raises on bad files
+RETRY_SECONDS = (1, 5, 20, 60)  # waits before a connection is tried again
 
 
 def resolve_name(name: str) -> str:
@@ -43,33 +49,54 @@ def resolve_name(name: str) -> str:
 
 class ImageSource:
     """
-    A streamed set of encoded images: exactly one of a Hub id or folder that `datasets.load_dataset` reads, any folder
-    of images (nested or flat, labels play no part), or data files.
+    A set of encoded images: exactly one of a Hub id or folder that `datasets.load_dataset` reads, any folder of images
+    (nested or flat, labels play no part), data files, or a data set that was built in Python.
 
     Args:
         dataset_name (`str`, *optional*): Hub id, local folder, or `"sample_data"`.
         data_dir (`str`, *optional*): A folder with images anywhere below it.
-        data_files (`str` or `list[str]`, *optional*): Paths, globs or URLs of parquet, WebDataset tar, arrow or jsonl.
+        data_files (`str` or `list[str]`, *optional*):
+            Paths, globs or URLs (http, s3, hf, whatever fsspec reads) of parquet, WebDataset tar, arrow or jsonl.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): As it is.
         split (`str`): Split of `dataset_name`.
-        image_column (`str`): Column that holds the images.
+        image_column (`str`):
+            Column that holds the images. Where there is no `"image"`, the default, it is the columns of type `Image`
+            (a WebDataset has one for each file extension), of which a row fills one.
+        streaming (`bool`):
+            Read while training. `False` first downloads everything of `dataset_name` or `data_files` into the cache
+            of `datasets`.
 
     Raises:
-        ValueError: if not exactly one source is given, if it holds no images, or has no such column.
+        ValueError: if not exactly one source is given, if it holds no images, has no such column, or if fsspec needs
+            a package that is not installed.
     """
 
-    def __init__(self, dataset_name=None, data_dir=None, data_files=None, split="train", image_column="image"):
-        given = {"dataset_name": dataset_name, "data_dir": data_dir, "data_files": data_files}
-        given = {name: value for name, value in given.items() if value}
+    def __init__(
+        self,
+        dataset_name=None,
+        data_dir=None,
+        data_files=None,
+        split="train",
+        image_column="image",
+        streaming=True,
+        dataset=None,
+    ):
+        given = {"dataset_name": dataset_name, "data_dir": data_dir, "data_files": data_files, "dataset": dataset}
+        given = {name: value for name, value in given.items() if value is not None and value != ""}
         if len(given) != 1:
-            raise ValueError(f"give exactly one of dataset_name, data_dir and data_files, got {given or 'none'}")
+            raise ValueError(
+                f"give exactly one of dataset_name, data_dir, data_files and dataset, got {given or 'none'}"
+            )
         data_files = data_files if not data_files or isinstance(data_files, str) else list(data_files)
-        self.name = str(dataset_name or data_dir or data_files)
+        self.name = str(dataset_name or data_dir or data_files or "the data set")
         self.image_column = image_column
-        self._builder, self.split = None, split
+        self._builder, self._num_images, self.split = None, None, split
         if data_dir:
             self.dataset = self._list_folder(Path(data_dir))
+        elif dataset is not None:
+            self.dataset = self._undecoded(dataset)
         else:
-            self.dataset = self._build(dataset_name, data_files)
+            self.dataset = self._build(dataset_name, data_files, streaming)
 
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
         if not folder.is_dir():
@@ -82,12 +109,10 @@ class ImageSource:
             )
         # Files of a class lie together; a shuffled list mixes them beyond the reach of a block.
         paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
-        self._num_images = len(paths)
         features = datasets.Features({self.image_column: datasets.Image(decode=False)})
-        rows = datasets.Dataset.from_dict({self.image_column: paths}, features=features)
-        return rows.to_iterable_dataset(num_shards=min(len(paths), 64))
+        return self._undecoded(datasets.Dataset.from_dict({self.image_column: paths}, features=features))
 
-    def _build(self, dataset_name, data_files) -> datasets.IterableDataset:
+    def _build(self, dataset_name, data_files, streaming) -> datasets.IterableDataset:
         if data_files:
             first = data_files if isinstance(data_files, str) else data_files[0]
             suffix = Path(first).suffix
@@ -98,20 +123,41 @@ class ImageSource:
         else:
             arguments = {"path": resolve_name(dataset_name)}
         try:
-            builder = datasets.load_dataset_builder(**arguments)
+            if not streaming:
+                return self._undecoded(datasets.load_dataset(**arguments, split=self.split))
+            self._builder = datasets.load_dataset_builder(**arguments)
+            return self._undecoded(self._builder.as_streaming_dataset(split=self.split))
         except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
             raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
-        self._builder = builder
-        dataset = builder.as_streaming_dataset(split=self.split)
-        columns = dataset.column_names or list(next(iter(dataset)))
-        if self.image_column not in columns:
-            raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {columns}")
-        # Undecoded: a picture that datasets fails to decode would end the stream.
-        return dataset.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
+        except ImportError as error:  # fsspec names the package
+            raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
+
+    def _undecoded(self, dataset) -> datasets.IterableDataset:
+        """Only the images, still encoded: a picture that datasets failed to decode would end the stream."""
+        if isinstance(dataset, datasets.Dataset):
+            self._num_images = len(dataset)
+            if not len(dataset):
+                raise ValueError(f"{self.name} has no rows")
+            dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
+        if not isinstance(dataset, datasets.IterableDataset):
+            raise ValueError(f"dataset is a {type(dataset).__name__}; give one split, a Dataset or IterableDataset")
+        names = list(dataset.features or next(iter(dataset)))
+        columns = [self.image_column]
+        if self.image_column not in names:
+            columns = []
+        if self.image_column == "image" and not columns:
+            columns = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]
+        if not columns:
+            raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {names}")
+        self.image_columns = columns
+        dataset = dataset.select_columns(columns)
+        for name in columns:
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+        return dataset
 
     def num_images(self) -> int | None:
         """How many images an epoch has, without reading them: None where only reading would tell."""
-        if self._builder is None:
+        if self._num_images is not None or self._builder is None:
             return self._num_images
         splits = self._builder.info.splits
         if splits and self.split in splits and splits[self.split].num_examples:
@@ -128,65 +174,251 @@ class ImageSource:
 
 class ViewStream(torch.utils.data.IterableDataset):
     """
-    One process's share of a source as an endless stream of `{"views": uint8 (2, C, H, W), "num_skipped": int}`, to be
-    given to a torch `DataLoader` (never to `accelerator.prepare`, which would split it once more).
+    One process's share of a source as an endless stream of `{"views": uint8 (2, C, H, W), "bad": [reason]}`, to be
+    given to `view_loader` (never to `accelerator.prepare`, which would split it once more).
 
-    An image that cannot be read is skipped, counted in `num_skipped` of the next one, and the first few are named in
-    the log.
+    An image that cannot be used is passed over. Each reader reports it once, however often the epochs bring it back:
+    the reason in `bad` of the next sample, and at once a line in the ledger, JSON with source, path, SHA-256 of the
+    bytes, reason and detail.
 
     Args:
         source (`ImageSource`): Where the images come from.
-        make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)` uint8 array.
+        make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)` uint8 array; raises `BadImage`.
         seed (`int`): Of the order.
         process_index, num_processes (`int`): This process among those that share the source.
         block_size (`int`): Encoded images that a reader holds and shuffles at a time.
+        max_bad_fraction (`float`): Share of bad images above which a reader gives up.
+        ledger (`Path`, *optional*): The file that all readers append bad images to.
 
     Raises:
-        ValueError: while iterating, when a whole pass over a reader's rows finds no readable image.
+        ValueError: while iterating, when more than `max_bad_fraction` of a reader's images are bad, once it has seen
+            1,000 or come to the end of its own; or when none of them is good.
+        ConnectionError: while iterating, when the source cannot be read, the last of several attempts included.
     """
 
-    def __init__(self, source, make_views, seed=0, process_index=0, num_processes=1, block_size=1024):
+    def __init__(
+        self,
+        source,
+        make_views,
+        seed=0,
+        process_index=0,
+        num_processes=1,
+        block_size=1024,
+        max_bad_fraction=0.01,
+        ledger=None,
+    ):
         self.source, self.make_views, self.seed = source, make_views, seed
-        self.process_index, self.num_processes, self.block_size = process_index, num_processes, block_size
+        self.process_index, self.num_processes = process_index, num_processes
+        self.block_size, self.max_bad_fraction, self.ledger = block_size, max_bad_fraction, ledger
+        self.begin(epoch=0)
+
+    def begin(self, epoch: int, num_rows: int = 0):
+        """The next iteration starts in this epoch, each reader `num_rows` of its own rows into it."""
+        self._state = {
+            "epoch": epoch,
+            "rows": None,  # where the source stood when the block was read
+            "block": 0,
+            "offset": 0,  # in the block
+            "num_rows": 0,  # of this epoch, before the block
+            "pass_length": None,  # rows of the last epoch that was finished
+            "skip": num_rows,
+            "num_seen": 0,
+            "num_bad": 0,
+        }
+        self._resumed = True
+
+    def state_dict(self) -> dict:
+        """Where this reader is: after the sample that it gave last."""
+        return copy.deepcopy(self._state)
+
+    def load_state_dict(self, state: dict):
+        self._state = copy.deepcopy(state)
+        self._resumed = True
 
     def __iter__(self):
+        if not self._resumed:  # a second iteration of the same object starts anew
+            self.begin(epoch=0)
+        self._resumed = False
         worker = torch.utils.data.get_worker_info()
         num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        reader, num_readers = self.process_index * num_workers + worker_id, self.num_processes * num_workers
-        dataset = self.source.dataset
+        return self._read(self.process_index * num_workers + worker_id, self.num_processes * num_workers)
+
+    def _read(self, reader: int, num_readers: int):
+        dataset, state = self.source.dataset, self._state
         strategy = "shards" if dataset.num_shards >= num_readers else "examples"
         if strategy == "examples" and reader == 0:
             logger.warning(
                 "%s has %d shards for %d readers: every reader reads everything and keeps its rows of it",
                 self.source.name, dataset.num_shards, num_readers,
             )  # fmt: skip
-        num_skipped = 0
-        for epoch in itertools.count():
+        bad, reported, line = [], set(), ""
+        while True:
+            epoch = state["epoch"]
             rows = split_dataset_by_node(dataset, rank=reader, world_size=num_readers, strategy=strategy)
             # Shuffles the shards, then deals them, with this very number as the seed, alike on all readers. It must be
             # said to the split set, which starts at epoch 0 (file order) whatever its parent was told.
             rows.set_epoch(1 + self.seed + 1_000_003 * epoch)
-            num_read = 0
-            # iter(batch_size) is also the one way of reading that does not split among the workers a second time.
-            for index, block in enumerate(rows.iter(batch_size=self.block_size)):
-                images = block[self.source.image_column]
-                for i in np.random.default_rng((self.seed, epoch, reader, index)).permutation(len(images)):
+            for images, rows_after in self._blocks(rows, state["rows"]):
+                order = np.random.default_rng((self.seed, epoch, reader, state["block"])).permutation(len(images))
+                skipped = min(state["skip"], len(images))
+                state["skip"] -= skipped
+                for offset in range(max(skipped, state["offset"]), len(images)):
+                    image = images[order[offset]]
+                    state["offset"] = offset + 1
+                    state["num_seen"] += 1
                     try:
-                        views = self.make_views(read_bytes(images[i]), epoch)
-                    except UNREADABLE as error:
-                        num_skipped += 1
-                        if num_skipped <= 3:
-                            logger.warning(
-                                "skipped an image of %s (%s): %s",
-                                self.source.name,
-                                images[i] and images[i]["path"],
-                                error,
-                            )
+                        views = self.make_views(self._fetch(image), epoch)
+                    except BadImage as error:
+                        state["num_bad"] += 1
+                        line = self._ledger_line(image, error)
+                        if hash(line) not in reported:
+                            reported.add(hash(line))
+                            bad.append(error.reason)
+                            self._write(line)
+                        if state["num_seen"] >= 1000:
+                            self._refuse_bad(state, line, reader, num_readers)
                         continue
-                    yield {"views": torch.from_numpy(views), "num_skipped": num_skipped}
-                    num_read, num_skipped = num_read + 1, 0
-            if num_read == 0:
-                raise ValueError(
-                    f"{self.source.name} has no readable image among the rows of reader {reader} of {num_readers} "
-                    f"({num_skipped} unreadable); use fewer readers, or check that the files are images"
-                )
+                    yield {"views": torch.from_numpy(views), "bad": bad}
+                    bad = []
+                state["num_rows"] += len(images)
+                state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}
+            if epoch == 0 or state["num_bad"] == state["num_seen"]:
+                self._refuse_bad(state, line, reader, num_readers)
+            state |= {"epoch": epoch + 1, "rows": None, "block": 0, "offset": 0, "skip": 0}
+            state |= {"pass_length": state["num_rows"], "num_rows": 0}
+
+    def _blocks(self, rows: datasets.IterableDataset, rows_state: dict | None):
+        """Encoded images, block by block, each with the state that the source is in after it."""
+        num_failures = 0
+        while True:
+            if rows_state is not None:
+                rows.load_state_dict(rows_state)
+            try:
+                # iter(batch_size) is also the one way of reading that does not split among the workers a second time.
+                for block in rows.iter(batch_size=self.block_size):
+                    rows_state, num_failures = rows.state_dict(), 0
+                    columns = [block[name] for name in self.source.image_columns]
+                    yield [next(filter(None, row), None) for row in zip(*columns, strict=True)], rows_state
+                return
+            except connection_errors() as error:
+                self._wait_or_give_up(error, num_failures)
+                num_failures += 1
+
+    def _fetch(self, image: dict | None) -> bytes:
+        for num_failures in itertools.count():
+            try:
+                return read_bytes(image)
+            except connection_errors() as error:
+                self._wait_or_give_up(error, num_failures)
+
+    def _wait_or_give_up(self, error: Exception, num_failures: int):
+        if is_gone(error) or num_failures == len(RETRY_SECONDS):
+            raise ConnectionError(
+                f"{self.source.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
+                "Mend the file or remove it from the source, then start again"
+            ) from error
+        logger.warning("%s: %r; trying again in %g s", self.source.name, error, RETRY_SECONDS[num_failures])
+        time.sleep(RETRY_SECONDS[num_failures])
+
+    def _ledger_line(self, image: dict | None, error: BadImage) -> str:
+        image = image or {"bytes": None, "path": None}
+        digest = None if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
+        record = {"source": self.source.name, "path": image["path"], "sha256": digest}
+        return json.dumps({**record, "reason": error.reason, "detail": str(error)})
+
+    def _write(self, line: str):
+        if self.ledger is not None:
+            with open(self.ledger, "a") as file:  # in one write, so that the readers' lines do not mix
+                file.write(line + "\n")
+
+    def _refuse_bad(self, state: dict, last: str, reader: int, num_readers: int):
+        num_bad, num_seen = state["num_bad"], state["num_seen"]
+        if num_bad == num_seen:
+            raise ValueError(
+                f"{self.source.name} has no usable image among the {num_seen} rows of reader {reader} of {num_readers}"
+                f"; use fewer readers, or check that the files are images. The last bad one: {last}"
+            )
+        if num_bad > self.max_bad_fraction * num_seen:
+            raise ValueError(
+                f"{num_bad} of {num_seen} images of {self.source.name} are bad, more than max_bad_fraction="
+                f"{self.max_bad_fraction}; mend them ({self.ledger or 'the ledger'} lists them), or raise "
+                f"--max_bad_fraction. The last: {last}"
+            )
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """What a remote read raises that may pass. aiohttp is asked only where it was imported."""
+    errors = (OSError, asyncio.TimeoutError, EOFError)
+    return (*errors, sys.modules["aiohttp"].ClientError) if "aiohttp" in sys.modules else errors
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether trying again is in vain: a local file is missing, or a server says that there is none for us."""
+    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
+    if status is not None:
+        return status in (401, 403, 404, 410)
+    return isinstance(error, FileNotFoundError | PermissionError) and "://" not in str(error)
+
+
+def collate(samples: list[dict]) -> dict:
+    """Samples -> `{"views": uint8 (B, 2, C, H, W), "bad": [reason]}`."""
+    return {
+        "views": torch.stack([sample["views"] for sample in samples]),
+        "bad": [reason for sample in samples for reason in sample["bad"]],
+    }
+
+
+def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of the views, in [0, 1], over the first images of a stream."""
+    count, total, squares = 0, 0.0, 0.0
+    for sample in itertools.islice(stream, num_images):
+        if count and stream.state_dict()["epoch"] > 0:
+            break
+        pixels = sample["views"].double().div(255).transpose(0, 1).flatten(1)  # (C, pixels of both views)
+        count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())
+
+
+def view_loader(stream: ViewStream, batch_size: int, num_workers: int = 0, **options) -> StatefulDataLoader:
+    """The loader of full batches whose `state_dict()` says where each of its readers is."""
+    return StatefulDataLoader(stream, batch_size, num_workers=num_workers, collate_fn=collate, **options)
+
+
+def resume(loader: StatefulDataLoader, states: list[dict]) -> bool:
+    """
+    Continues where a run stopped.
+
+    Args:
+        loader (`StatefulDataLoader`): From `view_loader`, not iterated yet.
+        states (`list[dict]`): `loader.state_dict()` of every process of that run, in the order of their rank.
+
+    Returns:
+        Whether the samples will be exactly those of the uninterrupted run. With another number of readers (processes x
+        workers) they cannot be: the epoch that the slowest reader was in is then finished approximately, each reader
+        leaving out as many of its rows as were read on average.
+    """
+    stream = loader.dataset
+    readers = [reader for state in states for reader in reader_states(state)]
+    if len(states) == stream.num_processes and len(readers) == stream.num_processes * max(1, loader.num_workers):
+        loader.load_state_dict(states[stream.process_index])
+        return True
+    num_readers = stream.num_processes * max(1, loader.num_workers)
+    epoch = min(reader["epoch"] for reader in readers)
+    num_rows = sum(r["num_rows"] + r["offset"] if r["epoch"] == epoch else r["pass_length"] or 0 for r in readers)
+    stream.begin(epoch, round(num_rows / num_readers))
+    logger.warning(
+        "%d readers (processes x workers) resume what %d began: epoch %d is finished approximately, from about row %d",
+        num_readers, len(readers), epoch, num_rows,
+    )  # fmt: skip
+    return False
+
+
+def reader_states(state) -> list[dict]:
+    """The readers' own states, wherever the loader keeps them in its state."""
+    if not isinstance(state, dict):
+        return []
+    if "pass_length" in state:
+        return [state]
+    return [reader for value in state.values() for reader in reader_states(value)]

@@ -75,7 +75,7 @@ patch {config.patch_size}, image {config.image_size} |
 | learning rate at its peak | {results["learning_rate"]:.3g} |
 | seed | {recipe.seed} |
 | time | {results["train_seconds"]:.0f} s on {results["machine"]}, {results["num_processes"]} process(es) |
-| unreadable images skipped | {results["num_skipped"]} |
+| bad images passed over | {", ".join(f"{count} {reason}" for reason, count in results["bad_samples"].items()) or 0} |
 | final losses | {", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in results["final_losses"].items())} |
 
 `recipe.yaml` is the exact input and `results.json` the exact output of the run. To repeat it:

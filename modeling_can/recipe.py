@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from PIL import ImageColor
 
 from .configuration_can import CANConfig
 
@@ -33,8 +34,12 @@ class Recipe:
     dataset_name: str | None = _field(None, "Hub id, local folder that datasets.load_dataset reads, or sample_data")
     data_dir: str | None = _field(None, "any folder of images, nested or flat")
     data_files: str | list[str] | None = _field(None, "paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
+    streaming: bool = _field(True, "read while training; false: download all of it first")
     dataset_split: str = _field("train", "split of dataset_name")
-    image_column: str = _field("image", "column that holds the images")
+    image_column: str = _field("image", "column that holds the images; else all columns of type Image")
+    max_bad_fraction: float = _field(0.01, "share of bad images above which the run stops")
+    transparent_background: str = _field("white", "colour behind transparent pixels: a name or #rrggbb")
+    high_bit_depth: str = _field("full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip")
     probe_dataset_name: str | None = _field(None, "labelled set with train and test splits, to measure the features")
     probe_label_column: str = _field("label", "its column of class indices")
     dataloader_num_workers: int = _field(0, "loader processes for each training process")
@@ -43,13 +48,15 @@ class Recipe:
     # Views
     crop_scale: tuple[float, ...] = _field((0.2, 1.0), "range of a crop's share of the image area")
     crop_ratio: tuple[float, ...] = _field((0.75, 4 / 3), "range of a crop's width / height")
-    resample: str = _field("bicubic", "bicubic or bilinear")
+    resample: str = _field("bilinear", "bilinear or bicubic")
     flip_probability: float = _field(0.5, "of a horizontal flip")
     color_jitter: tuple[float, ...] = _field((0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue")
     color_jitter_probability: float = _field(0.8, "of colour jitter")
     greyscale_probability: float = _field(0.2, "of losing the colour")
     blur_probability: float = _field(0.5, "of Gaussian blur")
     blur_sigma: tuple[float, ...] = _field((0.1, 2.0), "range of the blur's width in pixels")
+    solarize_probability: float = _field(0.0, "of inverting what is brighter than one half")
+    measure_mean_std: bool = _field(False, "measure image_mean and image_std on 1,000 images before training")
     image_mean: tuple[float, ...] = _field((0.485, 0.456, 0.406), "of the pixels in [0, 1], a number a channel")
     image_std: tuple[float, ...] = _field((0.229, 0.224, 0.225), "of the pixels in [0, 1], a number a channel")
 
@@ -75,9 +82,9 @@ class Recipe:
     logging_steps: int = _field(20, "steps between lines of metrics.jsonl")
 
     def __post_init__(self):
-        if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) != 1:
+        if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
             raise ValueError(
-                "give exactly one source: dataset_name, data_dir or data_files "
+                "give one source: dataset_name, data_dir or data_files "
                 f"(got {self.dataset_name!r}, {self.data_dir!r}, {self.data_files!r})"
             )
         if self.max_steps is None and self.num_train_epochs is None and self.num_train_samples is None:
@@ -98,7 +105,8 @@ class Recipe:
             )
         if self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
-        for name in [f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")] + ["warmup_ratio"]:
+        shares = [f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")]
+        for name in [*shares, "warmup_ratio", "max_bad_fraction"]:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
         for name in ("crop_scale", "crop_ratio", "blur_sigma"):
@@ -109,13 +117,29 @@ class Recipe:
             raise ValueError(f"crop_scale={self.crop_scale} ends above 1, the whole image")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if len(values) != self.config.num_channels or not all(map(math.isfinite, values)):
-                raise ValueError(f"{name}={values} must be {self.config.num_channels} finite numbers, one a channel")
+            if not all(map(math.isfinite, values)) or (
+                len(values) != self.config.num_channels and not self.measure_mean_std
+            ):
+                raise ValueError(
+                    f"{name}={values} must be {self.config.num_channels} finite numbers, one a channel; "
+                    "--measure_mean_std finds them"
+                )
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std={self.image_std} must be greater than 0; it divides the pixels")
-        for name, known in {"resample": ("bicubic", "bilinear"), "mixed_precision": ("auto", "no", "bf16")}.items():
+        choices = {
+            "resample": ("bilinear", "bicubic"),
+            "mixed_precision": ("auto", "no", "bf16"),
+            "high_bit_depth": ("full_range", "stretch", "skip"),
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        try:
+            ImageColor.getrgb(self.transparent_background)
+        except ValueError as error:
+            raise ValueError(
+                f"transparent_background={self.transparent_background!r} is no colour; give a name or #rrggbb"
+            ) from error
 
     def to_yaml(self) -> str:
         """

@@ -6,40 +6,120 @@ import zlib
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import Image, ImageColor, ImageOps
 
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+HIGH_BIT_DEPTHS = ("full_range", "stretch", "skip")
 
 
-def read_bytes(image: dict) -> bytes:
+class BadImage(ValueError):
+    """An image that cannot be used. `reason` is one of a few, to be counted; the message says more."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def read_bytes(image: dict | None) -> bytes:
     """
     The encoded file behind a row of a `datasets.Image(decode=False)` column, `{"bytes": ..., "path": ...}`; the path
     may also be one that fsspec reads (`zip://a.jpg::b.zip`, `hf://...`).
 
     Raises:
-        OSError: if the file cannot be opened.
-        ValueError: if the row is empty.
+        BadImage: `empty` for a row or file without a byte, `missing` for a file that is not there or not to be read.
+        OSError: for a remote file that cannot be read now, but perhaps later.
     """
     if image is None or (image["bytes"] is None and image["path"] is None):
-        raise ValueError("the row holds no image")
-    if image["bytes"] is not None:
-        return image["bytes"]
-    with fsspec.open(image["path"], "rb") as file:
-        return file.read()
+        raise BadImage("empty", "the row holds no image")
+    encoded = image["bytes"]
+    if encoded is None:
+        try:
+            with fsspec.open(image["path"], "rb") as file:
+                encoded = file.read()
+        except OSError as error:
+            if "://" in image["path"] and not isinstance(error, FileNotFoundError | PermissionError):
+                raise
+            raise BadImage("missing", str(error)) from error
+    if not encoded:
+        raise BadImage("empty", "the file has 0 bytes")
+    return encoded
 
 
-def decode(encoded: bytes, num_channels: int = 3) -> Image.Image:
+def decode(
+    encoded: bytes,
+    num_channels: int = 3,
+    transparent_background: str = "white",
+    high_bit_depth: str = "full_range",
+    min_size: tuple[int, int] = (1, 1),
+) -> Image.Image:
     """
-    An encoded picture as 8-bit RGB (3 channels) or greyscale (1 channel), upright.
+    An encoded picture as 8-bit RGB (3 channels) or greyscale (1 channel), upright. Of an animation, the first frame.
+    JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner), the rest through Pillow.
+
+    Args:
+        encoded (`bytes`): A file in any format that Pillow reads.
+        num_channels (`int`): 3 or 1.
+        transparent_background (`str`): Name or `#rrggbb` of the colour that shines through transparent pixels.
+        high_bit_depth (`str`):
+            What becomes of 16-bit greyscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
+            picture's own range to it (12-bit detectors, floating point); `"skip"` counts it as bad.
+        min_size (`(int, int)`): The least height and width.
 
     Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: where there is no such picture in the bytes.
+        BadImage: `not_an_image`, `damaged`, `too_large` (Pillow's guard against decompression bombs), `too_small`, or
+            `bit_depth`.
     """
-    image = Image.open(io.BytesIO(encoded))
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        raise ValueError(f"a picture with pixels of type {image.mode!r} has more than 8 bits; convert it to 8 bits")
-    return ImageOps.exif_transpose(image).convert("RGB" if num_channels == 3 else "L")
+    try:
+        image = Image.open(io.BytesIO(encoded))  # reads the header only
+        orientation = image.getexif().get(0x0112, 1)
+        if image.height < min_size[0] or image.width < min_size[1]:
+            height, width = min_size
+            raise BadImage("too_small", f"{image.height} x {image.width} pixels, less than {height} x {width}")
+        image = _pixels(encoded, image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = _eight_bits(image, high_bit_depth)
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            opaque = Image.new("RGBA", image.size, ImageColor.getrgb(transparent_background))
+            image = Image.alpha_composite(opaque, image.convert("RGBA"))
+        if orientation != 1:
+            image = ImageOps.exif_transpose(image)
+        return image.convert("RGB" if num_channels == 3 else "L")
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("too_large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not_an_image", f"no picture in its {len(encoded)} bytes") from error
+    except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
+        raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
+
+
+def _pixels(encoded: bytes, image: Image.Image) -> Image.Image:
+    if image.format == "JPEG" and image.mode == "RGB":
+        try:
+            pixels = Image.fromarray(simplejpeg.decode_jpeg(encoded))
+        except ValueError:  # strict about what Pillow may still read; what Pillow cannot read either, it says below
+            pass
+        else:
+            pixels.info["exif"] = image.info.get("exif", b"")  # for its orientation
+            return pixels
+    image.load()
+    return image
+
+
+def _eight_bits(image: Image.Image, high_bit_depth: str) -> Image.Image:
+    pixels = np.asarray(image).astype(np.float64)
+    if high_bit_depth == "skip":
+        raise BadImage("bit_depth", f"pixels of type {image.mode!r}, and high_bit_depth is 'skip'")
+    if not np.isfinite(pixels).all():
+        raise BadImage("bit_depth", "pixels that are not finite")
+    low, high = (pixels.min(), pixels.max()) if high_bit_depth == "stretch" else (0, 65535)
+    if pixels.min() < low or pixels.max() > high or image.mode == "F" and high_bit_depth == "full_range":
+        raise BadImage("bit_depth", f"pixels of type {image.mode!r}, not 16-bit; high_bit_depth='stretch' takes them")
+    scaled = (pixels - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(scaled.round().astype(np.uint8))
 
 
 def random_box(
@@ -72,21 +152,29 @@ class TwoViews:
         image_shape (`(int, int)`): Height and width of a view in pixels.
         num_channels (`int`): 3 (RGB) or 1 (greyscale).
         scale, ratio: Ranges of `random_box`.
-        resample (`str`): `"bicubic"` or `"bilinear"`.
+        resample (`str`): `"bilinear"` or `"bicubic"`.
         seed (`int`): A picture's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
+        decoding: Keyword arguments of `decode`.
     """
 
     def __init__(
-        self, image_shape, num_channels=3, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), resample="bicubic", seed=0
+        self,
+        image_shape,
+        num_channels=3,
+        scale=(0.2, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        resample="bilinear",
+        seed=0,
+        **decoding,
     ):
         if num_channels not in (1, 3):
             raise ValueError(f"num_channels={num_channels}: pictures are read as RGB (3) or greyscale (1)")
-        self.image_shape, self.num_channels = image_shape, num_channels
+        self.image_shape, self.decoding = image_shape, {"num_channels": num_channels, **decoding}
         self.scale, self.ratio, self.resample, self.seed = scale, ratio, RESAMPLING[resample], seed
 
     def __call__(self, encoded: bytes, epoch: int = 0) -> np.ndarray:
         """Returns uint8 of shape `(2, num_channels, height, width)`; raises what `decode` raises."""
-        image = decode(encoded, self.num_channels)
+        image = decode(encoded, **self.decoding)
         rng = np.random.default_rng((self.seed, epoch, zlib.crc32(encoded)))
         height, width = self.image_shape
         views = [

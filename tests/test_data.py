@@ -1,10 +1,15 @@
 """Sources, order, views and augmentation, on real image files."""
 
+import hashlib
 import io
 import itertools
+import json
 import math
+import struct
+import tarfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +19,20 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from modeling_can.augmentations import Augmentation
-from modeling_can.data import ImageSource, ViewStream
-from modeling_can.views import TwoViews, decode, random_box
+from modeling_can.data import ImageSource, ViewStream, mean_and_std, view_loader
+from modeling_can.views import BadImage, TwoViews, decode, random_box
 
 
 def picture(size=(40, 30), color=(200, 30, 90), mode="RGB", **options) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, color).save(buffer, options.pop("format", "JPEG"), **options)
     return buffer.getvalue()
+
+
+def add_to_tar(archive: tarfile.TarFile, name: str, content: bytes):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
 
 
 def identity(encoded: bytes, epoch: int) -> np.ndarray:
@@ -125,8 +136,35 @@ def test_load_dataset_folders_and_the_bundled_tiles_are_sources(shards):
     assert bundled.num_images() == 2880 and bundled.dataset.num_shards == 4
 
 
+def test_tar_shards_and_data_sets_built_in_python_are_sources(tmp_path):
+    pictures = [
+        picture(
+            color=(i * 10, 200, 100),
+        )
+        for i in range(12)
+    ]
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for i in range(shard * 6, shard * 6 + 6):
+                add_to_tar(archive, f"{i:03}.jpg", pictures[i])
+    source = ImageSource(data_files=f"{tmp_path}/*.tar")  # whose column is called jpg
+    everything = sorted(map(zlib.crc32, pictures))
+    assert source.num_images() is None and sorted(read(ViewStream(source, identity), 12)) == everything
+
+    features = Features({"photo": ImageFeature()})
+    rows = Dataset.from_dict({"photo": [{"bytes": p, "path": None} for p in pictures]}, features=features)
+    for built in (rows, rows.to_iterable_dataset(num_shards=3)):
+        assert sorted(read(ViewStream(ImageSource(dataset=built), identity), 12)) == everything
+    assert ImageSource(dataset=rows).num_images() == 12
+
+
+def test_a_source_can_be_downloaded_first(shards):
+    source = ImageSource(data_files=f"{shards[0]}/*.parquet", streaming=False)
+    assert source.num_images() == 24 and sorted(read(ViewStream(source, identity), 24)) == shards[1]
+
+
 def test_what_is_no_source_is_refused(tmp_path, shards):
-    with pytest.raises(ValueError, match="exactly one of dataset_name, data_dir and data_files"):
+    with pytest.raises(ValueError, match="exactly one of dataset_name, data_dir, data_files and dataset"):
         ImageSource()
     with pytest.raises(ValueError, match="exactly one"):
         ImageSource(data_dir="a", data_files="b")
@@ -140,34 +178,165 @@ def test_what_is_no_source_is_refused(tmp_path, shards):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="dataset_name=.*empty"):
         ImageSource(dataset_name=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="one split, a Dataset or IterableDataset"):
+        ImageSource(dataset={"train": []})
+    with pytest.raises(ValueError, match="s3://bucket/.* needs a package that is not installed: .*s3fs"):
+        ImageSource(data_files="s3://bucket/train-*.parquet")
     with pytest.raises(ValueError, match="ends in '.zip'"):
         ImageSource(data_files="images.zip")
     with pytest.raises(ValueError, match=r"no column 'img'; set image_column to one of \['image', 'label'\]"):
         ImageSource(dataset_name=str(shards[0]), image_column="img")
 
 
-# --- Bad images ------------------------------------------------------------------------------------------------------
+# --- Bad and unusual images -----------------------------------------------------------------------------------------
 
 
-def test_unreadable_images_are_skipped_counted_and_named(tmp_path, caplog):
-    good = picture()
-    for name, content in {"a.jpg": good, "b.jpg": good[:100], "c.jpg": b"", "d.png": b"text"}.items():
-        (tmp_path / name).write_bytes(content)
+def image_file(image: Image.Image, file_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that says it has 20,000 x 20,000 pixels."""
+    encoded = bytearray(picture(format="PNG"))
+    encoded[16:24] = struct.pack(">II", 20_000, 20_000)
+    encoded[29:33] = struct.pack(">I", zlib.crc32(bytes(encoded[12:29])))
+    return bytes(encoded)
+
+
+PHOTO = image_file(Image.effect_noise((90, 60), 80).convert("RGB"), "JPEG")
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # lies on its side
+FRAMES = [Image.new("RGB", (40, 30), color) for color in ((250, 0, 0), (0, 0, 250))]
+PALETTE = Image.new("P", (40, 30), 0)
+PALETTE.putpalette([9, 8, 7, 200, 100, 0])
+WIDE_RANGE = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+
+BAD = {
+    "empty": (b"", "empty"),
+    "truncated JPEG": (PHOTO[: len(PHOTO) // 2], "damaged"),
+    "truncated PNG": (picture(format="PNG")[:60], "damaged"),
+    "text named .jpg": (b"this is not a picture", "not_an_image"),
+    "decompression bomb": (bomb(), "too_large"),
+    "smaller than the patch": (picture(size=(7, 40)), "too_small"),
+}
+UNUSUAL = {  # and the colour that the middle of a view must have
+    "CMYK JPEG": (picture(mode="CMYK", color=(0, 255, 255, 0), quality=95), (254, 0, 0)),
+    "greyscale JPEG": (picture(mode="L", color=77), (77, 77, 77)),
+    "palette PNG with transparency": (image_file(PALETTE, "PNG", transparency=0), (255, 255, 255)),
+    "RGBA PNG": (picture(mode="RGBA", color=(10, 20, 30, 255), format="PNG"), (10, 20, 30)),
+    "transparent PNG": (picture(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), (255, 255, 255)),
+    "16-bit PNG": (picture(mode="I;16", color=30 * 257, format="PNG"), (30, 30, 30)),
+    "animated GIF": (image_file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), (250, 0, 0)),
+    "animated WebP": (image_file(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), (250, 0, 0)),
+    "EXIF rotation": (picture(color=(9, 99, 199), exif=TURNED, quality=95), (9, 99, 199)),
+    "20,000 x 20 strip": (picture(size=(20_000, 20), color=(50, 60, 70), quality=95), (50, 60, 70)),
+}
+
+
+@pytest.fixture(scope="module")
+def good_and(tmp_path_factory):
+    """A parquet file of one good picture and the one given; both are read to the end of the first pass and beyond."""
+
+    def read_both(encoded: bytes) -> tuple[list[dict], list[dict]]:
+        path = tmp_path_factory.mktemp("images") / "rows.parquet"
+        rows = {"image": [{"bytes": PHOTO, "path": "photo.jpg"}, {"bytes": encoded, "path": "unusual"}]}
+        Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(path)
+        source = ImageSource(data_files=str(path))
+        ledger = path.with_name("bad_samples.jsonl")
+        stream = ViewStream(source, TwoViews((16, 16), min_size=(8, 8)), max_bad_fraction=1.0, ledger=ledger)
+        samples = list(itertools.islice(stream, 4))
+        return samples, [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+
+    return read_both
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_image_is_passed_over_and_reported(good_and, kind):
+    encoded, reason = BAD[kind]
+    samples, ledger = good_and(encoded)
+    assert all(sample["views"].shape == (2, 3, 16, 16) for sample in samples)
+    assert [bad for sample in samples for bad in sample["bad"]] == [reason]
+    (record,) = ledger
+    assert record["reason"] == reason and record["path"] == "unusual"
+    assert record["sha256"] == hashlib.sha256(encoded).hexdigest() and record["detail"]
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_an_unusual_image_is_converted(good_and, kind):
+    encoded, color = UNUSUAL[kind]
+    samples, ledger = good_and(encoded)
+    assert not ledger
+    colors = [sample["views"][0, :, 8, 8].int() for sample in samples]
+    # The other picture is noise of every grey; the unusual one shows in each of the two passes.
+    assert sum((abs(c - torch.tensor(color)) <= 4).all() for c in colors) >= 2
+
+
+def test_decoding_is_as_the_recipe_says():
+    assert decode(picture(size=(40, 30), exif=TURNED)).size == (30, 40)
+    assert decode(UNUSUAL["transparent PNG"][0], transparent_background="#102030").getpixel((0, 0)) == (16, 32, 48)
+    assert decode(picture(), num_channels=1).mode == "L"
+    full = np.asarray(decode(image_file(WIDE_RANGE, "PNG"), num_channels=1))
+    np.testing.assert_allclose(full.flatten(), np.linspace(0, 255, 1200), atol=1)
+    dim = image_file(
+        Image.fromarray((np.asarray(WIDE_RANGE) // 16 + 100).astype(np.uint16)), "PNG"
+    )  # a 12-bit detector
+    assert np.asarray(decode(dim, num_channels=1)).max() == 16
+    stretched = np.asarray(decode(dim, num_channels=1, high_bit_depth="stretch"))
+    assert stretched.min() == 0 and stretched.max() == 255
+    with pytest.raises(BadImage, match="high_bit_depth is 'skip'"):
+        decode(dim, high_bit_depth="skip")
+    floating = image_file(Image.new("F", (40, 30), 0.5), "TIFF")
+    with pytest.raises(BadImage, match="high_bit_depth='stretch'"):
+        decode(floating)
+    assert decode(floating, high_bit_depth="stretch").getpixel((0, 0)) == (0, 0, 0)
+
+
+def test_jpegs_decode_to_the_pixels_of_pillow():
+    for mode in ("RGB", "L"):
+        for options in ({"quality": 60}, {"quality": 95, "subsampling": 0}, {"progressive": True}):
+            encoded = image_file(Image.effect_noise((123, 77), 80).convert(mode), "JPEG", **options)
+            expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
+            assert abs(np.asarray(decode(encoded)).astype(int) - expected).max() <= 1
+
+
+def test_a_folder_with_bad_files_is_read_and_its_ledger_names_each_once(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, content in {"a.jpg": PHOTO, "b.jpg": PHOTO[:300], "c.jpg": b"", "d.png": b"text"}.items():
+        (images / name).write_bytes(content)
+    source = ImageSource(data_dir=str(images))
+    (images / "e.jpg").write_bytes(PHOTO)  # came too late to be listed
+    stream = ViewStream(source, TwoViews((16, 16)), max_bad_fraction=0.8, ledger=tmp_path / "bad_samples.jsonl")
+    bad = []
+    for batch in itertools.islice(view_loader(stream, 3), 4):
+        assert batch["views"].shape == (3, 2, 3, 16, 16)
+        bad += batch["bad"]
+    assert sorted(bad) == ["damaged", "empty", "not_an_image"]
+    lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["path"]).name for line in lines) == ["b.jpg", "c.jpg", "d.png"]
+    (images / "a.jpg").unlink()
+    with pytest.raises(ValueError, match="no usable image among the 4 rows .* The last bad one: .*"):
+        read(ViewStream(source, TwoViews((16, 16)), max_bad_fraction=0.8), 1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_bad_images_stop_the_stream(tmp_path, num_workers):
+    for i in range(20):
+        (tmp_path / f"{i}.jpg").write_bytes(PHOTO if i else b"text")
     stream = ViewStream(ImageSource(data_dir=str(tmp_path)), TwoViews((16, 16)))
-    rows = list(itertools.islice(iter(stream), 4))
-    assert all(row["views"].shape == (2, 3, 16, 16) for row in rows)
-    # Three of four are bad in each pass; those after the last good one belong to the next.
-    assert 9 <= sum(row["num_skipped"] for row in rows) <= 12
-    assert all(name in caplog.text for name in ("b.jpg", "c.jpg", "d.png"))
+    with pytest.raises(ValueError, match="1 of 20 images .* are bad, more than max_bad_fraction=0.01.*no picture in"):
+        list(itertools.islice(view_loader(stream, 4, num_workers), 10))
 
 
-def test_null_rows_and_pictures_in_archives(tmp_path, caplog):
+def test_null_rows_and_pictures_in_archives(tmp_path):
     features = Features({"image": ImageFeature()})
     rows = {"image": [{"bytes": picture(), "path": None}, None]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
-    stream = iter(ViewStream(ImageSource(data_files=str(tmp_path / "rows.parquet")), TwoViews((16, 16))))
-    assert sum(row["num_skipped"] for row in itertools.islice(stream, 3)) >= 2
-    assert "the row holds no image" in caplog.text
+    source = ImageSource(data_files=str(tmp_path / "rows.parquet"))
+    stream = ViewStream(source, TwoViews((16, 16)), max_bad_fraction=0.5)
+    assert [reason for sample in itertools.islice(stream, 3) for reason in sample["bad"]] == ["empty"]
     (tmp_path / "folder").mkdir()
     with zipfile.ZipFile(tmp_path / "folder" / "train.zip", "w") as archive:
         for i in range(3):
@@ -176,27 +345,7 @@ def test_null_rows_and_pictures_in_archives(tmp_path, caplog):
     assert len(set(read(ViewStream(source, identity), 3))) == 3
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_source_without_a_readable_image_is_refused(tmp_path, num_workers):
-    (tmp_path / "a.jpg").write_bytes(b"text")
-    stream = ViewStream(ImageSource(data_dir=str(tmp_path)), TwoViews((16, 16)))
-    with pytest.raises(ValueError, match=r"no readable image .*\(1 unreadable\)"):
-        read(stream, 1, num_workers)
-
-
 # --- Views -----------------------------------------------------------------------------------------------------------
-
-
-def test_decoding_gives_upright_8_bit_pictures_in_the_wanted_channels():
-    assert decode(picture(mode="L", color=7)).getpixel((0, 0)) == (7, 7, 7)
-    assert decode(picture(mode="RGBA", color=(9, 8, 7, 255), format="PNG")).getpixel((0, 0)) == (9, 8, 7)
-    assert decode(picture(mode="CMYK", color=(0, 255, 255, 0), quality=95)).getpixel((0, 0))[0] > 200  # red
-    assert decode(picture(), num_channels=1).mode == "L"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    assert decode(picture(size=(40, 30), exif=exif)).size == (30, 40)
-    with pytest.raises(ValueError, match="more than 8 bits"):
-        decode(picture(mode="I;16", color=300, format="PNG"))
 
 
 def test_views_are_crops_of_the_picture_that_depend_on_seed_epoch_and_picture_alone():
@@ -228,7 +377,13 @@ def test_boxes_have_the_stated_area_and_aspect():
 # --- Augmentation ----------------------------------------------------------------------------------------------------
 
 
-OFF = dict(flip_probability=0, color_jitter_probability=0, greyscale_probability=0, blur_probability=0)
+OFF = dict(
+    flip_probability=0,
+    color_jitter_probability=0,
+    greyscale_probability=0,
+    blur_probability=0,
+    solarize_probability=0,
+)
 
 
 def test_augmentation_normalises_and_leaves_its_input_alone():
@@ -257,6 +412,25 @@ def test_each_step_changes_each_view_by_itself(step):
     assert torch.equal(first, Augmentation()(views)) and first.dtype == torch.float32
 
 
-def test_colour_steps_on_one_channel_are_refused():
-    with pytest.raises(ValueError, match="3 channels, got 1; set color_jitter_probability=0"):
-        Augmentation(mean=(0.5,), std=(0.2,))
+def test_colour_steps_are_left_out_with_a_message_where_there_is_no_colour(caplog):
+    views = torch.randint(0, 256, (4, 2, 1, 16, 16), dtype=torch.uint8)
+    augment = Augmentation(mean=(0.5,), std=(0.2,), flip_probability=0, blur_probability=0)
+    torch.testing.assert_close(augment(views), (views / 255 - 0.5) / 0.2)
+    assert "they need 3 channels, these images have 1" in caplog.text
+
+
+def test_solarisation_inverts_what_is_bright():
+    views = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)
+    augment = Augmentation(mean=(0,) * 3, std=(1,) * 3, **{**OFF, "solarize_probability": 1.0})
+    torch.testing.assert_close(augment(views), torch.where(views > 127, 255 - views, views) / 255)
+
+
+def test_mean_and_std_are_those_of_the_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.normal((50, 100, 150), (10, 20, 30), (40, 40, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    make = TwoViews((40, 40), scale=(1, 1), ratio=(1, 1))
+    mean, std = mean_and_std(ViewStream(ImageSource(data_dir=str(tmp_path)), make))
+    np.testing.assert_allclose(np.array(mean) * 255, (49.5, 99.5, 149.5), atol=0.7)
+    np.testing.assert_allclose(np.array(std) * 255, (10, 20, 30), atol=0.7)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import MAE, SIMCLR, free_port
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
@@ -48,7 +49,7 @@ def test_the_output_folder_is_complete(finished):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
     assert {"loss", "contrastive_loss", "reconstruction_loss", "denoising_loss", "grad_norm", "learning_rate",
-            "images_per_second", "data_wait", "embedding_spread", "num_skipped"} <= lines[0].keys()  # fmt: skip
+            "images_per_second", "data_wait", "embedding_spread", "num_bad"} <= lines[0].keys()  # fmt: skip
     assert set(results["probe"]) == {"raw pixels", "untrained encoder", "CAN, pre-trained"}
     recipe = Recipe.from_dict(yaml.safe_load((folder / "recipe.yaml").read_text()))
     assert recipe.max_steps == 3 and recipe.config.hidden_size == 32
@@ -143,15 +144,33 @@ def test_a_folder_of_images_trains_for_epochs_with_bad_files_counted(tmp_path):
             "1",
             "--crop_scale",
             "0.5,1",
+            "--max_bad_fraction",
+            "0.1",
+            "--measure_mean_std",
         ]  # fmt: skip
     )
     assert results["num_images"] == 17 and results["num_steps"] == round(2 * 17 / 8)
-    assert results["num_skipped"] >= 1
+    assert results["bad_samples"] == {"not_an_image": 1}
+    (line,) = (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == str(images / "broken.jpg")
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert not recipe["measure_mean_std"] and all(0.4 < mean < 0.6 for mean in recipe["image_mean"])  # noise about 128
+
+
+def test_a_data_set_built_in_python_trains_and_too_many_bad_images_stop_the_run(tmp_path):
+    pictures = [Image.effect_noise((40, 40), 60).convert("RGB") for _ in range(16)]
+    options = ["--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none"]
+    results = run_pretraining.main([*TOY, *options], Dataset.from_dict({"image": pictures}))
+    assert results["num_images"] == 16
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["dataset_name"] is None
+    rows = Dataset.from_dict({"image": [None, *pictures]})
+    with pytest.raises(ValueError, match=r"1 of 17 images .* max_bad_fraction=0.01; .*--max_bad_fraction"):
+        run_pretraining.main([*TOY, *options, "--overwrite_output_dir"], rows)
 
 
 def test_greyscale_non_square_images_train_probe_and_draw(tmp_path):
-    settings = {"num_channels": 1, "image_mean": 0.5, "image_std": 0.2, "image_size": "32,48", "norm_pix_loss": True,
-                "color_jitter_probability": 0, "greyscale_probability": 0}  # fmt: skip
+    settings = {"num_channels": 1, "image_mean": 0.5, "image_std": 0.2, "image_size": "32,48", "norm_pix_loss": True}
     results = run_pretraining.main([*TOY, "--output_dir", str(tmp_path / "out"), *flags(settings)])
     assert results["probe"]["CAN, pre-trained"]["knn"] > 0
     assert (tmp_path / "out" / "figures" / "reconstructions.png").exists()
@@ -165,7 +184,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
     command = [sys.executable, str(ROOT / "run_pretraining.py"), "--data_dir", str(tmp_path / "images"),
                "--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none"]  # fmt: skip
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 1 and "no readable image" in answer.stderr and "Traceback" not in answer.stderr
+    assert answer.returncode == 1 and "no usable image" in answer.stderr and "Traceback" not in answer.stderr
 
 
 @pytest.mark.parametrize("limit", [SIMCLR, MAE], ids=["SimCLR", "MAE"])
@@ -210,7 +229,7 @@ def test_photographs_are_read_and_trained_on(tmp_path):
     results = run_pretraining.main(
         [*TOY, "--dataset_name", name, "--output_dir", str(tmp_path), "--probe_dataset_name", "none"]
     )
-    assert results["num_skipped"] == 0
+    assert results["bad_samples"] == {}
 
 
 @pytest.mark.slow

@@ -1,0 +1,169 @@
+"""Killed readers continue with exactly the samples that they would have given; sources that fail are tried again."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from test_data import add_to_tar, identity, picture
+
+from modeling_can.data import ImageSource, ViewStream, resume, view_loader
+
+
+NUM_IMAGES, BATCH_SIZE = 120, 4
+PROCESS = """
+import json, os, sys
+import torch
+from test_data import identity
+from modeling_can.data import ImageSource, ViewStream, resume, view_loader
+
+source, rank, state_path, num_batches = sys.argv[1:]
+stream = ViewStream(ImageSource(**json.loads(source)), identity, seed=3, process_index=int(rank), num_processes=2,
+                    block_size=7)
+loader = view_loader(stream, 4, 2)
+if os.path.exists(state_path):
+    resume(loader, [torch.load(f"{state_path[:-1]}{r}", weights_only=False) for r in range(2)])
+for index, batch in enumerate(loader):
+    torch.save(loader.state_dict(), state_path + ".partial")
+    print(json.dumps(batch["views"].flatten().tolist()), flush=True)
+    if index + 1 == int(num_batches):
+        os.replace(state_path + ".partial", state_path)
+        print("now", flush=True)  # and goes on until it is killed
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same 120 pictures in five parquet shards (of two row groups), five tar shards and a folder."""
+    folder = tmp_path_factory.mktemp("sources")
+    pictures = [picture(color=(i, 255 - i, i // 2), format="PNG") for i in range(NUM_IMAGES)]
+    (folder / "images").mkdir()
+    for i, encoded in enumerate(pictures):
+        (folder / "images" / f"{i}.png").write_bytes(encoded)
+    for shard in range(5):
+        part = range(shard * 24, shard * 24 + 24)
+        rows = Dataset.from_dict(
+            {"image": [{"bytes": pictures[i], "path": None} for i in part]},
+            features=Features({"image": ImageFeature()}),
+        )
+        rows.to_parquet(folder / f"{shard}.parquet", batch_size=12)
+        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
+            for i in part:
+                add_to_tar(archive, f"{i:03}.png", pictures[i])
+    return {
+        "parquet": {"data_files": f"{folder}/*.parquet"},
+        "one parquet shard": {"data_files": f"{folder}/0.parquet"},
+        "tar": {"data_files": f"{folder}/*.tar"},
+        "folder": {"data_dir": f"{folder}/images"},
+        "crcs": sorted(map(zlib.crc32, pictures)),
+    }
+
+
+def run_until_killed(source, state_paths, num_batches) -> list[list[list[int]]]:
+    """Two processes with two workers each read on from their states; killed at some moment after so many batches."""
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, json.dumps(source), str(rank), str(state_path), str(num_batches[rank])],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        for rank, state_path in enumerate(state_paths)
+    ]
+    batches = []
+    try:
+        for process in processes:
+            lines = list(iter(process.stdout.readline, "now\n"))
+            batches.append([json.loads(line) for line in lines])
+    finally:
+        for process in processes:
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers
+            process.wait()
+    return batches
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "parquet",
+        pytest.param("one parquet shard", marks=pytest.mark.slow),
+        pytest.param("tar", marks=pytest.mark.slow),
+        pytest.param("folder", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_twice_the_stream_is_that_of_an_uninterrupted_run(sources, tmp_path, kind):
+    source = sources[kind]
+    rng = np.random.default_rng(0)
+    cuts = rng.integers(3, 16, size=(2, 2))
+    paths = [tmp_path / f"state{rank}" for rank in range(2)]
+    parts = [run_until_killed(source, paths, num_batches) for num_batches in (*cuts, (8, 8))]
+    total = cuts.sum(0) + 8
+    whole = run_until_killed(source, [tmp_path / f"other{rank}" for rank in range(2)], total)
+    for rank in range(2):
+        resumed = [batch for part in parts for batch in part[rank]]
+        assert len(resumed) == total[rank] and resumed == whole[rank]
+    if kind == "parquet":  # five shards among four readers: those with one shard go on into the next epoch sooner
+        assert len({x for batch in whole[0] + whole[1] for x in batch}) > 60
+
+
+def test_state_inside_a_process_too(sources):
+    """Without workers, at every point of two epochs."""
+    source = ImageSource(**sources["one parquet shard"])
+
+    def loader():
+        return view_loader(ViewStream(source, identity, block_size=5), 3)
+
+    batches, states = [], []
+    running = loader()
+    for batch in itertools.islice(running, 16):
+        batches.append(batch["views"].flatten().tolist())
+        states.append(running.state_dict())
+    for index in range(0, 15):
+        resumed = loader()
+        assert resume(resumed, [states[index]])
+        following = [batch["views"].flatten().tolist() for batch in itertools.islice(resumed, 15 - index)]
+        assert following == batches[index + 1 :], index
+
+
+def test_another_number_of_readers_finishes_the_epoch_approximately(sources, caplog):
+    source = ImageSource(**sources["parquet"])
+    seen, states = [], []
+    for rank in range(2):
+        loader = view_loader(ViewStream(source, identity, 0, rank, 2, block_size=6), 3)
+        seen += [x for b in itertools.islice(loader, 10) for x in b["views"].flatten().tolist()]
+        states.append(loader.state_dict())
+    assert len(set(seen)) == 60  # half of the epoch
+    stream = ViewStream(source, identity, 0, 0, 1, block_size=6)
+    loader = view_loader(stream, 3)
+    assert not resume(loader, states)
+    assert "1 readers (processes x workers) resume what 2 began: epoch 0 is finished approximately" in caplog.text
+    rest = [x for b in itertools.islice(loader, 20) for x in b["views"].flatten().tolist()]
+    assert len(set(rest)) == 60 and stream.state_dict()["epoch"] == 0  # the other half of its own order
+    following = [x for b in itertools.islice(loader, 40) for x in b["views"].flatten().tolist()]
+    assert sorted(following) == sources["crcs"]  # from then on whole epochs
+
+
+def test_spawned_workers_read_the_same_as_forked_ones(sources):
+    source = ImageSource(**sources["folder"])
+    spawned, forked = (
+        [
+            batch["views"].flatten().tolist()
+            for batch in itertools.islice(
+                view_loader(ViewStream(source, identity), 4, 1, multiprocessing_context=context), 5
+            )
+        ]
+        for context in ("spawn", "fork")
+    )
+    assert spawned == forked
