@@ -39,7 +39,13 @@ logger = logging.getLogger(__name__)
 SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
 IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-RETRY_SECONDS = (1, 5, 20, 60)  # waits before a connection is tried again
+RETRY_SECONDS = (1, 5, 20, 60, 120)  # waits before a connection is tried again
+STALL_SECONDS = 60  # of silence, after which a connection counts as failed
+
+# datasets reads a broken connection up to 20 times more, 5 s apart, which a tar stream never survives. Instead, the
+# readers here open it anew from where the block began.
+datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
 
 
 def resolve_name(name: str) -> str:
@@ -119,6 +125,12 @@ class ImageSource:
             if suffix not in FORMATS:
                 raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(FORMATS)}")
             arguments = {"path": FORMATS[suffix], "data_files": data_files}
+            if str(first).startswith(("http://", "https://")):
+                import aiohttp  # slow, and only this needs it
+
+                timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL_SECONDS, sock_read=STALL_SECONDS)
+                options = {"client_kwargs": {"timeout": timeout}}
+                arguments["storage_options"] = {"http": options, "https": options}
             self.split = "train"
         else:
             arguments = {"path": resolve_name(dataset_name)}
@@ -142,10 +154,8 @@ class ImageSource:
         if not isinstance(dataset, datasets.IterableDataset):
             raise ValueError(f"dataset is a {type(dataset).__name__}; give one split, a Dataset or IterableDataset")
         names = list(dataset.features or next(iter(dataset)))
-        columns = [self.image_column]
-        if self.image_column not in names:
-            columns = []
-        if self.image_column == "image" and not columns:
+        columns = [name for name in names if name == self.image_column]
+        if not columns and self.image_column == "image":
             columns = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]
         if not columns:
             raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {names}")
@@ -183,7 +193,7 @@ class ViewStream(torch.utils.data.IterableDataset):
 
     Args:
         source (`ImageSource`): Where the images come from.
-        make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)` uint8 array; raises `BadImage`.
+        make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)` uint8; raises `BadImage`.
         seed (`int`): Of the order.
         process_index, num_processes (`int`): This process among those that share the source.
         block_size (`int`): Encoded images that a reader holds and shuffles at a time.
@@ -278,7 +288,7 @@ class ViewStream(torch.utils.data.IterableDataset):
                         if state["num_seen"] >= 1000:
                             self._refuse_bad(state, line, reader, num_readers)
                         continue
-                    yield {"views": torch.from_numpy(views), "bad": bad}
+                    yield {"views": torch.as_tensor(views), "bad": bad}
                     bad = []
                 state["num_rows"] += len(images)
                 state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}

@@ -1,17 +1,27 @@
-"""Two random crops of a picture, from one decoding, as uint8. Runs in the loader's workers, so it needs no torch."""
+"""Two random crops of a picture, from one decoding, as uint8. Runs in the loader's workers."""
 
 import io
 import math
 import zlib
+from collections.abc import Callable
 
 import fsspec
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageColor, ImageOps
+import torch
+from PIL import Image, ImageColor
+from torch.nn.functional import interpolate
 
 
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-HIGH_BIT_DEPTHS = ("full_range", "stretch", "skip")
+UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImage(ValueError):
@@ -53,10 +63,12 @@ def decode(
     transparent_background: str = "white",
     high_bit_depth: str = "full_range",
     min_size: tuple[int, int] = (1, 1),
-) -> Image.Image:
+    shrink: Callable[[tuple[int, int]], float] | None = None,
+) -> np.ndarray:
     """
-    An encoded picture as 8-bit RGB (3 channels) or greyscale (1 channel), upright. Of an animation, the first frame.
-    JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner), the rest through Pillow.
+    An encoded picture as uint8 `(height, width, num_channels)`, RGB (3 channels) or greyscale (1 channel), upright. Of
+    an animation, the first frame. JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner),
+    the rest through Pillow.
 
     Args:
         encoded (`bytes`): A file in any format that Pillow reads.
@@ -66,6 +78,10 @@ def decode(
             What becomes of 16-bit greyscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
             picture's own range to it (12-bit detectors, floating point); `"skip"` counts it as bad.
         min_size (`(int, int)`): The least height and width.
+        shrink (callable, *optional*):
+            Upright (width, height) -> the factor by which the result may be smaller than that. A JPEG is then decoded
+            at the nearest larger of the scales that its transform offers: a 12-megapixel photograph several times
+            sooner.
 
     Raises:
         BadImage: `not_an_image`, `damaged`, `too_large` (Pillow's guard against decompression bombs), `too_small`, or
@@ -77,15 +93,13 @@ def decode(
         if image.height < min_size[0] or image.width < min_size[1]:
             height, width = min_size
             raise BadImage("too_small", f"{image.height} x {image.width} pixels, less than {height} x {width}")
-        image = _pixels(encoded, image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = _eight_bits(image, high_bit_depth)
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            opaque = Image.new("RGBA", image.size, ImageColor.getrgb(transparent_background))
-            image = Image.alpha_composite(opaque, image.convert("RGBA"))
-        if orientation != 1:
-            image = ImageOps.exif_transpose(image)
-        return image.convert("RGB" if num_channels == 3 else "L")
+        factor = max(1.0, shrink(image.size if orientation <= 4 else image.size[::-1])) if shrink else 1.0
+        pixels = _decode_jpeg(encoded, image, factor) if num_channels == 3 else None
+        if pixels is None or orientation != 1:
+            image = image if pixels is None else Image.fromarray(pixels)
+            image = _convert(image, num_channels, transparent_background, high_bit_depth)
+            pixels = np.array(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
+        return pixels.reshape(*pixels.shape[:2], num_channels)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -96,17 +110,25 @@ def decode(
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
 
 
-def _pixels(encoded: bytes, image: Image.Image) -> Image.Image:
-    if image.format == "JPEG" and image.mode == "RGB":
-        try:
-            pixels = Image.fromarray(simplejpeg.decode_jpeg(encoded))
-        except ValueError:  # strict about what Pillow may still read; what Pillow cannot read either, it says below
-            pass
-        else:
-            pixels.info["exif"] = image.info.get("exif", b"")  # for its orientation
-            return pixels
+def _decode_jpeg(encoded: bytes, image: Image.Image, factor: float) -> np.ndarray | None:
+    """A colour JPEG, up to so many times smaller; `None` for what else it is, and for what only Pillow may read."""
+    if image.format != "JPEG" or image.mode != "RGB":
+        return None
+    width, height = (math.ceil(side / factor) for side in image.size)
+    try:
+        return simplejpeg.decode_jpeg(encoded, min_width=width, min_height=height)
+    except ValueError:  # it is strict about every oddity
+        return None
+
+
+def _convert(image: Image.Image, num_channels: int, transparent_background: str, high_bit_depth: str) -> Image.Image:
     image.load()
-    return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image, high_bit_depth)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, ImageColor.getrgb(transparent_background))
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    return image.convert("RGB" if num_channels == 3 else "L")
 
 
 def _eight_bits(image: Image.Image, high_bit_depth: str) -> Image.Image:
@@ -152,7 +174,7 @@ class TwoViews:
         image_shape (`(int, int)`): Height and width of a view in pixels.
         num_channels (`int`): 3 (RGB) or 1 (greyscale).
         scale, ratio: Ranges of `random_box`.
-        resample (`str`): `"bilinear"` or `"bicubic"`.
+        resample (`str`): `"bilinear"` or `"bicubic"`, with antialiasing, the numbers of Pillow.
         seed (`int`): A picture's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
         decoding: Keyword arguments of `decode`.
     """
@@ -170,15 +192,26 @@ class TwoViews:
         if num_channels not in (1, 3):
             raise ValueError(f"num_channels={num_channels}: pictures are read as RGB (3) or greyscale (1)")
         self.image_shape, self.decoding = image_shape, {"num_channels": num_channels, **decoding}
-        self.scale, self.ratio, self.resample, self.seed = scale, ratio, RESAMPLING[resample], seed
+        self.scale, self.ratio, self.resample, self.seed = scale, ratio, resample, seed
 
-    def __call__(self, encoded: bytes, epoch: int = 0) -> np.ndarray:
+    def __call__(self, encoded: bytes, epoch: int = 0) -> torch.Tensor:
         """Returns uint8 of shape `(2, num_channels, height, width)`; raises what `decode` raises."""
-        image = decode(encoded, **self.decoding)
         rng = np.random.default_rng((self.seed, epoch, zlib.crc32(encoded)))
         height, width = self.image_shape
-        views = [
-            image.resize((width, height), self.resample, box=random_box(image.size, self.scale, self.ratio, rng))
-            for _ in range(2)
-        ]
-        return np.stack([np.asarray(view).reshape(height, width, -1).transpose(2, 0, 1) for view in views])
+        boxes, full_size = [], None
+
+        def draw_boxes(size):
+            """The boxes, and how much smaller the picture may be without a box falling short of the view."""
+            nonlocal boxes, full_size
+            boxes, full_size = [random_box(size, self.scale, self.ratio, rng) for _ in range(2)], size
+            return min(min((r - l) / width, (b - t) / height) for l, t, r, b in boxes)  # noqa: E741
+
+        pixels = torch.from_numpy(decode(encoded, **self.decoding, shrink=draw_boxes)).permute(2, 0, 1)[None]
+        across, down = pixels.shape[3] / full_size[0], pixels.shape[2] / full_size[1]
+        views = torch.empty(2, pixels.shape[1], height, width, dtype=torch.uint8)
+        for view, (left, top, right, bottom) in zip(views, boxes, strict=True):
+            rows = slice(round(top * down), max(round(bottom * down), round(top * down) + 1))
+            columns = slice(round(left * across), max(round(right * across), round(left * across) + 1))
+            crop = pixels[:, :, rows, columns]
+            view.copy_(interpolate(crop, (height, width), mode=self.resample, antialias=True)[0])
+        return views

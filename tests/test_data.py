@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, mean_and_std, view_loader
@@ -274,23 +274,33 @@ def test_an_unusual_image_is_converted(good_and, kind):
 
 
 def test_decoding_is_as_the_recipe_says():
-    assert decode(picture(size=(40, 30), exif=TURNED)).size == (30, 40)
-    assert decode(UNUSUAL["transparent PNG"][0], transparent_background="#102030").getpixel((0, 0)) == (16, 32, 48)
-    assert decode(picture(), num_channels=1).mode == "L"
-    full = np.asarray(decode(image_file(WIDE_RANGE, "PNG"), num_channels=1))
+    transparent = decode(UNUSUAL["transparent PNG"][0], transparent_background="#102030")
+    assert transparent[0, 0].tolist() == [16, 32, 48]
+    assert decode(picture(), num_channels=1).shape == (30, 40, 1)
+    full = decode(image_file(WIDE_RANGE, "PNG"), num_channels=1)
     np.testing.assert_allclose(full.flatten(), np.linspace(0, 255, 1200), atol=1)
     dim = image_file(
         Image.fromarray((np.asarray(WIDE_RANGE) // 16 + 100).astype(np.uint16)), "PNG"
     )  # a 12-bit detector
-    assert np.asarray(decode(dim, num_channels=1)).max() == 16
-    stretched = np.asarray(decode(dim, num_channels=1, high_bit_depth="stretch"))
+    assert decode(dim, num_channels=1).max() == 16
+    stretched = decode(dim, num_channels=1, high_bit_depth="stretch")
     assert stretched.min() == 0 and stretched.max() == 255
     with pytest.raises(BadImage, match="high_bit_depth is 'skip'"):
         decode(dim, high_bit_depth="skip")
     floating = image_file(Image.new("F", (40, 30), 0.5), "TIFF")
     with pytest.raises(BadImage, match="high_bit_depth='stretch'"):
         decode(floating)
-    assert decode(floating, high_bit_depth="stretch").getpixel((0, 0)) == (0, 0, 0)
+    assert not decode(floating, high_bit_depth="stretch").any()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright_as_in_pillow(orientation, file_format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = image_file(Image.effect_noise((40, 24), 80).convert("RGB"), file_format, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    assert abs(decode(encoded).astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_jpegs_decode_to_the_pixels_of_pillow():
@@ -298,7 +308,7 @@ def test_jpegs_decode_to_the_pixels_of_pillow():
         for options in ({"quality": 60}, {"quality": 95, "subsampling": 0}, {"progressive": True}):
             encoded = image_file(Image.effect_noise((123, 77), 80).convert(mode), "JPEG", **options)
             expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
-            assert abs(np.asarray(decode(encoded)).astype(int) - expected).max() <= 1
+            assert abs(decode(encoded).astype(int) - expected).max() <= 1
 
 
 def test_a_folder_with_bad_files_is_read_and_its_ledger_names_each_once(tmp_path):
@@ -355,11 +365,29 @@ def test_views_are_crops_of_the_picture_that_depend_on_seed_epoch_and_picture_al
     encoded = buffer.getvalue()
     make = TwoViews((16, 24), scale=(0.2, 0.4), seed=3)
     views = make(encoded, epoch=1)
-    assert views.shape == (2, 3, 16, 24) and views.dtype == np.uint8
-    assert np.array_equal(views, make(encoded, epoch=1))
-    assert not np.array_equal(views, make(encoded, epoch=2)) and not np.array_equal(views[0], views[1])
+    assert views.shape == (2, 3, 16, 24) and views.dtype == torch.uint8
+    assert torch.equal(views, make(encoded, epoch=1))
+    assert not torch.equal(views, make(encoded, epoch=2)) and not torch.equal(views[0], views[1])
     spread = int(views[0, 0, 8, -1]) - int(views[0, 0, 8, 0])  # the crop is narrower than the picture
     assert 10 < spread < 50
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_jpegs_are_decoded_smaller_without_a_visible_difference(orientation, monkeypatch):
+    x, y = np.meshgrid(np.arange(1600), np.arange(1200))
+    waves = [127 + 80 * np.sin(x / 90 + i) + 40 * np.cos(y / 70) for i in range(3)]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = image_file(Image.fromarray(np.stack(waves, 2).astype(np.uint8)), "JPEG", quality=95, exif=exif)
+    make = TwoViews((64, 64))
+    views = make(encoded).float()
+    sizes = []
+    monkeypatch.setattr("modeling_can.views.simplejpeg.decode_jpeg", lambda *_, **s: sizes.append(s) or 1 / 0)
+    with pytest.raises(BadImage, match="ZeroDivisionError"):
+        make(encoded)
+    assert 64 < sizes[0]["min_height"] < 600 and sizes[0]["min_height"] < sizes[0]["min_width"]
+    monkeypatch.setattr("modeling_can.views.simplejpeg.decode_jpeg", lambda *_, **s: (_ for _ in ()).throw(ValueError))
+    assert abs(make(encoded) - views).max() < 9  # through Pillow, at full size
 
 
 def test_boxes_have_the_stated_area_and_aspect():

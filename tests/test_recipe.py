@@ -41,8 +41,9 @@ def test_the_command_line_counts_last():
     assert parse("--num_train_epochs", "2").max_steps is None  # and one length the other
 
 
-OTHER = {"dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",
-         "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bilinear", "mixed_precision": "bf16",
+OTHER = {"transparent_background": "#102030", "high_bit_depth": "stretch",
+         "dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",
+         "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bicubic", "mixed_precision": "bf16",
          "crop_scale": (0.5, 0.75), "crop_ratio": (0.5, 1.0), "blur_sigma": (0.5, 1.0), "hidden_act": "relu",
          "color_jitter": (0.1, 0.1, 0.1, 0.1), "image_mean": (0.1, 0.1, 0.1), "image_std": (0.5, 0.5, 0.5),
          "image_size": 64, "patch_size": 4, "hidden_size": 192, "num_attention_heads": 6, "max_steps": 7,
@@ -102,8 +103,8 @@ def test_numbers_are_read_as_their_field_says():
         (["--base_learning_rate", "inf"], "base_learning_rate=inf"),
         (["--max_steps", "inf"], "max_steps='inf' is not of type int"),
         (["--color_jitter", "0.4,0.4"], "must be four strengths"),
-        (["--resample", "nearest"], "'nearest' is not one of bicubic, bilinear"),
-        (["--data_dir", "a", "--data_files", "b"], "exactly one source"),
+        (["--resample", "nearest"], "'nearest' is not one of bilinear, bicubic"),
+        (["--data_dir", "a", "--data_files", "b"], "give one source"),
         (["--image_size", "33"], "image_size=33 is not a multiple"),
     ],
 )
