@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -402,5 +403,6 @@ def print_summary(output_dir: Path, results: dict):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FloatingPointError, ConnectionError) as error:
-        sys.exit(f"run_pretraining.py: {error}")
+    except (ValueError, FloatingPointError, OSError) as error:
+        # Of an error in a loader's worker, what it says, without the traceback that torch puts around it.
+        sys.exit(f"run_pretraining.py: {re.split(r'^[A-Za-z]*Error: ', str(error), flags=re.MULTILINE)[-1].strip()}")

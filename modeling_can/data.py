@@ -16,16 +16,19 @@ reported; a shard that is gone stops the run.
 import asyncio
 import copy
 import hashlib
+import io
 import itertools
 import json
 import logging
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import datasets
 import fsspec
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
@@ -97,6 +100,8 @@ class ImageSource:
         self.name = str(dataset_name or data_dir or data_files or "the data set")
         self.image_column = image_column
         self._builder, self._num_images, self.split = None, None, split
+        files = data_files if isinstance(data_files, list) else [str(data_files)]
+        self.is_remote = dataset is not None or any("://" in file for file in files)
         if data_dir:
             self.dataset = self._list_folder(Path(data_dir))
         elif dataset is not None:
@@ -134,10 +139,13 @@ class ImageSource:
             self.split = "train"
         else:
             arguments = {"path": resolve_name(dataset_name)}
+            self.is_remote = not Path(arguments["path"]).exists()
         try:
             if not streaming:
                 return self._undecoded(datasets.load_dataset(**arguments, split=self.split))
             self._builder = datasets.load_dataset_builder(**arguments)
+            for path in (self._builder.config.data_files or {}).get(self.split, []):
+                refuse_cut_off_tar(str(path))
             return self._undecoded(self._builder.as_streaming_dataset(split=self.split))
         except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
             raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
@@ -203,7 +211,7 @@ class ViewStream(torch.utils.data.IterableDataset):
     Raises:
         ValueError: while iterating, when more than `max_bad_fraction` of a reader's images are bad, once it has seen
             1,000 or come to the end of its own; or when none of them is good.
-        ConnectionError: while iterating, when the source cannot be read, the last of several attempts included.
+        OSError: while iterating, when a shard cannot be read; for a remote one, several attempts were in vain.
     """
 
     def __init__(
@@ -310,7 +318,7 @@ class ViewStream(torch.utils.data.IterableDataset):
                     columns = [block[name] for name in self.source.image_columns]
                     yield [next(filter(None, row), None) for row in zip(*columns, strict=True)], rows_state
                 return
-            except connection_errors() as error:
+            except (*connection_errors(), tarfile.TarError, pyarrow.ArrowException) as error:
                 self._wait_or_give_up(error, num_failures)
                 num_failures += 1
 
@@ -322,8 +330,8 @@ class ViewStream(torch.utils.data.IterableDataset):
                 self._wait_or_give_up(error, num_failures)
 
     def _wait_or_give_up(self, error: Exception, num_failures: int):
-        if is_gone(error) or num_failures == len(RETRY_SECONDS):
-            raise ConnectionError(
+        if not self.source.is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
+            raise OSError(
                 f"{self.source.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
                 "Mend the file or remove it from the source, then start again"
             ) from error
@@ -356,6 +364,15 @@ class ViewStream(torch.utils.data.IterableDataset):
             )
 
 
+def refuse_cut_off_tar(path: str):
+    """Python's tarfile takes a local archive that was cut off between two files for a shorter one."""
+    if path.endswith(".tar") and "://" not in path:
+        with open(path, "rb") as file:
+            file.seek(-min(1024, Path(path).stat().st_size), io.SEEK_END)
+            if file.read() != bytes(1024):
+                raise ValueError(f"{path} is cut off: it lacks the 1,024 zero bytes that end a tar; copy it once more")
+
+
 def connection_errors() -> tuple[type[Exception], ...]:
     """What a remote read raises that may pass. aiohttp is asked only where it was imported."""
     errors = (OSError, asyncio.TimeoutError, EOFError)
@@ -363,11 +380,9 @@ def connection_errors() -> tuple[type[Exception], ...]:
 
 
 def is_gone(error: Exception) -> bool:
-    """Whether trying again is in vain: a local file is missing, or a server says that there is none for us."""
+    """Whether trying again is in vain: a server says that there is no such file, or not for us."""
     status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
-    if status is not None:
-        return status in (401, 403, 404, 410)
-    return isinstance(error, FileNotFoundError | PermissionError) and "://" not in str(error)
+    return status in (401, 403, 404, 410)
 
 
 def collate(samples: list[dict]) -> dict:

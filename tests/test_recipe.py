@@ -43,7 +43,7 @@ def test_the_command_line_counts_last():
 
 OTHER = {"transparent_background": "#102030", "high_bit_depth": "stretch",
          "dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",
-         "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bicubic", "mixed_precision": "bf16",
+         "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bilinear", "mixed_precision": "bf16",
          "crop_scale": (0.5, 0.75), "crop_ratio": (0.5, 1.0), "blur_sigma": (0.5, 1.0), "hidden_act": "relu",
          "color_jitter": (0.1, 0.1, 0.1, 0.1), "image_mean": (0.1, 0.1, 0.1), "image_std": (0.5, 0.5, 0.5),
          "image_size": 64, "patch_size": 4, "hidden_size": 192, "num_attention_heads": 6, "max_steps": 7,

@@ -5,9 +5,12 @@ import itertools
 import re
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from test_data import identity
 from test_resume import sources  # noqa: F401
 
@@ -99,5 +102,32 @@ def test_every_sample_comes_once_through_a_faulty_connection(server, sources, im
 def test_a_shard_that_is_gone_stops_the_run_by_name(server, sources, impatient, kind):  # noqa: F811
     source = ImageSource(data_files=[f"{server.url}/{shard}.{kind}" for shard in range(5)])
     server.gone = {f"3.{kind}"}
-    with pytest.raises(ConnectionError, match=rf"3\.{kind}.*no image was passed over"):
+    with pytest.raises(OSError, match=rf"3\.{kind}.*no image was passed over"):
         list(itertools.islice(ViewStream(source, identity), 120))
+
+
+def test_images_behind_urls_are_tried_again_and_missing_ones_reported(server, impatient):
+    (server.folder / "gone.png").write_bytes(b"")
+    server.gone = {"gone.png"}
+    names = [f"images/{i}.png" for i in range(6)] + ["gone.png"]
+    rows = Dataset.from_dict({"image": [f"{server.url}/{name}" for name in names]})
+    source = ImageSource(dataset=rows.cast_column("image", ImageFeature()))
+    server.faults = [None, "drop", "503", None, "drop"]
+    stream = ViewStream(source, identity, max_bad_fraction=0.2)
+    samples = list(itertools.islice(stream, 12))
+    expected = {zlib.crc32((server.folder / name).read_bytes()) for name in names[:6]}
+    assert {int(sample["views"]) for sample in samples[:6]} == expected
+    assert [reason for sample in samples for reason in sample["bad"]] == ["missing"]
+
+
+def test_a_damaged_local_shard_stops_the_run_at_once(sources, tmp_path):  # noqa: F811
+    for kind, damage in (("parquet", 100), ("tar", 700)):  # in the tar, within a picture
+        whole = Path(sources[kind]["data_files"].replace("*", "0"))
+        damaged = tmp_path / f"damaged.{kind}"
+        damaged.write_bytes(whole.read_bytes())
+        stream = ViewStream(ImageSource(data_files=[str(whole), str(damaged)]), identity)
+        damaged.write_bytes(whole.read_bytes()[: 4096 + damage])
+        with pytest.raises(OSError, match="cannot be read: .*no image was passed over"):
+            list(itertools.islice(stream, 48))
+    with pytest.raises(ValueError, match=r"damaged\.tar is cut off"):
+        ImageSource(data_files=str(damaged))

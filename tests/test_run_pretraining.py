@@ -16,7 +16,6 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import run_pretraining
-from modeling_can.data import ImageSource
 from modeling_can.recipe import Recipe
 
 
@@ -222,14 +221,15 @@ def test_non_finite_numbers_stop_the_run_with_the_terms():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT.parent / "shared" / "data" / "photos").is_dir(), reason="needs ../shared/data/photos")
-def test_photographs_are_read_and_trained_on(tmp_path):
-    name = str(ROOT.parent / "shared" / "data" / "photos")
-    assert ImageSource(dataset_name=name).num_images() == 1000
+@pytest.mark.parametrize("name, num_images", [("photos", 1000), ("cifar10", 50_000)])
+def test_parquet_shards_of_others_are_read_and_trained_on(tmp_path, name, num_images):
+    folder = ROOT.parent / "shared" / "data" / name
+    if not folder.is_dir():
+        pytest.skip(f"needs ../shared/data/{name}")
     results = run_pretraining.main(
-        [*TOY, "--dataset_name", name, "--output_dir", str(tmp_path), "--probe_dataset_name", "none"]
+        [*TOY, "--data_files", f"{folder}/train-*.parquet", "--output_dir", str(tmp_path), "--probe_dataset_name=none"]
     )
-    assert results["bad_samples"] == {}
+    assert results["num_images"] == num_images and results["bad_samples"] == {}
 
 
 @pytest.mark.slow
