@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
-from modeling_can.data import ImageSource, ViewStream, mean_and_std, view_loader
+from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, view_loader
 from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import model_card
 from modeling_can.recipe import Recipe, parse_arguments
@@ -232,7 +232,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 bar.set_postfix_str(progress_text(line, bad_samples))
             refuse_non_finite(metrics[-1])
     train_seconds = time.perf_counter() - train_started
-    num_bad = sum(gather_object([bad_samples]), Counter())
+    accelerator.wait_for_everyone()
+    num_bad = Counter(json.loads(line)["reason"] for line in ledger_lines(output_dir / "bad_samples.jsonl"))
 
     # --- Results -----------------------------------------------------------------------------------------------------
     if is_main:

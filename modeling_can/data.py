@@ -20,6 +20,7 @@ import io
 import itertools
 import json
 import logging
+import os
 import sys
 import tarfile
 import time
@@ -34,7 +35,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from .views import BadImage, read_bytes
+from .views import BadImage
 
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,10 @@ class ImageSource:
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
         if not folder.is_dir():
             raise ValueError(f"data_dir={folder} is not a folder")
-        paths = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
+        paths = sorted(path for path in walk(folder) if Path(path).suffix.lower() in IMAGES)
+        for path in paths:
+            if not path.isprintable():
+                raise ValueError(f"data_dir={folder} holds {path!r}, a name that is not UTF-8 text; rename the file")
         if not paths:
             raise ValueError(
                 f"data_dir={folder} holds no images; for parquet or tar files use "
@@ -161,6 +165,11 @@ class ImageSource:
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
         if not isinstance(dataset, datasets.IterableDataset):
             raise ValueError(f"dataset is a {type(dataset).__name__}; give one split, a Dataset or IterableDataset")
+        if has_shuffle_buffer(dataset):
+            raise ValueError(
+                "dataset has a shuffle buffer, whose images are lost when reading goes on after a fault or a resume; "
+                "leave out .shuffle(), the images are shuffled here"
+            )
         names = list(dataset.features or next(iter(dataset)))
         columns = [name for name in names if name == self.image_column]
         if not columns and self.image_column == "image":
@@ -240,6 +249,7 @@ class ViewStream(torch.utils.data.IterableDataset):
             "num_rows": 0,  # of this epoch, before the block
             "pass_length": None,  # rows of the last epoch that was finished
             "skip": num_rows,
+            "order": (self.seed, self.block_size),
             "num_seen": 0,
             "num_bad": 0,
         }
@@ -269,7 +279,8 @@ class ViewStream(torch.utils.data.IterableDataset):
                 "%s has %d shards for %d readers: every reader reads everything and keeps its rows of it",
                 self.source.name, dataset.num_shards, num_readers,
             )  # fmt: skip
-        bad, reported, line = [], set(), ""
+        bad, line = [], ""
+        reported = {hash(known) for known in ledger_lines(self.ledger)}  # before this run was resumed
         while True:
             epoch = state["epoch"]
             rows = split_dataset_by_node(dataset, rank=reader, world_size=num_readers, strategy=strategy)
@@ -288,7 +299,8 @@ class ViewStream(torch.utils.data.IterableDataset):
                         views = self.make_views(self._fetch(image), epoch)
                     except BadImage as error:
                         state["num_bad"] += 1
-                        line = self._ledger_line(image, error)
+                        place = f"reader {reader}, {state['num_seen']}" if epoch == 0 else "met before"
+                        line = self._ledger_line(image, error, place)
                         if hash(line) not in reported:
                             reported.add(hash(line))
                             bad.append(error.reason)
@@ -300,7 +312,7 @@ class ViewStream(torch.utils.data.IterableDataset):
                     bad = []
                 state["num_rows"] += len(images)
                 state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}
-            if epoch == 0 or state["num_bad"] == state["num_seen"]:
+            if state["num_seen"] and (epoch == 0 or state["num_bad"] == state["num_seen"]):
                 self._refuse_bad(state, line, reader, num_readers)
             state |= {"epoch": epoch + 1, "rows": None, "block": 0, "offset": 0, "skip": 0}
             state |= {"pass_length": state["num_rows"], "num_rows": 0}
@@ -319,7 +331,7 @@ class ViewStream(torch.utils.data.IterableDataset):
                     yield [next(filter(None, row), None) for row in zip(*columns, strict=True)], rows_state
                 return
             except (*connection_errors(), tarfile.TarError, pyarrow.ArrowException) as error:
-                self._wait_or_give_up(error, num_failures)
+                self._wait_or_give_up(error, num_failures, self.source.is_remote)
                 num_failures += 1
 
     def _fetch(self, image: dict | None) -> bytes:
@@ -327,10 +339,10 @@ class ViewStream(torch.utils.data.IterableDataset):
             try:
                 return read_bytes(image)
             except connection_errors() as error:
-                self._wait_or_give_up(error, num_failures)
+                self._wait_or_give_up(error, num_failures, is_remote=True)
 
-    def _wait_or_give_up(self, error: Exception, num_failures: int):
-        if not self.source.is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
+    def _wait_or_give_up(self, error: Exception, num_failures: int, is_remote: bool):
+        if not is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
             raise OSError(
                 f"{self.source.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
                 "Mend the file or remove it from the source, then start again"
@@ -338,14 +350,17 @@ class ViewStream(torch.utils.data.IterableDataset):
         logger.warning("%s: %r; trying again in %g s", self.source.name, error, RETRY_SECONDS[num_failures])
         time.sleep(RETRY_SECONDS[num_failures])
 
-    def _ledger_line(self, image: dict | None, error: BadImage) -> str:
+    def _ledger_line(self, image: dict | None, error: BadImage, place: str) -> str:
         image = image or {"bytes": None, "path": None}
-        digest = None if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
-        record = {"source": self.source.name, "path": image["path"], "sha256": digest}
+        record = {"source": self.source.name, "path": image["path"]}
+        record["sha256"] = hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else None
+        if record["path"] is None and record["sha256"] is None:
+            record["row"] = place  # nothing else tells it from the others
         return json.dumps({**record, "reason": error.reason, "detail": str(error)})
 
     def _write(self, line: str):
         if self.ledger is not None:
+            Path(self.ledger).parent.mkdir(parents=True, exist_ok=True)  # on another machine perhaps not yet there
             with open(self.ledger, "a") as file:  # in one write, so that the readers' lines do not mix
                 file.write(line + "\n")
 
@@ -364,6 +379,80 @@ class ViewStream(torch.utils.data.IterableDataset):
             )
 
 
+def read_bytes(image: dict | None) -> bytes:
+    """
+    The encoded file behind a row of a `datasets.Image(decode=False)` column, `{"bytes": ..., "path": ...}`; the path
+    may also be one that fsspec reads (`https://...`, `zip://a.jpg::b.zip`, `hf://...`).
+
+    Raises:
+        BadImage: `empty` for a row or file without a byte, `missing` for a file that is not there or not to be read.
+        One of `connection_errors()`: for a remote file that cannot be read now, but perhaps later.
+    """
+    if image is None or (image["bytes"] is None and image["path"] is None):
+        raise BadImage("empty", "the row holds no image")
+    encoded, path = image["bytes"], image["path"]
+    if encoded is None:
+        is_remote = "://" in path
+        try:
+            with fsspec.open(path, "rb") if is_remote else open(path, "rb") as file:
+                encoded = file.read()
+        except Exception as error:  # anything from a broken archive to a protocol that there is not
+            if is_remote and isinstance(error, connection_errors()) and not is_gone(error):
+                raise
+            raise BadImage("missing", f"{type(error).__name__}: {error}") from error
+    if not encoded:
+        raise BadImage("empty", "the file has 0 bytes")
+    return encoded
+
+
+def connection_errors() -> tuple[type[Exception], ...]:
+    """What a remote read raises that may pass. The HTTP clients are asked only where they were imported."""
+    clients = {"aiohttp": "ClientError", "httpx": "RequestError", "httpx2": "RequestError"}
+    imported = (getattr(sys.modules[module], name) for module, name in clients.items() if module in sys.modules)
+    return (OSError, asyncio.TimeoutError, EOFError, *imported)
+
+
+def is_gone(error: Exception) -> bool:
+    """
+    Whether trying again is in vain: a server says that there is no such file, or none for us; or a file system that
+    there is none. (fsspec says so of an HTTP server that does not answer as well, and names the reason.)
+    """
+    reason = error.__cause__ or error
+    status = getattr(reason, "status", None)
+    if status is not None:
+        return status in (401, 403, 404, 410)
+    return isinstance(reason, FileNotFoundError | PermissionError | IsADirectoryError)
+
+
+def walk(folder: Path):
+    """Every file below a folder, through symbolic links too, each folder once."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        yield from (os.path.join(parent, file) for file in files)
+
+
+def has_shuffle_buffer(dataset: datasets.IterableDataset) -> bool:
+    """Whether `.shuffle()` is one of the steps that this data set was made by."""
+    step = getattr(dataset, "_ex_iterable", None)
+    while step is not None:
+        if "BufferShuffled" in type(step).__name__:
+            return True
+        step = getattr(step, "ex_iterable", None)
+    return False
+
+
+def ledger_lines(ledger: Path | None) -> list[str]:
+    """The lines of a ledger, each once: two readers may have met the same image in different epochs."""
+    if ledger is None or not Path(ledger).exists():
+        return []
+    return list(dict.fromkeys(Path(ledger).read_text().splitlines()))
+
+
 def refuse_cut_off_tar(path: str):
     """Python's tarfile takes a local archive that was cut off between two files for a shorter one."""
     if path.endswith(".tar") and "://" not in path:
@@ -371,18 +460,6 @@ def refuse_cut_off_tar(path: str):
             file.seek(-min(1024, Path(path).stat().st_size), io.SEEK_END)
             if file.read() != bytes(1024):
                 raise ValueError(f"{path} is cut off: it lacks the 1,024 zero bytes that end a tar; copy it once more")
-
-
-def connection_errors() -> tuple[type[Exception], ...]:
-    """What a remote read raises that may pass. aiohttp is asked only where it was imported."""
-    errors = (OSError, asyncio.TimeoutError, EOFError)
-    return (*errors, sys.modules["aiohttp"].ClientError) if "aiohttp" in sys.modules else errors
-
-
-def is_gone(error: Exception) -> bool:
-    """Whether trying again is in vain: a server says that there is no such file, or not for us."""
-    status = getattr(error, "status", None) or getattr(error.__cause__, "status", None)
-    return status in (401, 403, 404, 410)
 
 
 def collate(samples: list[dict]) -> dict:
@@ -402,7 +479,12 @@ def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[floa
         pixels = sample["views"].double().div(255).transpose(0, 1).flatten(1)  # (C, pixels of both views)
         count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    if std.min() < 1e-3:
+        raise ValueError(
+            f"the standard deviations are {std.tolist()}: channel {int(std.argmin())} is the same everywhere, and the "
+            "normalisation would divide by 0; give image_mean and image_std, with 1 for that channel"
+        )
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())
 
 
@@ -421,21 +503,22 @@ def resume(loader: StatefulDataLoader, states: list[dict]) -> bool:
 
     Returns:
         Whether the samples will be exactly those of the uninterrupted run. With another number of readers (processes x
-        workers) they cannot be: the epoch that the slowest reader was in is then finished approximately, each reader
-        leaving out as many of its rows as were read on average.
+        workers), seed or block size they cannot be: the epoch that the slowest reader was in is then finished
+        approximately, each reader leaving out as many of its rows as were read on average.
     """
     stream = loader.dataset
     readers = [reader for state in states for reader in reader_states(state)]
-    if len(states) == stream.num_processes and len(readers) == stream.num_processes * max(1, loader.num_workers):
+    num_readers = stream.num_processes * max(1, loader.num_workers)
+    same_order = all(reader["order"] == (stream.seed, stream.block_size) for reader in readers)
+    if same_order and len(states) == stream.num_processes and len(readers) == num_readers:
         loader.load_state_dict(states[stream.process_index])
         return True
-    num_readers = stream.num_processes * max(1, loader.num_workers)
     epoch = min(reader["epoch"] for reader in readers)
     num_rows = sum(r["num_rows"] + r["offset"] if r["epoch"] == epoch else r["pass_length"] or 0 for r in readers)
     stream.begin(epoch, round(num_rows / num_readers))
     logger.warning(
-        "%d readers (processes x workers) resume what %d began: epoch %d is finished approximately, from about row %d",
-        num_readers, len(readers), epoch, num_rows,
+        "%d readers (processes x workers) resume what %d began%s: epoch %d is finished approximately, from row %d",
+        num_readers, len(readers), "" if same_order else ", with another seed or block size", epoch, num_rows,
     )  # fmt: skip
     return False
 

@@ -5,7 +5,6 @@ import math
 import zlib
 from collections.abc import Callable
 
-import fsspec
 import numpy as np
 import simplejpeg
 import torch
@@ -30,31 +29,6 @@ class BadImage(ValueError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
-
-
-def read_bytes(image: dict | None) -> bytes:
-    """
-    The encoded file behind a row of a `datasets.Image(decode=False)` column, `{"bytes": ..., "path": ...}`; the path
-    may also be one that fsspec reads (`zip://a.jpg::b.zip`, `hf://...`).
-
-    Raises:
-        BadImage: `empty` for a row or file without a byte, `missing` for a file that is not there or not to be read.
-        OSError: for a remote file that cannot be read now, but perhaps later.
-    """
-    if image is None or (image["bytes"] is None and image["path"] is None):
-        raise BadImage("empty", "the row holds no image")
-    encoded = image["bytes"]
-    if encoded is None:
-        try:
-            with fsspec.open(image["path"], "rb") as file:
-                encoded = file.read()
-        except OSError as error:
-            if "://" in image["path"] and not isinstance(error, FileNotFoundError | PermissionError):
-                raise
-            raise BadImage("missing", str(error)) from error
-    if not encoded:
-        raise BadImage("empty", "the file has 0 bytes")
-    return encoded
 
 
 def decode(
@@ -89,14 +63,14 @@ def decode(
     """
     try:
         image = Image.open(io.BytesIO(encoded))  # reads the header only
-        orientation = image.getexif().get(0x0112, 1)
+        orientation = _orientation(image)
         if image.height < min_size[0] or image.width < min_size[1]:
             height, width = min_size
             raise BadImage("too_small", f"{image.height} x {image.width} pixels, less than {height} x {width}")
         factor = max(1.0, shrink(image.size if orientation <= 4 else image.size[::-1])) if shrink else 1.0
-        pixels = _decode_jpeg(encoded, image, factor) if num_channels == 3 else None
+        pixels = _decode_jpeg(encoded, image, num_channels, factor)
         if pixels is None or orientation != 1:
-            image = image if pixels is None else Image.fromarray(pixels)
+            image = image if pixels is None else Image.fromarray(pixels.squeeze(2) if num_channels == 1 else pixels)
             image = _convert(image, num_channels, transparent_background, high_bit_depth)
             pixels = np.array(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
         return pixels.reshape(*pixels.shape[:2], num_channels)
@@ -110,13 +84,22 @@ def decode(
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
 
 
-def _decode_jpeg(encoded: bytes, image: Image.Image, factor: float) -> np.ndarray | None:
-    """A colour JPEG, up to so many times smaller; `None` for what else it is, and for what only Pillow may read."""
-    if image.format != "JPEG" or image.mode != "RGB":
+def _orientation(image: Image.Image) -> int:
+    """How the picture must be turned, 1 if not at all, as EXIF says; Pillow itself turns TIFFs."""
+    try:
+        return 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+    except Exception:  # a broken EXIF block in a picture that is none the worse for it
+        return 1
+
+
+def _decode_jpeg(encoded: bytes, image: Image.Image, num_channels: int, factor: float) -> np.ndarray | None:
+    """A JPEG, up to so many times smaller; `None` for what is none, for CMYK, and for what only Pillow may read."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
         return None
     width, height = (math.ceil(side / factor) for side in image.size)
     try:
-        return simplejpeg.decode_jpeg(encoded, min_width=width, min_height=height)
+        colorspace = "RGB" if num_channels == 3 else "GRAY"
+        return simplejpeg.decode_jpeg(encoded, colorspace, min_width=width, min_height=height)
     except ValueError:  # it is strict about every oddity
         return None
 

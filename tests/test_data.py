@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import os
 import struct
 import tarfile
 import zipfile
@@ -260,7 +261,7 @@ def test_a_bad_image_is_passed_over_and_reported(good_and, kind):
     assert [bad for sample in samples for bad in sample["bad"]] == [reason]
     (record,) = ledger
     assert record["reason"] == reason and record["path"] == "unusual"
-    assert record["sha256"] == hashlib.sha256(encoded).hexdigest() and record["detail"]
+    assert record["sha256"] == (hashlib.sha256(encoded).hexdigest() if encoded else None) and record["detail"]
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
@@ -293,12 +294,15 @@ def test_decoding_is_as_the_recipe_says():
     assert not decode(floating, high_bit_depth="stretch").any()
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_stand_upright_as_in_pillow(orientation, file_format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = image_file(Image.effect_noise((40, 24), 80).convert("RGB"), file_format, exif=exif)
+    sizes = []
+    decode(encoded, shrink=lambda size: sizes.append(size) or 1)
+    assert sizes == [(40, 24) if orientation <= 4 else (24, 40)]
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
     assert abs(decode(encoded).astype(int) - np.asarray(expected)).max() <= 1
 
@@ -340,13 +344,47 @@ def test_too_many_bad_images_stop_the_stream(tmp_path, num_workers):
         list(itertools.islice(view_loader(stream, 4, num_workers), 10))
 
 
+def test_what_is_wrong_with_one_row_ends_no_stream(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.jpg", PHOTO)
+    (tmp_path / "a.zip").write_bytes((tmp_path / "a.zip").read_bytes().replace(PHOTO[-40:], bytes(40)))  # wrong CRC
+    (tmp_path / "odd::name.jpg").write_bytes(PHOTO)
+    paths = [f"zip://a.jpg::{tmp_path}/a.zip", "nul\0byte.jpg", "foo://a.jpg", None, None, f"{tmp_path}/odd::name.jpg"]
+    features = Features({"image": ImageFeature(decode=False)})
+    rows = Dataset.from_dict({"image": [path and {"path": path, "bytes": None} for path in paths]}, features=features)
+    ledger = tmp_path / "not yet there" / "bad_samples.jsonl"
+    stream = ViewStream(ImageSource(dataset=rows), TwoViews((16, 16)), max_bad_fraction=0.9, ledger=ledger)
+    samples = list(itertools.islice(stream, 2))
+    bad = [reason for sample in samples for reason in sample["bad"]]
+    assert sum(reason == "missing" for reason in bad) == 3 and bad.count("empty") >= 2  # rows without a name: each
+    text = ledger.read_text()
+    assert all(word in text for word in ("BadZipFile", "null byte", "foo", "reader 0"))
+
+
+def test_folders_behind_links_are_read_and_names_that_are_no_text_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jpg").write_bytes(PHOTO)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "cycle").symlink_to(tmp_path / "images")
+    assert ImageSource(data_dir=str(tmp_path / "images")).num_images() == 1
+    (tmp_path / "images" / os.fsdecode(b"caf\xe9.jpg")).write_bytes(PHOTO)
+    with pytest.raises(ValueError, match="not UTF-8 text; rename"):
+        ImageSource(data_dir=str(tmp_path / "images"))
+
+
+def test_broken_exif_does_no_harm():
+    exif = b"Exif\0\0" + b"II*\0\xff\xff\xff\xff"
+    assert decode(image_file(Image.new("RGB", (40, 30), (9, 9, 9)), "WEBP", exif=exif)).shape == (30, 40, 3)
+
+
 def test_null_rows_and_pictures_in_archives(tmp_path):
     features = Features({"image": ImageFeature()})
     rows = {"image": [{"bytes": picture(), "path": None}, None]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     source = ImageSource(data_files=str(tmp_path / "rows.parquet"))
     stream = ViewStream(source, TwoViews((16, 16)), max_bad_fraction=0.5)
-    assert [reason for sample in itertools.islice(stream, 3) for reason in sample["bad"]] == ["empty"]
+    assert {reason for sample in itertools.islice(stream, 3) for reason in sample["bad"]} == {"empty"}
     (tmp_path / "folder").mkdir()
     with zipfile.ZipFile(tmp_path / "folder" / "train.zip", "w") as archive:
         for i in range(3):
@@ -462,3 +500,8 @@ def test_mean_and_std_are_those_of_the_pixels(tmp_path):
     mean, std = mean_and_std(ViewStream(ImageSource(data_dir=str(tmp_path)), make))
     np.testing.assert_allclose(np.array(mean) * 255, (49.5, 99.5, 149.5), atol=0.7)
     np.testing.assert_allclose(np.array(std) * 255, (10, 20, 30), atol=0.7)
+    (tmp_path / "flat").mkdir()
+    pixels[:, :, 2] = 0
+    Image.fromarray(pixels).save(tmp_path / "flat" / "no blue.png")
+    with pytest.raises(ValueError, match="channel 2 is the same everywhere"):
+        mean_and_std(ViewStream(ImageSource(data_dir=str(tmp_path / "flat")), make))

@@ -8,9 +8,9 @@ import time
 import zlib
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
-from datasets import Image as ImageFeature
 from test_data import identity
 from test_resume import sources  # noqa: F401
 
@@ -24,7 +24,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path):
-        self.folder, self.faults, self.befallen, self.gone = folder, [], [], set()
+        self.folder, self.faults, self.befallen, self.gone, self.is_down = folder, [], [], set(), False
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -42,6 +42,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(with_body=True)
 
     def answer(self, with_body: bool):
+        if self.server.is_down:
+            return self.send_error(503)
         path = self.server.folder / self.path.lstrip("/")
         if path.name in self.server.gone or not path.is_file():
             return self.send_error(404)
@@ -91,7 +93,7 @@ def test_every_sample_comes_once_through_a_faulty_connection(server, sources, im
     if kind == "parquet":
         assert source.num_images() == 120
     server.faults = ["drop", "503", None, None, "stall", None, "503", "drop", None, "503", "503"]
-    stream = ViewStream(source, identity, block_size=7)
+    stream = iter(ViewStream(source, identity, block_size=7))
     for epoch in range(2):
         seen = [int(sample["views"]) for sample in itertools.islice(stream, 120)]
         assert sorted(seen) == sources["crcs"], epoch
@@ -106,18 +108,24 @@ def test_a_shard_that_is_gone_stops_the_run_by_name(server, sources, impatient, 
         list(itertools.islice(ViewStream(source, identity), 120))
 
 
-def test_images_behind_urls_are_tried_again_and_missing_ones_reported(server, impatient):
+def test_images_behind_urls_are_tried_again_and_missing_ones_reported(server, impatient, tmp_path):
     (server.folder / "gone.png").write_bytes(b"")
     server.gone = {"gone.png"}
     names = [f"images/{i}.png" for i in range(6)] + ["gone.png"]
-    rows = Dataset.from_dict({"image": [f"{server.url}/{name}" for name in names]})
-    source = ImageSource(dataset=rows.cast_column("image", ImageFeature()))
+    links = [{"bytes": None, "path": f"{server.url}/{name}"} for name in names]
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pq.write_table(pa.table({"image": pa.array(links, kind)}), tmp_path / "links.parquet")
     server.faults = [None, "drop", "503", None, "drop"]
-    stream = ViewStream(source, identity, max_bad_fraction=0.2)
+    stream = ViewStream(ImageSource(data_files=f"{tmp_path}/links.parquet"), identity, max_bad_fraction=0.2)
     samples = list(itertools.islice(stream, 12))
     expected = {zlib.crc32((server.folder / name).read_bytes()) for name in names[:6]}
     assert {int(sample["views"]) for sample in samples[:6]} == expected
     assert [reason for sample in samples for reason in sample["bad"]] == ["missing"]
+
+    server.is_down = True  # altogether, and for a while
+    threading.Timer(0.5, lambda: setattr(server, "is_down", False)).start()
+    samples = list(itertools.islice(stream, 6))
+    assert {int(sample["views"]) for sample in samples} == expected
 
 
 def test_a_damaged_local_shard_stops_the_run_at_once(sources, tmp_path):  # noqa: F811
