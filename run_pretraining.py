@@ -13,10 +13,13 @@ import math
 import os
 import platform
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -31,11 +34,20 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
-from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, view_loader
+from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
 from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import model_card
 from modeling_can.recipe import Recipe, parse_arguments
-from modeling_can.training import MetricAverage, embedding_spread, learning_rate, parameter_groups
+from modeling_can.training import (
+    Checkpoints,
+    MetricAverage,
+    StopSignals,
+    embedding_spread,
+    learning_rate,
+    parameter_groups,
+    rng_state,
+    set_rng_state,
+)
 from modeling_can.views import TwoViews
 from modeling_can.visualization import curves, reconstruction_sheet
 
@@ -57,7 +69,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe = replace(recipe, dataset_name=None, data_dir=None, data_files=None)
     config = recipe.config
     output_dir = Path(recipe.output_dir)
-    refuse_finished_run(output_dir, recipe.overwrite_output_dir)  # before anything takes time
+    if not recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
+        refuse_other_run(output_dir)  # before anything takes time
 
     # --- Processes ---------------------------------------------------------------------------------------------------
     accelerator = Accelerator(
@@ -69,6 +82,14 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    checkpoints = Checkpoints(
+        output_dir / "checkpoints",
+        recipe.save_total_limit,
+        accelerator.process_index,
+        accelerator.num_processes,
+        all_agree=lambda ok: not accelerator.reduce(torch.tensor(float(not ok), device=device), "sum").item(),
+    )
+    checkpoint = recipe.resume_from_checkpoint and checkpoints.find(recipe.resume_from_checkpoint)
 
     # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(
@@ -153,13 +174,19 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         return features
 
     if is_main:
-        prepare_folder(output_dir)
+        prepare_folder(output_dir, keep=checkpoint is not None)
     accelerator.wait_for_everyone()  # every process writes its bad images there
-    probe, probe_results = None, {}
+    average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
+    progress = {"step": 0, "metrics": [], "probe": {}, "train_seconds": 0.0}  # what a checkpoint carries on
+    if checkpoint:
+        weights, shared, own = checkpoints.load(checkpoint)
+        progress = shared["progress"]
+    probe, probe_results = None, progress["probe"]
     if recipe.probe_dataset_name and is_main:
         probe = Probe(recipe.probe_dataset_name, recipe.image_column, recipe.probe_label_column, processor)
-        probe_results["raw pixels"] = probe.measure(raw_pixels)
-        probe_results["untrained encoder"] = probe.measure(embed)
+        if not checkpoint:
+            probe_results["raw pixels"] = probe.measure(raw_pixels)
+            probe_results["untrained encoder"] = probe.measure(embed)
 
     results = {
         "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
@@ -179,6 +206,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if is_main:
         write(output_dir / "recipe.yaml", recipe.to_yaml())
         metrics_file = open(output_dir / "metrics.jsonl", "w")
+        metrics_file.writelines(json.dumps(line) + "\n" for line in progress["metrics"])
         print(
             f"{results['num_parameters'] / 1e6:.2f} M parameters; {num_images or 'unknown number of'} images from "
             f"{source.name}; {max_steps} steps of {global_batch_size} on {accelerator.num_processes} process(es), "
@@ -186,13 +214,45 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             + (f"; frozen, as their loss weight is 0: {', '.join(frozen)}" if frozen else "")
         )
 
-    # --- The loop ----------------------------------------------------------------------------------------------------
-    average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
-    bad_samples = Counter()
-    metrics, waited, logged_at = [], 0.0, time.perf_counter()
-    train_started = logged_at
+    # --- Resume: the data first, because starting its workers draws a random number --------------------------------
+    first_step, metrics = progress["step"], progress["metrics"]
+    bad_samples = reasons(ledger_lines(output_dir / "bad_samples.jsonl") if is_main else [])
+    if checkpoint:
+        exact = resume(loader, [process["loader"] for process in own])
     batches = iter(loader)
-    bar = tqdm(range(max_steps), desc="pre-training", disable=not is_main, dynamic_ncols=True)
+    if checkpoint:
+        unwrapped.load_state_dict(weights)
+        optimizer.load_state_dict(shared["optimizer"])
+        if len(own) == accelerator.num_processes:
+            set_rng_state(own[accelerator.process_index]["rng"])
+            average.sums, average.num_steps = own[accelerator.process_index]["average"]
+        if is_main:
+            print(f"resumed from {checkpoint} at step {first_step}; " + (
+                "from here on the run is what it would have been without the interruption"
+                if exact
+                else f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are "
+                "exact, the order of the data and the random numbers are new"
+            ))  # fmt: skip
+        if first_step >= max_steps:
+            raise ValueError(f"max_steps={max_steps} is not beyond {checkpoint}; give more")
+
+    def save(step):
+        """After so many steps; called by all processes."""
+        own = {"loader": loader.state_dict(), "rng": rng_state(), "average": (average.sums, average.num_steps)}
+        seconds = progress["train_seconds"] + time.perf_counter() - train_started
+        shared = {
+            "optimizer": optimizer.state_dict(),
+            "progress": {"step": step, "metrics": metrics, "probe": probe_results, "train_seconds": seconds},
+        }
+        checkpoints.save(step, unwrapped.state_dict(), shared, own)
+
+    # --- The loop ----------------------------------------------------------------------------------------------------
+    waited, logged_at, logged_step = 0.0, time.perf_counter(), first_step
+    train_started = logged_at
+    stack = ExitStack()
+    stop = stack.enter_context(StopSignals(lambda tensor: accelerator.reduce(tensor, "sum"), device))
+    bar = tqdm(range(first_step, max_steps), "pre-training", max_steps, initial=first_step, disable=not is_main,
+               dynamic_ncols=True)  # fmt: skip
     model.train()
     for step in bar:
         fetched_at = time.perf_counter()
@@ -217,7 +277,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         if (step + 1) % recipe.logging_steps == 0 or step + 1 == max_steps:
             line = average.compute()  # waits for the device and the other processes
             now = time.perf_counter()
-            num_steps = step + 1 - (metrics[-1]["step"] if metrics else 0)
+            num_steps, logged_step = step + 1 - logged_step, step + 1
             line |= {
                 "learning_rate": group["lr"],
                 "images_per_second": num_steps * global_batch_size / (now - logged_at),
@@ -231,9 +291,26 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 metrics_file.flush()
                 bar.set_postfix_str(progress_text(line, bad_samples))
             refuse_non_finite(metrics[-1])
-    train_seconds = time.perf_counter() - train_started
+
+        stopping = stop.wanted() and step + 1 < max_steps
+        if stopping or ((step + 1) % recipe.save_steps == 0 and step + 1 < max_steps):
+            try:
+                save(step + 1)
+            except OSError as error:
+                if stopping:
+                    raise
+                bar.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
+        if stopping:
+            bar.close()
+            number = stop.received or signal.SIGTERM  # another process received it
+            if is_main:
+                print(f"stopped by {number.name} after step {step + 1}; go on with --resume_from_checkpoint latest")
+            accelerator.end_training()
+            sys.exit(130 if number is signal.SIGINT else 0)
+    stack.close()
+    train_seconds = progress["train_seconds"] + time.perf_counter() - train_started
     accelerator.wait_for_everyone()
-    num_bad = Counter(json.loads(line)["reason"] for line in ledger_lines(output_dir / "bad_samples.jsonl"))
+    num_bad = reasons(ledger_lines(output_dir / "bad_samples.jsonl"))
 
     # --- Results -----------------------------------------------------------------------------------------------------
     if is_main:
@@ -262,17 +339,25 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 # --- Preparation -----------------------------------------------------------------------------------------------------
 
 
-def refuse_finished_run(output_dir: Path, overwrite: bool):
-    if (output_dir / "results.json").exists() and not overwrite:
-        raise ValueError(
-            f"output_dir={output_dir} already holds a finished run; give another --output_dir, or replace it with "
-            "--overwrite_output_dir"
-        )
+def refuse_other_run(output_dir: Path):
+    for trace, state, choice in (
+        ("results.json", "a finished run", ""),
+        ("checkpoints/step-*", "an unfinished run", "continue it with --resume_from_checkpoint latest, "),
+    ):
+        if any(output_dir.glob(trace)):
+            raise ValueError(
+                f"output_dir={output_dir} already holds {state}; {choice}give another --output_dir, or replace it "
+                "with --overwrite_output_dir"
+            )
 
 
-def prepare_folder(output_dir: Path):
-    """An empty place for the outputs; what an earlier run left there would mix with this one's."""
+def prepare_folder(output_dir: Path, keep: bool):
+    """An empty place, unless a run is resumed: what another run left there would mix with this one's."""
     (output_dir / "figures").mkdir(parents=True, exist_ok=True)
+    (output_dir / "results.json").unlink(missing_ok=True)
+    if keep:
+        return
+    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
     results = ("results.json", "metrics.jsonl", "bad_samples.jsonl", "README.md", "recipe.yaml")
     for pattern in (*results, "*.safetensors*", "*config.json"):
         for path in output_dir.glob(pattern):
@@ -336,6 +421,10 @@ def git_commit() -> str | None:
 
 
 # --- Within the loop -------------------------------------------------------------------------------------------------
+
+
+def reasons(ledger: list[str]) -> Counter:
+    return Counter(json.loads(line)["reason"] for line in ledger)
 
 
 def step_metrics(outputs, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:

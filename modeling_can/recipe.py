@@ -79,6 +79,9 @@ class Recipe:
     # Output
     output_dir: str = _field("out", "folder for weights, card, figures and results")
     overwrite_output_dir: bool = _field(False, "replace a finished run in output_dir")
+    save_steps: int = _field(1000, "steps between checkpoints")
+    save_total_limit: int = _field(2, "checkpoints to keep, the newest")
+    resume_from_checkpoint: str | None = _field(None, "a folder checkpoints/step-N, or latest: that of output_dir")
     logging_steps: int = _field(20, "steps between lines of metrics.jsonl")
 
     def __post_init__(self):
@@ -90,7 +93,14 @@ class Recipe:
         if self.max_steps is None and self.num_train_epochs is None and self.num_train_samples is None:
             raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
         positive = ("max_steps", "num_train_epochs", "num_train_samples", "per_device_train_batch_size")
-        for name in (*positive, "logging_steps", "shuffle_block_size", "base_learning_rate"):
+        for name in (
+            *positive,
+            "logging_steps",
+            "save_steps",
+            "save_total_limit",
+            "shuffle_block_size",
+            "base_learning_rate",
+        ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and greater than 0")
         for name in ("max_grad_norm", "weight_decay", "seed", "dataloader_num_workers"):
@@ -144,9 +154,10 @@ class Recipe:
     def to_yaml(self) -> str:
         """
         All fields, flat, in a form that `Recipe.from_dict` reads back; but `overwrite_output_dir`, or repeating a run
-        would destroy it.
+        would destroy it, and `resume_from_checkpoint`, or it would not begin at the beginning.
         """
-        values = {f.name: getattr(self, f.name) for f in training_fields() if f.name != "overwrite_output_dir"}
+        once = ("overwrite_output_dir", "resume_from_checkpoint")
+        values = {f.name: getattr(self, f.name) for f in training_fields() if f.name not in once}
         values |= {f.name: getattr(self.config, f.name) for f in model_fields()}
         return yaml.safe_dump(
             {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, sort_keys=False, width=119

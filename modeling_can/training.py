@@ -1,7 +1,21 @@
-"""What the training loop computes beside the model: parameter groups, schedule, averages over steps and processes."""
+"""
+What the training loop needs beside the model: parameter groups, schedule, averages over steps and processes,
+checkpoints, and the wish to stop.
+"""
 
+import collections
+import contextlib
+import hashlib
+import json
 import math
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -63,3 +77,178 @@ class MetricAverage:
         averages = dict(zip(self.sums, stacked.tolist(), strict=True))
         self.sums, self.num_steps = {}, 0
         return averages
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def rng_state() -> dict:
+    """The state of every random generator of this process."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+class Checkpoints:
+    """
+    The folder of a run's checkpoints, `step-N/`: each is complete or not there at all, whenever the run is killed.
+
+    A checkpoint holds `model.safetensors`, `shared.pt` (optimiser and progress), `process-N.pt` for every process
+    (random generators, place in the data) and `manifest.json` (size and SHA-256 of each file). The `.pt` files are
+    pickles, the user's own and trusted.
+
+    Args:
+        folder (`Path`): Where they lie.
+        limit (`int`): How many to keep, the newest ones.
+        process_index, num_processes (`int`): This process among those that save together.
+        all_agree (callable): Whether what it is given is true on all processes, each of which calls it.
+    """
+
+    def __init__(self, folder: Path, limit: int, process_index: int = 0, num_processes: int = 1, all_agree=bool):
+        self.folder, self.limit = Path(folder), limit
+        self.process_index, self.num_processes, self.all_agree = process_index, num_processes, all_agree
+
+    def save(self, step: int, model_state: dict, shared: dict, own: dict) -> Path:
+        """
+        Called by every process. Written under another name and renamed when everything is on the disk.
+
+        Raises:
+            OSError: on all processes, if one cannot write; the checkpoints that were there stay.
+        """
+        path, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.partial"
+        is_main = self.process_index == 0
+
+        def prepare():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def write_shared():
+            safetensors.torch.save_file(model_state, partial / "model.safetensors", {"format": "pt"})
+            torch.save(shared, partial / "shared.pt")
+
+        def complete():
+            manifest = {file.name: describe_file(file) for file in sorted(partial.iterdir())}
+            manifest = {"step": step, "num_processes": self.num_processes, "files": manifest}
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+            for file in (*partial.iterdir(), partial):
+                flush_to_disk(file)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(partial, path)
+            flush_to_disk(self.folder)
+            for old in self.paths()[: -self.limit]:
+                shutil.rmtree(old)
+
+        stages = [
+            (prepare, is_main),
+            (lambda: torch.save(own, partial / f"process-{self.process_index:05}.pt"), True),
+            (write_shared, is_main),
+            (complete, is_main),
+        ]
+        for stage, is_mine in stages:
+            error = None
+            try:
+                if is_mine:
+                    stage()
+            except (OSError, RuntimeError, safetensors.SafetensorError) as caught:  # torch's writer: RuntimeError
+                error = caught
+            if not self.all_agree(error is None):
+                if is_main:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise OSError(f"the checkpoint {path} could not be written: {error or 'another process failed'}")
+        return path
+
+    def paths(self) -> list[Path]:
+        """The complete checkpoints, the oldest first."""
+        paths = [path for path in self.folder.glob("step-*") if path.suffix != ".partial"]
+        return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def find(self, wanted: str) -> Path | None:
+        """
+        The checkpoint that is meant: a path, or `"latest"`, the newest, which is `None` if there is none yet.
+
+        Raises:
+            ValueError: if it is not there, or damaged.
+        """
+        if wanted == "latest":
+            paths = self.paths()
+            if not paths:
+                return None
+            path = paths[-1]
+        else:
+            path = Path(wanted)
+        if not (path / "manifest.json").is_file():
+            raise ValueError(f"resume_from_checkpoint={path} is no checkpoint; give a folder .../checkpoints/step-N")
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, description in manifest["files"].items():
+            if not (path / name).is_file() or describe_file(path / name) != description:
+                raise ValueError(
+                    f"the checkpoint {path} is damaged: {name} is not what was written; resume from another one "
+                    f"({', '.join(str(p) for p in self.paths() if p != path) or 'there is none'})"
+                )
+        return path
+
+    @staticmethod
+    def load(path: Path) -> tuple[dict, dict, list[dict]]:
+        """Weights, what was shared, and what each process had, in the order of their rank; on the CPU."""
+        weights = safetensors.torch.load_file(path / "model.safetensors")
+        shared = torch.load(path / "shared.pt", map_location="cpu", weights_only=False)
+        own = [torch.load(file, map_location="cpu", weights_only=False) for file in sorted(path.glob("process-*.pt"))]
+        return weights, shared, own
+
+
+def describe_file(path: Path) -> dict:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def flush_to_disk(path: Path):
+    """A renamed file may otherwise be empty after a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- Stopping --------------------------------------------------------------------------------------------------------
+
+
+class StopSignals(contextlib.AbstractContextManager):
+    """
+    While open, SIGTERM, SIGUSR1 (Slurm before it takes a job away) and SIGINT do not end the process but are
+    remembered, so that the loop can save first; a second one of the same kind is not caught.
+
+    Args:
+        reduce (callable): Sums a tensor over the processes, without waiting for the device.
+        device (`torch.device`): Of that tensor.
+    """
+
+    def __init__(self, reduce, device):
+        self.reduce, self.device, self.received, self.asked = reduce, device, None, collections.deque()
+
+    def __enter__(self):
+        self.previous = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number, frame):
+        self.received = signal.Signals(number)
+        signal.signal(number, self.previous[number])
+
+    def wanted(self) -> bool:
+        """
+        Whether to stop after this step, alike on all processes; called by each of them at every step. What they
+        answer was asked two steps ago, so that nobody waits for the step that the device is at.
+        """
+        self.asked.append(self.reduce(torch.tensor(float(self.received is not None), device=self.device)))
+        return len(self.asked) > 2 and bool(self.asked.popleft().item() > 0)

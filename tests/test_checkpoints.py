@@ -1,0 +1,146 @@
+"""Runs that are killed, stopped, damaged or out of disk, as real processes."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import run_pretraining
+from modeling_can.training import Checkpoints
+
+
+ROOT = Path(__file__).parent.parent
+RUN = ["--max_steps=30", "--save_steps=5", "--per_device_train_batch_size=8", "--logging_steps=4", "--hidden_size=32",
+       "--num_hidden_layers=1", "--num_attention_heads=2", "--intermediate_size=64", "--probe_dataset_name=none",
+       "--warmup_ratio=0.1", "--dataloader_num_workers=1", "--shuffle_block_size=50"]  # fmt: skip
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run_pretraining.py"), *RUN, "--output_dir", str(folder), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def steps(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = start(folder)
+    assert process.wait(timeout=120) == 0, process.stdout.read()
+    return folder
+
+
+def kill_and_resume(folder: Path, delays, uninterrupted: Path):
+    """SIGKILL some time after the first checkpoint of each attempt, then to the end."""
+    for delay in delays:
+        process = start(folder, "--resume_from_checkpoint=latest")
+        before = {path.name for path in folder.glob("checkpoints/step-*")}
+        while process.poll() is None and {path.name for path in folder.glob("checkpoints/step-*")} == before:
+            time.sleep(0.002)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (folder / "results.json").exists():
+            break
+    else:
+        process = start(folder, "--resume_from_checkpoint=latest")
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0 and "resumed from" in output, output
+    assert weights(folder) == weights(uninterrupted)
+    assert steps(folder) == steps(uninterrupted)
+
+
+def test_a_killed_run_ends_with_the_same_bits(uninterrupted, tmp_path):
+    kill_and_resume(tmp_path / "run", [0.05], uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_ends_with_the_same_bits(uninterrupted, tmp_path):
+    kill_and_resume(tmp_path / "run", [0.0, 0.02, 0.1], uninterrupted)
+
+
+@pytest.mark.soak
+def test_a_run_killed_25_times_ends_with_the_same_bits(uninterrupted, tmp_path):
+    rng = np.random.default_rng(0)
+    for attempt in range(25):
+        kill_and_resume(tmp_path / f"run-{attempt}", rng.uniform(0, 0.3, size=1), uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(folder)
+    while not list(folder.glob("checkpoints/step-[0-9]*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == (0 if number == signal.SIGTERM else 130), output
+    step = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
+    assert (folder / "checkpoints" / f"step-{step}").is_dir()
+    refused = start(folder).communicate(timeout=60)[0]
+    assert "already holds an unfinished run; continue it with --resume_from_checkpoint latest" in refused
+    process = start(folder, "--resume_from_checkpoint=latest")
+    assert f"at step {step}" in process.communicate(timeout=120)[0] and process.returncode == 0
+    assert weights(folder) == weights(uninterrupted)
+
+
+def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path):
+    kept = uninterrupted / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == ["step-20", "step-25"]
+    checkpoints = Checkpoints(tmp_path / "checkpoints", limit=2)
+    assert checkpoints.find("latest") is None
+    for step in (1, 2, 10):
+        checkpoints.save(step, {"w": torch.ones(3)}, {"progress": step}, {"rng": step})
+    assert [path.name for path in checkpoints.paths()] == ["step-2", "step-10"]
+    path = checkpoints.find("latest")
+    assert path.name == "step-10" and checkpoints.load(path)[1:] == ({"progress": 10}, [{"rng": 10}])
+    with open(path / "shared.pt", "r+b") as file:
+        file.seek(30)
+        file.write(b"?")
+    with pytest.raises(ValueError, match=r"step-10 is damaged: shared.pt is not what was written.*step-2"):
+        checkpoints.find("latest")
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        checkpoints.find(str(tmp_path))
+    with pytest.raises(ValueError, match="is not beyond"):
+        run_pretraining.main(
+            [*RUN, "--output_dir", str(tmp_path / "out"), "--max_steps=20", f"--resume_from_checkpoint={kept}/step-25"]
+        )
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path, limit=1)
+    checkpoints.save(1, {"w": torch.ones(3)}, {}, {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # as if the disk were full: writing more fails
+    try:
+        with pytest.raises(OSError, match="step-2 could not be written"):
+            checkpoints.save(2, {"w": torch.ones(100_000)}, {}, {})
+        with pytest.raises(OSError, match="step-2 could not be written"):
+            checkpoints.save(2, {"w": torch.ones(3)}, {"optimizer": torch.ones(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert checkpoints.find("latest").name == "step-1"
