@@ -22,6 +22,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,11 +38,14 @@ from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
 from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import model_card
+from modeling_can.losses import contrastive_loss
 from modeling_can.recipe import Recipe, parse_arguments
 from modeling_can.training import (
     Checkpoints,
     MetricAverage,
     StopSignals,
+    accumulated_backward,
+    cached_backward,
     embedding_spread,
     learning_rate,
     parameter_groups,
@@ -146,7 +150,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     processor = image_processor(recipe)
 
     # --- Length and learning rate, derived once ----------------------------------------------------------------------
-    global_batch_size = recipe.per_device_train_batch_size * accelerator.num_processes
+    num_micro_batches = recipe.gradient_accumulation_steps
+    global_batch_size = recipe.per_device_train_batch_size * accelerator.num_processes * num_micro_batches
     num_images = source.num_images()
     max_steps = number_of_steps(recipe, global_batch_size, num_images)
     warmup_steps = round(recipe.warmup_ratio * max_steps)
@@ -255,17 +260,23 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                dynamic_ncols=True)  # fmt: skip
     model.train()
     for step in bar:
-        fetched_at = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - fetched_at
-        bad_samples.update(batch["bad"])
+        micro_batches = []
+        for _ in range(num_micro_batches):
+            fetched_at = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - fetched_at
+            bad_samples.update(batch["bad"])
+            views = batch["views"].to(device, non_blocking=True)
+            micro_batches.append(lambda views=views: {"pixel_values": augment(views)})
 
-        pixel_values = augment(batch["views"].to(device, non_blocking=True))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, max_steps, warmup_steps, peak_learning_rate)
-        with accelerator.autocast():
-            outputs = model(pixel_values)
-        accelerator.backward(outputs.loss)
+        no_sync = partial(accelerator.no_sync, model)
+        if num_micro_batches > 1 and recipe.gradient_caching and config.contrastive_loss_weight > 0:
+            contrast = partial(contrastive_loss, temperature=config.temperature)
+            terms = cached_backward(model, micro_batches, accelerator.backward, no_sync, contrast)
+        else:
+            terms = accumulated_backward(model, micro_batches, accelerator.backward, no_sync)
         if recipe.max_grad_norm > 0:
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         else:
@@ -273,7 +284,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
-        average.update(step_metrics(outputs, grad_norm))
+        average.update(step_metrics(terms, config, grad_norm))
         if (step + 1) % recipe.logging_steps == 0 or step + 1 == max_steps:
             line = average.compute()  # waits for the device and the other processes
             now = time.perf_counter()
@@ -329,7 +340,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             "train_seconds": train_seconds,
             "total_seconds": time.perf_counter() - started,
         }
-        save_output(output_dir, recipe, unwrapped.eval(), pixel_values[:6, 0], metrics, results)
+        save_output(output_dir, recipe, unwrapped.eval(), augment(views[:6])[:, 0], metrics, results)
         print_summary(output_dir, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -427,11 +438,12 @@ def reasons(ledger: list[str]) -> Counter:
     return Counter(json.loads(line)["reason"] for line in ledger)
 
 
-def step_metrics(outputs, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
-    metrics = {name: value for name, value in outputs.items() if name.endswith("loss")}
+def step_metrics(terms: dict[str, torch.Tensor], config, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
+    metrics = {name: value for name, value in terms.items() if name.endswith("loss")}
+    metrics["loss"] = sum(getattr(config, f"{name}_weight") * value for name, value in metrics.items())
     metrics["grad_norm"] = grad_norm
-    if outputs.image_embeds is not None:
-        metrics["embedding_spread"] = embedding_spread(outputs.image_embeds)
+    if "image_embeds" in terms:
+        metrics["embedding_spread"] = embedding_spread(terms["image_embeds"])
     return metrics
 
 

@@ -561,6 +561,8 @@ class CANForPreTraining(CANPreTrainedModel):
         noise_level: torch.Tensor | None = None,
         masking_scores: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        embeds_only: bool = False,
+        image_embeds_grad: torch.Tensor | None = None,
         **kwargs,
     ) -> CANForPreTrainingOutput:
         """
@@ -574,6 +576,11 @@ class CANForPreTraining(CANPreTrainedModel):
             masking_scores (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`, *optional*):
                 In each view the patches with the smallest scores stay visible; drawn from U[0, 1] if `None`.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.
+            embeds_only (`bool`, defaults to `False`):
+                Stop at `image_embeds`: the first pass of `training.cached_backward`.
+            image_embeds_grad (`torch.Tensor` of the shape of `image_embeds`, *optional*):
+                The gradient of a contrastive loss over more images than these, for the second pass. Instead of the
+                loss over these images, `contrastive_loss` is then a scalar that has this gradient.
 
         Raises:
             ValueError: for a wrong number of axes, views, channels or pixels, or a batch without negatives.
@@ -589,7 +596,12 @@ class CANForPreTraining(CANPreTrainedModel):
 
         if config.contrastive_loss_weight > 0:  # C
             image_embeds = split_views(self.projection_head(encoded.pooler_output))
-            contrastive = contrastive_loss(image_embeds, config.temperature)
+            if embeds_only:
+                return CANForPreTrainingOutput(image_embeds=image_embeds)
+            if image_embeds_grad is None:
+                contrastive = contrastive_loss(image_embeds, config.temperature)
+            else:
+                contrastive = (image_embeds * image_embeds_grad).sum()
             loss = loss + config.contrastive_loss_weight * contrastive
 
         if config.uses_decoder:  # the clean pixels where the encoder saw nothing, the noise where it saw it

@@ -67,6 +67,8 @@ class Recipe:
 
     # Optimisation
     per_device_train_batch_size: int = _field(128, "images of one step on one process")
+    gradient_accumulation_steps: int = _field(1, "batches of an optimiser step, one after the other")
+    gradient_caching: bool = _field(True, "accumulate with the contrastive loss over all of the step's images")
     base_learning_rate: float = _field(2.5e-4, "for 256 images a step; scaled linearly with the global batch")
     warmup_ratio: float = _field(0.05, "share of the steps with linear warm-up")
     weight_decay: float = _field(0.05, "AdamW, on matrices only")

@@ -79,6 +79,77 @@ class MetricAverage:
         return averages
 
 
+# --- One step over several micro-batches -----------------------------------------------------------------------------
+
+
+def accumulated_backward(model, micro_batches: list, backward, no_sync) -> dict[str, torch.Tensor]:
+    """
+    Forward and backward of one optimiser step over micro-batches, each with a contrastive loss of its own: the plain
+    way, in which an image meets the negatives of its micro-batch alone. Of a single micro-batch, an ordinary step.
+
+    Args and returns as `cached_backward`.
+    """
+    results = []
+    for index, make in enumerate(micro_batches):
+        with no_sync() if index + 1 < len(micro_batches) else contextlib.nullcontext():
+            output = model(**make())
+            backward(output.loss / len(micro_batches))
+        results.append(_without_graph(output))
+    return _joined(results)
+
+
+def cached_backward(model, micro_batches: list, backward, no_sync, contrast) -> dict[str, torch.Tensor]:
+    """
+    Forward and backward of one optimiser step over micro-batches, with the loss and the gradient of one large batch
+    and the activations of one micro-batch (GradCache, arXiv 2101.06983). The first pass embeds every micro-batch
+    without a graph; the contrastive loss over all embeddings gives the gradient with respect to each; the second pass
+    repeats every micro-batch, with the same noise, masks and augmentation from the same random numbers, and carries
+    that gradient on. Reconstruction and denoising are means over images, for which summing micro-batches is exact.
+
+    Args:
+        model (callable): A `CANForPreTraining`, or DDP around it, with contrastive weight > 0.
+        micro_batches (`list[callable]`): Each gives the inputs of the model, the same ones from the same random state.
+        backward (callable): Back-propagates a loss.
+        no_sync (callable): A context that leaves out the exchange of gradients between processes.
+        contrast (callable): `image_embeds -> loss`: `contrastive_loss` at the model's temperature.
+
+    Returns:
+        The losses of this process's images, each unweighted, and `image_embeds`; all without a graph.
+    """
+    replays, embeds = [], []
+    with torch.no_grad():
+        for make in micro_batches:
+            replays.append(rng_state())
+            embeds.append(model(**make(), embeds_only=True).image_embeds)
+    whole = torch.cat(embeds).requires_grad_()
+    contrastive = contrast(whole)
+    (gradient,) = torch.autograd.grad(contrastive, whole)
+
+    results, gradients = [], gradient.split([len(part) for part in embeds])
+    for index, (make, replay) in enumerate(zip(micro_batches, replays, strict=True)):
+        set_rng_state(replay)
+        with no_sync() if index + 1 < len(micro_batches) else contextlib.nullcontext():
+            # The division makes means of reconstruction and denoising; the parts of this gradient add up as they are.
+            output = model(**make(), image_embeds_grad=gradients[index] * len(micro_batches))
+            backward(output.loss / len(micro_batches))
+        results.append({**_without_graph(output), "contrastive_loss": contrastive.detach()})
+    return _joined(results)
+
+
+def _without_graph(output) -> dict[str, torch.Tensor]:
+    """What is worth keeping of a micro-batch; its predictions are as large as its activations."""
+    names = ("contrastive_loss", "reconstruction_loss", "denoising_loss", "image_embeds")
+    return {name: output[name].detach() for name in names if output.get(name) is not None}
+
+
+def _joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    join = {"image_embeds": torch.cat}
+    return {
+        name: join.get(name, lambda parts: torch.stack(parts).mean())([result[name] for result in results])
+        for name in results[0]
+    }
+
+
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The script as a user runs it, at toy size."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -204,6 +205,16 @@ def test_the_limits_of_the_dial_train_under_two_processes(tmp_path, limit):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["num_processes"] == 2 and results["global_batch_size"] == 16
     assert results["frozen"] == (["decoder"] if limit is SIMCLR else ["projection_head"])
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_accumulation_trains_with_more_negatives_or_the_same(tmp_path, caching):
+    options = {"output_dir": tmp_path, "gradient_accumulation_steps": 4, "gradient_caching": caching,
+               "per_device_train_batch_size": 4, "probe_dataset_name": "none", "max_steps": 2}  # fmt: skip
+    results = run_pretraining.main([*TOY, *flags(options)])
+    assert results["global_batch_size"] == 16
+    # At the start InfoNCE is about the logarithm of the number of candidates: 31, or 7.
+    assert abs(results["final_losses"]["contrastive_loss"] - math.log(31 if caching else 7)) < 0.6
 
 
 def test_lengths_are_derived_once():

@@ -1,0 +1,92 @@
+"""Gradient accumulation with the loss and the gradient of the whole batch, alone and over processes."""
+
+import contextlib
+
+import pytest
+import torch
+from conftest import inputs, tiny_config, tiny_model
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_can.losses import contrastive_loss
+from modeling_can.training import accumulated_backward, cached_backward
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(left: dict, right: dict, tolerance=1e-5):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=tolerance, msg=name)
+
+
+def cut(batch: dict, num_parts: int) -> list[dict]:
+    size = len(batch["pixel_values"]) // num_parts
+    return [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(num_parts)]
+
+
+def step(model, parts: list[dict], caching: bool, no_sync=contextlib.nullcontext):
+    arguments = model, [lambda part=part: part for part in parts], lambda loss: loss.backward(), no_sync
+    if not caching:
+        return accumulated_backward(*arguments)
+    return cached_backward(*arguments, lambda embeds: contrastive_loss(embeds, tiny_config().temperature))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The gradients and losses of a batch of 8 in one piece."""
+    model = tiny_model()
+    outputs = model(**inputs(model.config, 8))
+    outputs.loss.backward()
+    return gradients(model), outputs
+
+
+@pytest.mark.parametrize("num_parts", [2, 4, 8])  # the last with one image each: no negatives in a micro-batch
+def test_caching_gives_the_loss_and_gradient_of_the_whole_batch(whole, num_parts):
+    model = tiny_model()
+    results = step(model, cut(inputs(model.config, 8), num_parts), caching=True)
+    assert_same(gradients(model), whole[0])
+    assert len(results) == 4
+    for name, value in results.items():
+        torch.testing.assert_close(value, whole[1][name].detach())
+
+
+def test_plain_accumulation_is_exact_for_all_but_the_contrastive_term(whole):
+    model = tiny_model()
+    results = step(model, cut(inputs(model.config, 8), 2), caching=False)
+    for name in ("reconstruction_loss", "denoising_loss"):
+        torch.testing.assert_close(results[name], whole[1][name].detach())
+    assert results["contrastive_loss"] < whole[1].contrastive_loss - 0.3  # about ln 7, against ln 15
+
+
+def test_the_second_pass_repeats_the_random_numbers_of_the_first():
+    model = tiny_model(drop_path_rate=0.5, num_hidden_layers=4).train()
+    pixels = torch.randn(8, 2, 3, 32, 48)
+    calls = []
+    forward = model.projection_head.forward
+    model.projection_head.forward = lambda pooled: calls.append(pooled.detach().clone()) or forward(pooled)
+    step(model, [{"pixel_values": part} for part in pixels.split(4)], caching=True)
+    assert len(calls) == 4
+    torch.testing.assert_close(calls[0], calls[2])
+    torch.testing.assert_close(calls[1], calls[3])
+    assert not torch.allclose(calls[0], calls[1])
+
+
+def test_gradient_checkpointing_and_autocast_change_nothing_of_it(whole):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    step(model, cut(inputs(model.config, 8), 2), caching=True)
+    assert_same(gradients(model), whole[0])
+
+
+def _process(rank, world_size, caching):
+    model = DistributedDataParallel(tiny_model())
+    part = cut(inputs(model.module.config, 8), world_size)[rank]
+    step(model, cut(part, 2), caching, model.no_sync)
+    return {name: gradient.numpy() for name, gradient in gradients(model.module).items()}
+
+
+def test_two_processes_that_accumulate_twice_are_one_process(whole, run_processes):
+    for result in run_processes(_process, 2, True):
+        assert_same({name: torch.from_numpy(gradient) for name, gradient in result.items()}, whole[0])
