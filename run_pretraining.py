@@ -43,6 +43,7 @@ from modeling_can.recipe import Recipe, parse_arguments
 from modeling_can.training import (
     Checkpoints,
     MetricAverage,
+    NonFiniteGuard,
     StopSignals,
     accumulated_backward,
     cached_backward,
@@ -241,8 +242,23 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         if first_step >= max_steps:
             raise ValueError(f"max_steps={max_steps} is not beyond {checkpoint}; give more")
 
+    guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer), 0
+
+    def report_nonfinite():
+        nonlocal num_nonfinite
+        sentences = guard.report()
+        num_nonfinite += len(sentences)
+        if sentences and recipe.on_nonfinite == "stop":
+            raise FloatingPointError(
+                f"{sentences[0]}. The weights are those before it. Lower base_learning_rate, set max_grad_norm, look "
+                "at the images, or go on without such steps: --on_nonfinite skip"
+            )
+        for sentence in sentences:
+            tqdm.write(f"process {accelerator.process_index}: {sentence}")
+
     def save(step):
         """After so many steps; called by all processes."""
+        report_nonfinite()
         own = {"loader": loader.state_dict(), "rng": rng_state(), "average": (average.sums, average.num_steps)}
         seconds = progress["train_seconds"] + time.perf_counter() - train_started
         shared = {
@@ -260,12 +276,13 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                dynamic_ncols=True)  # fmt: skip
     model.train()
     for step in bar:
-        micro_batches = []
+        micro_batches, images = [], []
         for _ in range(num_micro_batches):
             fetched_at = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - fetched_at
             bad_samples.update(batch["bad"])
+            images += batch["images"]
             views = batch["views"].to(device, non_blocking=True)
             micro_batches.append(lambda views=views: {"pixel_values": augment(views)})
 
@@ -281,10 +298,11 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
         else:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        finite = guard.check(step, grad_norm, terms, images)
         optimizer.step()
         optimizer.zero_grad()
 
-        average.update(step_metrics(terms, config, grad_norm))
+        average.update(step_metrics(terms, config, grad_norm), finite)
         if (step + 1) % recipe.logging_steps == 0 or step + 1 == max_steps:
             line = average.compute()  # waits for the device and the other processes
             now = time.perf_counter()
@@ -301,6 +319,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 metrics_file.write(json.dumps(metrics[-1]) + "\n")
                 metrics_file.flush()
                 bar.set_postfix_str(progress_text(line, bad_samples))
+            report_nonfinite()
             refuse_non_finite(metrics[-1])
 
         stopping = stop.wanted() and step + 1 < max_steps
@@ -337,6 +356,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             "images_per_second": max_steps * global_batch_size / train_seconds,
             "data_wait": sum(line["data_wait"] for line in metrics) / len(metrics),
             "bad_samples": dict(num_bad),
+            "nonfinite_steps": num_nonfinite,
             "train_seconds": train_seconds,
             "total_seconds": time.perf_counter() - started,
         }

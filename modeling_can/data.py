@@ -24,6 +24,7 @@ import os
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import datasets
@@ -201,8 +202,8 @@ class ImageSource:
 
 class ViewStream(torch.utils.data.IterableDataset):
     """
-    One process's share of a source as an endless stream of `{"views": uint8 (2, C, H, W), "bad": [reason]}`, to be
-    given to `view_loader` (never to `accelerator.prepare`, which would split it once more).
+    One process's share of a source as an endless stream of `{"views": uint8 (2, C, H, W), "bad": [reason], "image":
+    name}`, to be given to `view_loader` (never to `accelerator.prepare`, which would split it once more).
 
     An image that cannot be used is passed over. Each reader reports it once, however often the epochs bring it back:
     the reason in `bad` of the next sample, and at once a line in the ledger, JSON with source, path, SHA-256 of the
@@ -308,7 +309,7 @@ class ViewStream(torch.utils.data.IterableDataset):
                         if state["num_seen"] >= 1000:
                             self._refuse_bad(state, line, reader, num_readers)
                         continue
-                    yield {"views": torch.as_tensor(views), "bad": bad}
+                    yield {"views": torch.as_tensor(views), "bad": bad, "image": image_name(image)}
                     bad = []
                 state["num_rows"] += len(images)
                 state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}
@@ -377,6 +378,11 @@ class ViewStream(torch.utils.data.IterableDataset):
                 f"{self.max_bad_fraction}; mend them ({self.ledger or 'the ledger'} lists them), or raise "
                 f"--max_bad_fraction. The last: {last}"
             )
+
+
+def image_name(image: dict) -> str:
+    """What an image is called in messages: its path, or the CRC-32 of its bytes."""
+    return image["path"] or f"crc32:{zlib.crc32(image['bytes']):08x}"
 
 
 def read_bytes(image: dict | None) -> bytes:
@@ -463,10 +469,11 @@ def refuse_cut_off_tar(path: str):
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> `{"views": uint8 (B, 2, C, H, W), "bad": [reason]}`."""
+    """Samples -> `{"views": uint8 (B, 2, C, H, W), "bad": [reason], "images": [name]}`."""
     return {
         "views": torch.stack([sample["views"] for sample in samples]),
         "bad": [reason for sample in samples for reason in sample["bad"]],
+        "images": [sample["image"] for sample in samples],
     }
 
 

@@ -75,6 +75,7 @@ class Recipe:
     adam_beta1: float = _field(0.9, "AdamW")
     adam_beta2: float = _field(0.95, "AdamW")
     max_grad_norm: float = _field(0.0, "clip the gradient norm; 0 does not clip")
+    on_nonfinite: str = _field("stop", "stop or skip: what follows a gradient that is not finite; no update does")
     mixed_precision: str = _field("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
     seed: int = _field(0, "of weights, order, crops, noise and masks")
 
@@ -141,6 +142,7 @@ class Recipe:
         choices = {
             "resample": ("bilinear", "bicubic"),
             "mixed_precision": ("auto", "no", "bf16"),
+            "on_nonfinite": ("stop", "skip"),
             "high_bit_depth": ("full_range", "stretch", "skip"),
         }
         for name, known in choices.items():

@@ -64,19 +64,56 @@ class MetricAverage:
     def __init__(self, reduce):
         self.reduce, self.sums, self.num_steps = reduce, {}, 0
 
-    def update(self, metrics: dict[str, torch.Tensor]):
+    def update(self, metrics: dict[str, torch.Tensor], counts: torch.Tensor | bool = True):
+        """Adds the scalars of a step; those of a step that does not count are left out."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.num_steps += 1
+            value = value.detach().float()
+            self.sums[name] = self.sums.get(name, 0) + torch.where(torch.as_tensor(counts), value, 0)
+        self.num_steps = self.num_steps + counts
 
     def compute(self) -> dict[str, float]:
-        """The averages since the last call."""
-        if self.num_steps == 0:
+        """The averages since the last call; NaN if no step counted."""
+        if not self.sums:
             return {}
         stacked = self.reduce(torch.stack(list(self.sums.values())) / self.num_steps)
         averages = dict(zip(self.sums, stacked.tolist(), strict=True))
         self.sums, self.num_steps = {}, 0
         return averages
+
+
+class NonFiniteGuard:
+    """
+    Keeps an update whose gradient is not finite from happening: on the device, without waiting for it, and on all
+    processes alike, because they share the gradient.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): A fused one, whose kernel leaves out a step with `found_inf` set.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer, self.steps = optimizer, []
+
+    def check(self, step: int, grad_norm: torch.Tensor, terms: dict[str, torch.Tensor], images: list[str]):
+        """Whether the gradient is finite, on the device; to be called before `optimizer.step()`."""
+        finite = grad_norm.isfinite()
+        self.optimizer.found_inf = (~finite).float()
+        # The contrastive loss meets the embeddings of all processes, so it does not tell whose images are to blame.
+        ours = torch.stack([term.isfinite().all() for name, term in terms.items() if name != "contrastive_loss"]).all()
+        losses = {name: term for name, term in terms.items() if term.ndim == 0}
+        self.steps.append((step, finite, ours, losses, images))
+        return finite
+
+    def report(self) -> list[str]:
+        """A sentence on each update that was left out since the last call, which waits for the device."""
+        steps, self.steps = self.steps, []
+        all_finite = torch.stack([finite for _, finite, *_ in steps]).tolist() if steps else []
+        return [
+            f"the gradient of step {step} was not finite and its update left out; "
+            + ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+            + ("; the images of this process are not to blame" if ours else f"; of the images {', '.join(images)}")
+            for (step, _, ours, losses, images), finite in zip(steps, all_finite, strict=True)
+            if not finite
+        ]
 
 
 # --- One step over several micro-batches -----------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""A NaN and an overflow, planted in the views of one step of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import free_port
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parent.parent
+PLANT = """
+import os, sys, torch
+import run_pretraining
+from modeling_can.augmentations import Augmentation
+
+value, rank, step, *argv = sys.argv[1:]
+forward, calls = Augmentation.forward, []
+
+def planted(self, views):
+    calls.append(views)
+    views = forward(self, views)
+    if len(calls) == int(step) + 1 and os.environ.get("RANK", "0") == rank:
+        views[0, 0, 0, 0, 0] = float(value)
+    return views
+
+Augmentation.forward = planted
+try:
+    run_pretraining.main(argv)
+except FloatingPointError as error:
+    sys.exit(f"stopped: {error}")
+"""
+RUN = ["--max_steps=6", "--per_device_train_batch_size=8", "--logging_steps=3", "--hidden_size=32",
+       "--num_hidden_layers=1", "--num_attention_heads=2", "--intermediate_size=64", "--probe_dataset_name=none",
+       "--dataloader_num_workers=0", "--overwrite_output_dir"]  # fmt: skip
+
+
+def run(tmp_path, value, step, num_processes=1, rank=0, **options):
+    script = tmp_path / "plant.py"
+    script.write_text(PLANT)
+    launch = []
+    if num_processes > 1:
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_processes),
+                  "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+                  "--main_process_port", str(free_port())]  # fmt: skip
+    answer = subprocess.run(
+        [sys.executable, *launch, str(script), value, str(rank), str(step), *RUN, f"--output_dir={tmp_path}/out",
+         *(f"--{key}={value}" for key, value in options.items())],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return answer.returncode, answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("value", ["nan", "1e30"])  # whose square is not finite
+def test_a_planted_number_stops_the_run_by_name(tmp_path, value):
+    status, output = run(tmp_path, value, step=1)
+    assert status == 1 and "stopped: the gradient of step 1 was not finite" in output, output
+    assert "contrastive_loss" in output and "of the images crc32:" in output and "--on_nonfinite skip" in output
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_planted_number_is_skipped_on_all_processes(tmp_path, num_processes):
+    status, output = run(tmp_path, "nan", 4, num_processes, rank=num_processes - 1, on_nonfinite="skip")
+    assert status == 0, output
+    assert f"process {num_processes - 1}: the gradient of step 4 was not finite" in output
+    if num_processes == 2:
+        assert (
+            "process 0: the gradient of step 4" in output and "the images of this process are not to blame" in output
+        )
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["nonfinite_steps"] == 1
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert "nan" not in (tmp_path / "out" / "metrics.jsonl").read_text().lower()
+
+
+def test_a_step_that_is_skipped_leaves_weights_and_moments_alone():
+    from modeling_can.training import NonFiniteGuard
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = NonFiniteGuard(optimizer)
+    for step, gradient in enumerate((1.0, float("nan"), float("inf"))):
+        weight.grad = torch.full((3,), gradient)
+        guard.check(step, weight.grad.norm(), {"loss": torch.tensor(gradient)}, ["a.jpg"])
+        optimizer.step()
+        if step == 0:
+            first = weight.detach().clone()
+            state = {name: value.clone() for name, value in optimizer.state[weight].items()}
+    assert torch.equal(weight, first) and not torch.equal(first, torch.ones(3))
+    assert all(torch.equal(value, optimizer.state[weight][name]) for name, value in state.items())
+    assert [sentence.split(";")[0] for sentence in guard.report()] == [
+        f"the gradient of step {step} was not finite and its update left out" for step in (1, 2)
+    ]
+    assert guard.report() == []
