@@ -271,7 +271,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     waited, logged_at, logged_step = 0.0, time.perf_counter(), first_step
     train_started = logged_at
     stack = ExitStack()
-    stop = stack.enter_context(StopSignals(lambda tensor: accelerator.reduce(tensor, "sum"), device))
+    sum_up = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
+    stop = stack.enter_context(StopSignals(sum_up, device))
     bar = tqdm(range(first_step, max_steps), "pre-training", max_steps, initial=first_step, disable=not is_main,
                dynamic_ncols=True)  # fmt: skip
     model.train()
@@ -528,3 +529,10 @@ if __name__ == "__main__":
     except (ValueError, FloatingPointError, OSError) as error:
         # Of an error in a loader's worker, what it says, without the traceback that torch puts around it.
         sys.exit(f"run_pretraining.py: {re.split(r'^[A-Za-z]*Error: ', str(error), flags=re.MULTILINE)[-1].strip()}")
+    except RuntimeError as error:
+        if not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        sys.exit(
+            f"run_pretraining.py: another process of this run died, or cannot be reached: {error}\n"
+            "Go on with --resume_from_checkpoint latest; torchrun --max-restarts N does so by itself"
+        )

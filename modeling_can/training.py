@@ -334,7 +334,8 @@ class StopSignals(contextlib.AbstractContextManager):
     remembered, so that the loop can save first; a second one of the same kind is not caught.
 
     Args:
-        reduce (callable): Sums a tensor over the processes, without waiting for the device.
+        reduce (callable, *optional*):
+            Sums a tensor over the processes, without waiting for the device; `None` where there is but one.
         device (`torch.device`): Of that tensor.
     """
 
@@ -358,5 +359,7 @@ class StopSignals(contextlib.AbstractContextManager):
         Whether to stop after this step, alike on all processes; called by each of them at every step. What they
         answer was asked two steps ago, so that nobody waits for the step that the device is at.
         """
-        self.asked.append(self.reduce(torch.tensor(float(self.received is not None), device=self.device)))
+        if self.reduce is None:
+            return self.received is not None
+        self.asked.append(self.reduce(torch.full((), float(self.received is not None), device=self.device)))
         return len(self.asked) > 2 and bool(self.asked.popleft().item() > 0)

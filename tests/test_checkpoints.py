@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 
 import run_pretraining
 from modeling_can.training import Checkpoints
@@ -93,7 +94,7 @@ def test_a_run_killed_25_times_ends_with_the_same_bits(uninterrupted, tmp_path):
 def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_path, number):
     folder = tmp_path / "run"
     process = start(folder)
-    while not list(folder.glob("checkpoints/step-[0-9]*")) and process.poll() is None:
+    while not list(folder.glob("checkpoints/step-*[0-9]")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
     output = process.communicate(timeout=30)[0]
@@ -105,6 +106,47 @@ def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_p
     process = start(folder, "--resume_from_checkpoint=latest")
     assert f"at step {step}" in process.communicate(timeout=120)[0] and process.returncode == 0
     assert weights(folder) == weights(uninterrupted)
+
+
+def torchrun(folder: Path, max_restarts: int) -> subprocess.Popen:
+    """Two processes of this machine over gloo, which begin again from the latest checkpoint when one dies."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={max_restarts}",
+         "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", str(ROOT / "run_pretraining.py"), *RUN,
+         f"--output_dir={folder}", "--resume_from_checkpoint=latest", "--dataloader_num_workers=0",
+         "--max_steps=200"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_rank_1(launcher: subprocess.Popen, folder: Path):
+    while not list(folder.glob("checkpoints/step-*[0-9]")) and launcher.poll() is None:
+        time.sleep(0.01)
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_when_one_of_two_processes_dies_the_other_ends_with_an_error(tmp_path):
+    launcher = torchrun(tmp_path / "run", max_restarts=0)
+    kill_rank_1(launcher, tmp_path / "run")
+    output = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode != 0 and not (tmp_path / "run" / "results.json").exists()
+    assert "another process" in output, output
+
+
+@pytest.mark.slow
+def test_a_launcher_that_restarts_finishes_the_run(tmp_path):
+    launcher = torchrun(tmp_path / "run", max_restarts=5)  # gloo does not always find its peers at the first
+    kill_rank_1(launcher, tmp_path / "run")
+    output = launcher.communicate(timeout=120)[0]
+    assert launcher.returncode == 0 and "resumed from" in output, output
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["num_processes"] == 2
 
 
 def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path):
