@@ -534,5 +534,5 @@ if __name__ == "__main__":
             raise
         sys.exit(
             f"run_pretraining.py: another process of this run died, or cannot be reached: {error}\n"
-            "Go on with --resume_from_checkpoint latest; torchrun --max-restarts N does so by itself"
+            "Go on with --resume_from_checkpoint latest"
         )

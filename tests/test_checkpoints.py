@@ -108,10 +108,10 @@ def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_p
     assert weights(folder) == weights(uninterrupted)
 
 
-def torchrun(folder: Path, max_restarts: int) -> subprocess.Popen:
-    """Two processes of this machine over gloo, which begin again from the latest checkpoint when one dies."""
+def torchrun(folder: Path) -> subprocess.Popen:
+    """Two processes of this machine over gloo."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={max_restarts}",
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=0",
          "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", str(ROOT / "run_pretraining.py"), *RUN,
          f"--output_dir={folder}", "--resume_from_checkpoint=latest", "--dataloader_num_workers=0",
          "--max_steps=200"],
@@ -133,20 +133,11 @@ def kill_rank_1(launcher: subprocess.Popen, folder: Path):
 
 @pytest.mark.slow
 def test_when_one_of_two_processes_dies_the_other_ends_with_an_error(tmp_path):
-    launcher = torchrun(tmp_path / "run", max_restarts=0)
+    launcher = torchrun(tmp_path / "run")
     kill_rank_1(launcher, tmp_path / "run")
     output = launcher.communicate(timeout=60)[0]
     assert launcher.returncode != 0 and not (tmp_path / "run" / "results.json").exists()
     assert "another process" in output, output
-
-
-@pytest.mark.slow
-def test_a_launcher_that_restarts_finishes_the_run(tmp_path):
-    launcher = torchrun(tmp_path / "run", max_restarts=5)  # gloo does not always find its peers at the first
-    kill_rank_1(launcher, tmp_path / "run")
-    output = launcher.communicate(timeout=120)[0]
-    assert launcher.returncode == 0 and "resumed from" in output, output
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["num_processes"] == 2
 
 
 def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path):
