@@ -187,6 +187,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if checkpoint:
         weights, shared, own = checkpoints.load(checkpoint)
         progress = shared["progress"]
+    elif recipe.resume_from_checkpoint and is_main:
+        print(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
     probe, probe_results = None, progress["probe"]
     if recipe.probe_dataset_name and is_main:
         probe = Probe(recipe.probe_dataset_name, recipe.image_column, recipe.probe_label_column, processor)

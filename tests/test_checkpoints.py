@@ -69,7 +69,8 @@ def kill_and_resume(folder: Path, delays, uninterrupted: Path):
     else:
         process = start(folder, "--resume_from_checkpoint=latest")
         output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0 and "resumed from" in output, output
+        # Nothing to resume if it was killed while it wrote the first one.
+        assert process.returncode == 0 and ("resumed from" in output or "there is no checkpoint yet" in output), output
     assert weights(folder) == weights(uninterrupted)
     assert steps(folder) == steps(uninterrupted)
 
@@ -90,7 +91,7 @@ def test_a_run_killed_25_times_ends_with_the_same_bits(uninterrupted, tmp_path):
         kill_and_resume(tmp_path / f"run-{attempt}", rng.uniform(0, 0.3, size=1), uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_path, number):
     folder = tmp_path / "run"
     process = start(folder)
@@ -98,7 +99,7 @@ def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_p
         time.sleep(0.01)
     process.send_signal(number)
     output = process.communicate(timeout=30)[0]
-    assert process.returncode == (0 if number == signal.SIGTERM else 130), output
+    assert process.returncode == (130 if number == signal.SIGINT else 0), output
     step = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
     assert (folder / "checkpoints" / f"step-{step}").is_dir()
     refused = start(folder).communicate(timeout=60)[0]
