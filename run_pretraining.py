@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -183,7 +182,13 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         prepare_folder(output_dir, keep=checkpoint is not None)
     accelerator.wait_for_everyone()  # every process writes its bad images there
     average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
-    progress = {"step": 0, "metrics": [], "probe": {}, "train_seconds": 0.0}  # what a checkpoint carries on
+    progress = {
+        "step": 0,
+        "metrics": [],
+        "probe": {},
+        "train_seconds": 0.0,
+        "nonfinite": 0,
+    }  # what a checkpoint carries on
     if checkpoint:
         weights, shared, own = checkpoints.load(checkpoint)
         progress = shared["progress"]
@@ -244,7 +249,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         if first_step >= max_steps:
             raise ValueError(f"max_steps={max_steps} is not beyond {checkpoint}; give more")
 
-    guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer), 0
+    guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer), progress["nonfinite"]
 
     def report_nonfinite():
         nonlocal num_nonfinite
@@ -265,82 +270,88 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         seconds = progress["train_seconds"] + time.perf_counter() - train_started
         shared = {
             "optimizer": optimizer.state_dict(),
-            "progress": {"step": step, "metrics": metrics, "probe": probe_results, "train_seconds": seconds},
+            "progress": {
+                "step": step,
+                "metrics": metrics,
+                "probe": probe_results,
+                "train_seconds": seconds,
+                "nonfinite": num_nonfinite,
+            },
         }
         checkpoints.save(step, unwrapped.state_dict(), shared, own)
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     waited, logged_at, logged_step = 0.0, time.perf_counter(), first_step
     train_started = logged_at
-    stack = ExitStack()
     sum_up = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    stop = stack.enter_context(StopSignals(sum_up, device))
     bar = tqdm(range(first_step, max_steps), "pre-training", max_steps, initial=first_step, disable=not is_main,
                dynamic_ncols=True)  # fmt: skip
     model.train()
-    for step in bar:
-        micro_batches, images = [], []
-        for _ in range(num_micro_batches):
-            fetched_at = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - fetched_at
-            bad_samples.update(batch["bad"])
-            images += batch["images"]
-            views = batch["views"].to(device, non_blocking=True)
-            micro_batches.append(lambda views=views: {"pixel_values": augment(views)})
+    with StopSignals(sum_up, device) as stop:
+        for step in bar:
+            micro_batches, images = [], []
+            for _ in range(num_micro_batches):
+                fetched_at = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - fetched_at
+                bad_samples.update(batch["bad"])
+                images += batch["images"]
+                views = batch["views"].to(device, non_blocking=True)
+                micro_batches.append(lambda views=views: {"pixel_values": augment(views)})
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, max_steps, warmup_steps, peak_learning_rate)
-        no_sync = partial(accelerator.no_sync, model)
-        if num_micro_batches > 1 and recipe.gradient_caching and config.contrastive_loss_weight > 0:
-            contrast = partial(contrastive_loss, temperature=config.temperature)
-            terms = cached_backward(model, micro_batches, accelerator.backward, no_sync, contrast)
-        else:
-            terms = accumulated_backward(model, micro_batches, accelerator.backward, no_sync)
-        if recipe.max_grad_norm > 0:
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        else:
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        finite = guard.check(step, grad_norm, terms, images)
-        optimizer.step()
-        optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, max_steps, warmup_steps, peak_learning_rate)
+            no_sync = partial(accelerator.no_sync, model)
+            if num_micro_batches > 1 and recipe.gradient_caching and config.contrastive_loss_weight > 0:
+                contrast = partial(contrastive_loss, temperature=config.temperature)
+                terms = cached_backward(model, micro_batches, accelerator.backward, no_sync, contrast)
+            else:
+                terms = accumulated_backward(model, micro_batches, accelerator.backward, no_sync)
+            if recipe.max_grad_norm > 0:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+            else:
+                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+            finite = guard.check(step, grad_norm, terms, images)
+            optimizer.step()
+            optimizer.zero_grad()
 
-        average.update(step_metrics(terms, config, grad_norm), finite)
-        if (step + 1) % recipe.logging_steps == 0 or step + 1 == max_steps:
-            line = average.compute()  # waits for the device and the other processes
-            now = time.perf_counter()
-            num_steps, logged_step = step + 1 - logged_step, step + 1
-            line |= {
-                "learning_rate": group["lr"],
-                "images_per_second": num_steps * global_batch_size / (now - logged_at),
-                "data_wait": waited / (now - logged_at),
-                "num_bad": bad_samples.total(),
-            }
-            metrics.append({"step": step + 1, **line})
-            waited, logged_at = 0.0, now
-            if is_main:
-                metrics_file.write(json.dumps(metrics[-1]) + "\n")
-                metrics_file.flush()
-                bar.set_postfix_str(progress_text(line, bad_samples))
-            report_nonfinite()
-            refuse_non_finite(metrics[-1])
+            average.update(step_metrics(terms, config, grad_norm), finite)
+            if (step + 1) % recipe.logging_steps == 0 or step + 1 == max_steps:
+                line = average.compute()  # waits for the device and the other processes
+                now = time.perf_counter()
+                num_steps, logged_step = step + 1 - logged_step, step + 1
+                line |= {
+                    "learning_rate": group["lr"],
+                    "images_per_second": num_steps * global_batch_size / (now - logged_at),
+                    "data_wait": waited / (now - logged_at),
+                    "num_bad": bad_samples.total(),
+                }
+                metrics.append({"step": step + 1, **line})
+                waited, logged_at = 0.0, now
+                if is_main:
+                    metrics_file.write(json.dumps(metrics[-1]) + "\n")
+                    metrics_file.flush()
+                    bar.set_postfix_str(progress_text(line, bad_samples))
+                report_nonfinite()
+                refuse_non_finite(metrics[-1])
 
-        stopping = stop.wanted() and step + 1 < max_steps
-        if stopping or ((step + 1) % recipe.save_steps == 0 and step + 1 < max_steps):
-            try:
-                save(step + 1)
-            except OSError as error:
-                if stopping:
-                    raise
-                bar.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
-        if stopping:
-            bar.close()
-            number = stop.received or signal.SIGTERM  # another process received it
-            if is_main:
-                print(f"stopped by {number.name} after step {step + 1}; go on with --resume_from_checkpoint latest")
-            accelerator.end_training()
-            sys.exit(130 if number is signal.SIGINT else 0)
-    stack.close()
+            stopping = stop.wanted() and step + 1 < max_steps
+            if stopping or ((step + 1) % recipe.save_steps == 0 and step + 1 < max_steps):
+                try:
+                    save(step + 1)
+                except OSError as error:
+                    if stopping:
+                        raise
+                    bar.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
+            if stopping:
+                bar.close()
+                number = stop.received or signal.SIGTERM  # another process received it
+                if is_main:
+                    print(
+                        f"stopped by {number.name} after step {step + 1}; go on with --resume_from_checkpoint latest"
+                    )
+                accelerator.end_training()
+                sys.exit(130 if number is signal.SIGINT else 0)
     train_seconds = progress["train_seconds"] + time.perf_counter() - train_started
     accelerator.wait_for_everyone()
     num_bad = reasons(ledger_lines(output_dir / "bad_samples.jsonl"))
@@ -392,7 +403,7 @@ def prepare_folder(output_dir: Path, keep: bool):
     if keep:
         return
     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
-    results = ("results.json", "metrics.jsonl", "bad_samples.jsonl", "README.md", "recipe.yaml")
+    results = ("metrics.jsonl", "bad_samples.jsonl", "README.md", "recipe.yaml")
     for pattern in (*results, "*.safetensors*", "*config.json"):
         for path in output_dir.glob(pattern):
             path.unlink()

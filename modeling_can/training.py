@@ -180,11 +180,9 @@ def _without_graph(output) -> dict[str, torch.Tensor]:
 
 
 def _joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    join = {"image_embeds": torch.cat}
-    return {
-        name: join.get(name, lambda parts: torch.stack(parts).mean())([result[name] for result in results])
-        for name in results[0]
-    }
+    """The embeddings of all micro-batches, and the means of their losses."""
+    parts = {name: [result[name] for result in results] for name in results[0]}
+    return {name: torch.cat(p) if name == "image_embeds" else torch.stack(p).mean() for name, p in parts.items()}
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
