@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,9 +26,20 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, set_seed
+from PIL import Image
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
@@ -35,9 +47,24 @@ from transformers.utils import logging as transformers_logging
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
+from modeling_can.diagnostics import (
+    check_disk,
+    check_gradients,
+    check_optimizer,
+    check_pixels,
+    check_positions,
+    check_positives,
+    duration,
+    embedding_health,
+    embedding_spread,
+    findings,
+    trivial_losses,
+    verdict,
+)
 from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import model_card
 from modeling_can.losses import contrastive_loss
+from modeling_can.modeling_can import CANLayer
 from modeling_can.recipe import Recipe, parse_arguments
 from modeling_can.training import (
     Checkpoints,
@@ -46,9 +73,9 @@ from modeling_can.training import (
     StopSignals,
     accumulated_backward,
     cached_backward,
-    embedding_spread,
     learning_rate,
     parameter_groups,
+    random_numbers_apart,
     rng_state,
     set_rng_state,
 )
@@ -79,6 +106,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     # --- Processes ---------------------------------------------------------------------------------------------------
     accelerator = Accelerator(
         mixed_precision=mixed_precision(recipe.mixed_precision),
+        log_with=trackers(recipe.log_with),
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / "tensorboard")),
         # The only buffers are the position tables, the same everywhere: nothing to send around before every step.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
@@ -86,6 +115,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if recipe.tf32 else "ieee"
     checkpoints = Checkpoints(
         output_dir / "checkpoints",
         recipe.save_total_limit,
@@ -105,29 +136,19 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe.streaming,
         dataset,
     )
-    make_views = TwoViews(
-        config.image_shape,
-        config.num_channels,
-        recipe.crop_scale,
-        recipe.crop_ratio,
-        recipe.resample,
-        recipe.seed,
-        transparent_background=recipe.transparent_background,
-        high_bit_depth=recipe.high_bit_depth,
-        min_size=config.patch_shape,
-    )
     if recipe.measure_mean_std:
-        mean, std = mean_and_std(ViewStream(source, make_views, max_bad_fraction=1.0))
+        mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
         recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
+    ledger = output_dir / "bad_samples.jsonl"
     stream = ViewStream(
         source,
-        make_views,
+        view_maker(recipe),
         recipe.seed,
         accelerator.process_index,
         accelerator.num_processes,
         recipe.shuffle_block_size,
         recipe.max_bad_fraction,
-        output_dir / "bad_samples.jsonl",
+        ledger,
     )
     loader = view_loader(
         stream,
@@ -135,18 +156,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
-    augment = Augmentation(
-        recipe.image_mean,
-        recipe.image_std,
-        recipe.flip_probability,
-        recipe.color_jitter,
-        recipe.color_jitter_probability,
-        recipe.greyscale_probability,
-        recipe.blur_probability,
-        recipe.blur_sigma,
-        blur_kernel_size=max(3, min(config.image_shape) // 10 // 2 * 2 + 1),
-        solarize_probability=recipe.solarize_probability,
-    ).to(device)
+    augment = augmentation(recipe).to(device)
     processor = image_processor(recipe)
 
     # --- Length and learning rate, derived once ----------------------------------------------------------------------
@@ -160,51 +170,70 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     # --- Model: the same weights on every process, then different noise and masks ------------------------------------
     set_seed(recipe.seed)
     model = CANForPreTraining(config)
+    if recipe.model_name_or_path and not checkpoint:
+        from modeling_can.conversion import warm_start
+
+        taken, new = warm_start(model, recipe.model_name_or_path)
+        if is_main:
+            print(f"from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
     frozen = model.freeze_unused_parameters()
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recipe.torch_compile:
+        for module in model.modules():
+            if isinstance(module, CANLayer):
+                module.compile()  # the repeated blocks, not the model: they compile once, and as fast at every depth
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.weight_decay),
         lr=peak_learning_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         fused=True,
     )
+    num_parameters = sum(p.numel() for p in model.parameters())
     model, optimizer = accelerator.prepare(model.to(device), optimizer)
     unwrapped = accelerator.unwrap_model(model)
+    is_sharded = any(isinstance(p, DTensor) for p in unwrapped.parameters())  # FSDP2
     set_seed(recipe.seed, device_specific=True)
+    caching = num_micro_batches > 1 and recipe.gradient_caching and config.contrastive_loss_weight > 0
+    contrast = partial(contrastive_loss, temperature=config.temperature)
+    backward = partial(cached_backward, contrast=contrast) if caching else accumulated_backward
+    backward = partial(backward, model, backward=accelerator.backward, no_sync=partial(accelerator.no_sync, model))
+    num_contrasted = global_batch_size if caching else global_batch_size // num_micro_batches
 
-    # --- What the features are worth before training -----------------------------------------------------------------
-    def embed(pixel_values):
-        unwrapped.eval()
-        features = unwrapped.can(pixel_values.to(device)).pooler_output
-        unwrapped.train()
-        return features
+    def in_one_piece() -> CANForPreTraining | None:
+        """The model for the main process to look at; called by all processes, for each may hold a part of it."""
+        if not is_sharded:
+            return unwrapped
+        weights, _ = whole_state(model)
+        if not is_main:
+            return None
+        with random_numbers_apart():
+            whole = CANForPreTraining(config)
+        whole.load_state_dict(weights)
+        return whole.to(device)
 
+    # --- The folder, and where the run stands ------------------------------------------------------------------------
     if is_main:
         prepare_folder(output_dir, keep=checkpoint is not None)
     accelerator.wait_for_everyone()  # every process writes its bad images there
     average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
-    progress = {
-        "step": 0,
-        "metrics": [],
-        "probe": {},
-        "train_seconds": 0.0,
-        "nonfinite": 0,
-    }  # what a checkpoint carries on
+    # What a checkpoint carries on, beside weights, optimiser and random numbers
+    progress = {"step": 0, "metrics": [], "probe": {}, "train_seconds": 0.0, "nonfinite": 0, "ledger_bytes": 0}
     if checkpoint:
         weights, shared, own = checkpoints.load(checkpoint)
         progress = shared["progress"]
+        if is_main and ledger.exists():
+            os.truncate(ledger, min(progress["ledger_bytes"], ledger.stat().st_size))
     elif recipe.resume_from_checkpoint and is_main:
         print(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
-    probe, probe_results = None, progress["probe"]
-    if recipe.probe_dataset_name and is_main:
-        probe = Probe(recipe.probe_dataset_name, recipe.image_column, recipe.probe_label_column, processor)
-        if not checkpoint:
-            probe_results["raw pixels"] = probe.measure(raw_pixels)
-            probe_results["untrained encoder"] = probe.measure(embed)
+    accelerator.wait_for_everyone()  # until the ledger is cut
+    first_step, metrics, probe_results = progress["step"], progress["metrics"], progress["probe"]
+    bad_samples = reasons(ledger_lines(ledger) if is_main else [])
 
     results = {
         "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
         "num_images": num_images,
-        "num_parameters": sum(p.numel() for p in unwrapped.parameters()),
+        "num_parameters": num_parameters,
         "frozen": frozen,
         "num_processes": accelerator.num_processes,
         "global_batch_size": global_batch_size,
@@ -217,25 +246,22 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         "git_commit": git_commit(),
     }
     if is_main:
-        write(output_dir / "recipe.yaml", recipe.to_yaml())
-        metrics_file = open(output_dir / "metrics.jsonl", "w")
-        metrics_file.writelines(json.dumps(line) + "\n" for line in progress["metrics"])
         print(
-            f"{results['num_parameters'] / 1e6:.2f} M parameters; {num_images or 'unknown number of'} images from "
+            f"{num_parameters / 1e6:.2f} M parameters; {num_images or 'unknown number of'} images from "
             f"{source.name}; {max_steps} steps of {global_batch_size} on {accelerator.num_processes} process(es), "
             f"{device}; learning rate {peak_learning_rate:.3g} after {warmup_steps} steps of warm-up"
             + (f"; frozen, as their loss weight is 0: {', '.join(frozen)}" if frozen else "")
         )
 
-    # --- Resume: the data first, because starting its workers draws a random number --------------------------------
-    first_step, metrics = progress["step"], progress["metrics"]
-    bad_samples = reasons(ledger_lines(output_dir / "bad_samples.jsonl") if is_main else [])
+    # --- Resume: the data first, because starting its workers draws a random number ----------------------------------
     if checkpoint:
         exact = resume(loader, [process["loader"] for process in own])
     batches = iter(loader)
     if checkpoint:
-        unwrapped.load_state_dict(weights)
-        optimizer.load_state_dict(shared["optimizer"])
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(
+            model, optimizer.optimizer, shared["optimizer"], options=StateDictOptions(full_state_dict=True)
+        )
         if len(own) == accelerator.num_processes:
             set_rng_state(own[accelerator.process_index]["rng"])
             average.sums, average.num_steps = own[accelerator.process_index]["average"]
@@ -249,7 +275,126 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         if first_step >= max_steps:
             raise ValueError(f"max_steps={max_steps} is not beyond {checkpoint}; give more")
 
+    # --- What a step needs -------------------------------------------------------------------------------------------
+    waited = 0.0  # seconds for data since the last log
+    pixel_values = None  # of the last micro-batch, to look at
     guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer), progress["nonfinite"]
+
+    def make_inputs(views):
+        nonlocal pixel_values
+        pixel_values = augment(views)
+        return {"pixel_values": pixel_values}
+
+    def fetch() -> tuple[list, list[str]]:
+        """The micro-batches of a step, and the names of their images."""
+        nonlocal waited
+        micro_batches, images = [], []
+        for _ in range(num_micro_batches):
+            fetched_at = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - fetched_at
+            bad_samples.update(batch["bad"])
+            images += batch["images"]
+            micro_batches.append(partial(make_inputs, batch["views"].to(device, non_blocking=True)))
+        return micro_batches, images
+
+    def update(step: int, micro_batches: list, images: list[str]) -> tuple[dict, torch.Tensor, torch.Tensor]:
+        """The unweighted losses of a step, its gradient norm, and whether that is finite."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, max_steps, warmup_steps, peak_learning_rate)
+        terms = backward(micro_batches)
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        grad_norm = total_norm([p.grad for p in parameters])
+        if recipe.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, recipe.max_grad_norm, grad_norm)
+        finite = guard.check(step, grad_norm, terms, images)
+        optimizer.step()
+        optimizer.zero_grad()
+        return terms, grad_norm, finite
+
+    if recipe.preflight:
+        is_ready = preflight(
+            recipe, accelerator, model, in_one_piece, optimizer, fetch, update, backward, max_steps - first_step
+        )
+        accelerator.end_training()
+        sys.exit(0 if is_ready else 1)
+
+    # --- What the features are worth before training -----------------------------------------------------------------
+    probe = None
+    if recipe.probe_dataset_name and is_main:
+        probe = Probe(recipe.probe_dataset_name, recipe.image_column, recipe.probe_label_column, processor)
+
+    def measure(linear: bool = True) -> dict | None:
+        """k-NN and linear probe of the encoder as it is; on the main process, called by all."""
+        with random_numbers_apart():
+            whole = in_one_piece()
+            if not is_main:
+                return None
+            whole.eval()
+            accuracy = probe.measure(lambda pixels: whole.can(pixels.to(device)).pooler_output, linear)
+            whole.train()
+            return accuracy
+
+    if recipe.probe_dataset_name and not checkpoint:
+        if is_main:
+            probe_results["raw pixels"] = probe.measure(raw_pixels)
+        probe_results["untrained encoder"] = measure()
+
+    if is_main:
+        write(output_dir / "recipe.yaml", recipe.to_yaml())
+        metrics_file = open(output_dir / "metrics.jsonl", "w")
+        metrics_file.writelines(json.dumps(line) + "\n" for line in metrics)
+    accelerator.init_trackers(
+        output_dir.resolve().name,
+        {name: value if isinstance(value, int | float) else str(value) for name, value in recipe.to_dict().items()},
+        {"tensorboard": {"purge_step": first_step + 1}},  # what came after the checkpoint is repeated
+    )
+
+    def judge(judged_by) -> list[str] | dict[str, str]:
+        untrained = (probe_results.get("untrained encoder") or {}).get("knn")
+        return judged_by(metrics, warmup_steps, max_steps, untrained)
+
+    def log(step: int, terms: dict[str, torch.Tensor], probing: bool):
+        """After so many steps; called by all processes. Waits for the device."""
+        nonlocal waited, logged_at, logged_step, known_findings
+        line = {"step": step, **average.compute()}
+        now = time.perf_counter()
+        line |= {
+            "learning_rate": learning_rate(step - 1, max_steps, warmup_steps, peak_learning_rate),
+            "images_per_second": (step - logged_step) * global_batch_size / (now - logged_at),
+            "data_wait": waited / (now - logged_at),
+            "num_bad": bad_samples.total(),
+        }
+        if "image_embeds" in terms and terms["image_embeds"].isfinite().all():
+            line |= embedding_health(terms["image_embeds"])
+        for term, loss in trivial_losses(config, pixel_values, num_contrasted).items():
+            line[f"{term}_trivial"] = loss
+        if probing:
+            accuracy = torch.tensor((measure(linear=False) or {"knn": 0.0})["knn"], device=device)
+            line["knn"] = accelerator.reduce(accuracy, "sum").item()
+        metrics.append(line)
+        found = judge(findings)
+        line["health"] = list(found.values())
+        if is_main:
+            metrics_file.write(json.dumps(line) + "\n")
+            metrics_file.flush()
+            accelerator.log({name: value for name, value in line.items() if name not in ("step", "health")}, step)
+            text = progress_text(line, bad_samples)
+            bar.set_postfix_str(text)
+            if bar.disable:
+                seconds_left = (max_steps - step) * global_batch_size / line["images_per_second"]
+                print(f"step {step} of {max_steps}: {text}, {duration(seconds_left)} left", flush=True)
+            if found.keys() != known_findings:
+                tqdm.write(f"step {step}, health: {'; '.join(judge(verdict))}")
+        report_nonfinite()
+        refuse_non_finite(line)
+        waited, logged_at, logged_step, known_findings = 0.0, now, step, found.keys()
+        not_training(time.perf_counter() - now)
+
+    def not_training(seconds: float):
+        """Probes and pictures do not count in the speed."""
+        nonlocal logged_at, train_started
+        logged_at, train_started = logged_at + seconds, train_started + seconds
 
     def report_nonfinite():
         nonlocal num_nonfinite
@@ -263,118 +408,107 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         for sentence in sentences:
             tqdm.write(f"process {accelerator.process_index}: {sentence}")
 
-    def save(step):
+    def best_probe() -> dict | None:
+        """The logged line with the highest k-NN accuracy, the first of several."""
+        return max((line for line in metrics if "knn" in line), key=lambda line: line["knn"], default=None)
+
+    def save(step: int):
         """After so many steps; called by all processes."""
         report_nonfinite()
+        weights, optimizer_state = whole_state(model, optimizer.optimizer)
         own = {"loader": loader.state_dict(), "rng": rng_state(), "average": (average.sums, average.num_steps)}
-        seconds = progress["train_seconds"] + time.perf_counter() - train_started
-        shared = {
-            "optimizer": optimizer.state_dict(),
-            "progress": {
-                "step": step,
-                "metrics": metrics,
-                "probe": probe_results,
-                "train_seconds": seconds,
-                "nonfinite": num_nonfinite,
-            },
+        position = {
+            "step": step,
+            "metrics": metrics,
+            "probe": probe_results,
+            "train_seconds": progress["train_seconds"] + time.perf_counter() - train_started,
+            "nonfinite": num_nonfinite,
+            "ledger_bytes": ledger.stat().st_size if ledger.exists() else 0,
         }
-        checkpoints.save(step, unwrapped.state_dict(), shared, own)
+        best = best_probe()
+        checkpoints.save(
+            step, weights, {"optimizer": optimizer_state, "progress": position}, own, best and best["step"]
+        )
+
+    def draw(step: int, whole: CANForPreTraining):
+        """Reconstructions and curves so far, into the folder and the trackers; on the main process."""
+        with random_numbers_apart():
+            pictures = draw_figures(output_dir / "figures", recipe, whole, pixel_values[:6, 0], metrics)
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images(pictures, step, dataformats="NHWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: list(images) for name, images in pictures.items()}, step)
 
     # --- The loop ----------------------------------------------------------------------------------------------------
-    waited, logged_at, logged_step = 0.0, time.perf_counter(), first_step
+    logged_step, logged_at, known_findings = first_step, time.perf_counter(), {}.keys()
     train_started = logged_at
     sum_up = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
-    bar = tqdm(range(first_step, max_steps), "pre-training", max_steps, initial=first_step, disable=not is_main,
-               dynamic_ncols=True)  # fmt: skip
+    bar = tqdm(range(first_step, max_steps), "pre-training", max_steps, initial=first_step, dynamic_ncols=True,
+               disable=not is_main or not sys.stderr.isatty())  # fmt: skip
     model.train()
     with StopSignals(sum_up, device) as stop:
         for step in bar:
-            micro_batches, images = [], []
-            for _ in range(num_micro_batches):
-                fetched_at = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - fetched_at
-                bad_samples.update(batch["bad"])
-                images += batch["images"]
-                views = batch["views"].to(device, non_blocking=True)
-                micro_batches.append(lambda views=views: {"pixel_values": augment(views)})
-
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, max_steps, warmup_steps, peak_learning_rate)
-            no_sync = partial(accelerator.no_sync, model)
-            if num_micro_batches > 1 and recipe.gradient_caching and config.contrastive_loss_weight > 0:
-                contrast = partial(contrastive_loss, temperature=config.temperature)
-                terms = cached_backward(model, micro_batches, accelerator.backward, no_sync, contrast)
-            else:
-                terms = accumulated_backward(model, micro_batches, accelerator.backward, no_sync)
-            if recipe.max_grad_norm > 0:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            else:
-                grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            finite = guard.check(step, grad_norm, terms, images)
-            optimizer.step()
-            optimizer.zero_grad()
-
+            micro_batches, images = fetch()
+            terms, grad_norm, finite = update(step, micro_batches, images)
             average.update(step_metrics(terms, config, grad_norm), finite)
-            if (step + 1) % recipe.logging_steps == 0 or step + 1 == max_steps:
-                line = average.compute()  # waits for the device and the other processes
-                now = time.perf_counter()
-                num_steps, logged_step = step + 1 - logged_step, step + 1
-                line |= {
-                    "learning_rate": group["lr"],
-                    "images_per_second": num_steps * global_batch_size / (now - logged_at),
-                    "data_wait": waited / (now - logged_at),
-                    "num_bad": bad_samples.total(),
-                }
-                metrics.append({"step": step + 1, **line})
-                waited, logged_at = 0.0, now
-                if is_main:
-                    metrics_file.write(json.dumps(metrics[-1]) + "\n")
-                    metrics_file.flush()
-                    bar.set_postfix_str(progress_text(line, bad_samples))
-                report_nonfinite()
-                refuse_non_finite(metrics[-1])
 
-            stopping = stop.wanted() and step + 1 < max_steps
-            if stopping or ((step + 1) % recipe.save_steps == 0 and step + 1 < max_steps):
+            done, is_last = step + 1, step + 1 == max_steps
+            probing = recipe.probe_every > 0 and done % recipe.probe_every == 0
+            if done % recipe.logging_steps == 0 or probing or is_last:
+                log(done, terms, probing)
+
+            stopping = stop.wanted() and not is_last
+            is_best = probing and best_probe()["step"] == done
+            if stopping or ((done % recipe.save_steps == 0 or is_best) and not is_last):
                 try:
-                    save(step + 1)
+                    save(done)
                 except OSError as error:
                     if stopping:
                         raise
-                    bar.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
+                    tqdm.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
+                if not stopping:
+                    begun, whole = time.perf_counter(), in_one_piece()
+                    if is_main:
+                        draw(done, whole)
+                    not_training(time.perf_counter() - begun)
             if stopping:
                 bar.close()
                 number = stop.received or signal.SIGTERM  # another process received it
                 if is_main:
-                    print(
-                        f"stopped by {number.name} after step {step + 1}; go on with --resume_from_checkpoint latest"
-                    )
+                    print(f"stopped by {number.name} after step {done}; go on with --resume_from_checkpoint latest")
                 accelerator.end_training()
                 sys.exit(130 if number is signal.SIGINT else 0)
     train_seconds = progress["train_seconds"] + time.perf_counter() - train_started
     accelerator.wait_for_everyone()
-    num_bad = reasons(ledger_lines(output_dir / "bad_samples.jsonl"))
 
     # --- Results -----------------------------------------------------------------------------------------------------
+    weights, _ = whole_state(model)
     if is_main:
         metrics_file.close()
-        unwrapped.save_pretrained(output_dir)  # first of all: nothing that follows may cost the weights
+        unwrapped.save_pretrained(output_dir, state_dict=weights)  # first: nothing that follows may cost the weights
         processor.save_pretrained(output_dir)
-        if probe:
-            probe_results["CAN, pre-trained"] = probe.measure(embed)
-            results["probe"] = probe_results
-        last = metrics[-1]
+    if recipe.probe_dataset_name:
+        probe_results["CAN, pre-trained"] = measure()
+        results["probe"] = probe_results
+    whole = in_one_piece()
+    if is_main:
+        last, best = metrics[-1], best_probe()
         results |= {
             "final_losses": {name: last[name] for name in last if name.endswith("loss")},
+            "health": judge(verdict),
             "images_per_second": max_steps * global_batch_size / train_seconds,
             "data_wait": sum(line["data_wait"] for line in metrics) / len(metrics),
-            "bad_samples": dict(num_bad),
+            "bad_samples": dict(reasons(ledger_lines(ledger))),
             "nonfinite_steps": num_nonfinite,
             "train_seconds": train_seconds,
             "total_seconds": time.perf_counter() - started,
         }
-        save_output(output_dir, recipe, unwrapped.eval(), augment(views[:6])[:, 0], metrics, results)
+        if best:
+            results["best_probe"] = {"step": best["step"], "knn": best["knn"]}
+        draw(max_steps, whole.eval())
+        write(output_dir / "README.md", model_card(recipe, results, name=output_dir.resolve().name))
+        write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")  # last: it marks the run as finished
         print_summary(output_dir, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -402,7 +536,8 @@ def prepare_folder(output_dir: Path, keep: bool):
     (output_dir / "results.json").unlink(missing_ok=True)
     if keep:
         return
-    shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", "tensorboard"):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
     results = ("metrics.jsonl", "bad_samples.jsonl", "README.md", "recipe.yaml")
     for pattern in (*results, "*.safetensors*", "*config.json"):
         for path in output_dir.glob(pattern):
@@ -418,6 +553,19 @@ def mixed_precision(choice: str) -> str:
     return choice
 
 
+def trackers(names: str | None) -> list[str]:
+    """accelerate's names; it leaves out unknown and missing packages without a word."""
+    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
+    known = set(LoggerType.list()) - {"all"}
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"log_with={names}: {name!r} is not one of {', '.join(sorted(known))} and none")
+        if name not in installed:
+            raise ValueError(f"log_with={names}: {name} is not installed; pip install {name}, or --log_with none")
+    return wanted
+
+
 def number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | None) -> int:
     if recipe.max_steps is not None:
         return recipe.max_steps
@@ -430,6 +578,36 @@ def number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | No
             )
         num_samples = recipe.num_train_epochs * num_images
     return max(1, round(num_samples / global_batch_size))
+
+
+def view_maker(recipe: Recipe) -> TwoViews:
+    config = recipe.config
+    return TwoViews(
+        config.image_shape,
+        config.num_channels,
+        recipe.crop_scale,
+        recipe.crop_ratio,
+        recipe.resample,
+        recipe.seed,
+        transparent_background=recipe.transparent_background,
+        high_bit_depth=recipe.high_bit_depth,
+        min_size=config.patch_shape,
+    )
+
+
+def augmentation(recipe: Recipe) -> Augmentation:
+    return Augmentation(
+        recipe.image_mean,
+        recipe.image_std,
+        recipe.flip_probability,
+        recipe.color_jitter,
+        recipe.color_jitter_probability,
+        recipe.greyscale_probability,
+        recipe.blur_probability,
+        recipe.blur_sigma,
+        blur_kernel_size=max(3, min(recipe.config.image_shape) // 10 // 2 * 2 + 1),
+        solarize_probability=recipe.solarize_probability,
+    )
 
 
 def image_processor(recipe: Recipe) -> ViTImageProcessor:
@@ -465,6 +643,105 @@ def git_commit() -> str | None:
         return None  # not a checkout
 
 
+# --- Model and optimiser, perhaps spread over the processes ----------------------------------------------------------
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of all gradients together, `()`, on the device; alike on all processes."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def whole_state(model, optimizer=None) -> tuple[dict, dict | None]:
+    """
+    Weights and the optimiser's state by the names of the unwrapped model, in one piece, on the CPU of the main process
+    (elsewhere empty); called by all.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options) if optimizer else None
+    return get_model_state_dict(model, options=options), state
+
+
+# --- Preflight -------------------------------------------------------------------------------------------------------
+
+
+def preflight(recipe, accelerator, model, in_one_piece, optimizer, fetch, update, backward, num_steps) -> bool:
+    """
+    Looks at real batches, model and machine in the way of the loop, prints a line for each check, estimates and a
+    verdict, and saves a picture. Returns whether all is well, alike on all processes.
+    """
+    config, device, figures = recipe.config, accelerator.device, Path(recipe.output_dir) / "figures"
+    unwrapped = accelerator.unwrap_model(model).train()
+
+    def timed(function, *arguments) -> float:
+        begun = time.perf_counter()
+        function(*arguments)
+        accelerator.wait_for_everyone()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    micro_batches, images = fetch()
+    pixel_values = micro_batches[0]()["pixel_values"]
+    few = pixel_values[:8]
+    timed(backward, [lambda: {"pixel_values": few}])  # compiles, allocates
+    optimizer.zero_grad()
+    seconds = timed(backward, [lambda: {"pixel_values": few}])
+    checks = {
+        "pixels are normalised, views differ": check_pixels(pixel_values),
+        "every parameter gets a gradient": check_gradients(unwrapped, total_norm),
+        "every parameter is in the optimiser": check_optimizer(unwrapped, optimizer),
+        "patches know their places": check_positions(unwrapped),
+        "the disk has room for checkpoints": check_disk(figures, recipe.save_total_limit, unwrapped.parameters()),
+    }
+    if config.contrastive_loss_weight > 0:
+        checks["positives are matched, on all processes"] = check_positives(
+            contrastive_loss, min(8, len(pixel_values)), config.projection_size, accelerator.process_index, device
+        )
+    optimizer.zero_grad()
+
+    # All processes take the same number of steps, as many as fit into some seconds.
+    images_per_step = len(images) * accelerator.num_processes
+    seconds *= len(images) / len(few)
+    seconds = accelerator.reduce(torch.tensor(seconds, device=device), "mean").item()
+    how, waited = f"estimated from {len(few)} images a process", None
+    if seconds < 8:
+        update(0, micro_batches, images)
+        num_timed, waited, begun = max(1, min(10, int(15 / seconds))), 0.0, time.perf_counter()
+        for step in range(num_timed):
+            fetched_at = time.perf_counter()
+            micro_batches, images = fetch()
+            waited += time.perf_counter() - fetched_at
+            timed(update, step, micro_batches, images)
+        seconds = (time.perf_counter() - begun) / num_timed
+        how = f"measured over {num_timed} steps, {waited / num_timed / seconds:.0%} of the time waiting for data"
+    whole = in_one_piece()
+    failures = [(accelerator.process_index, name, text) for name, text in checks.items() if text]
+    failures = gather_object(failures)
+    if not accelerator.is_main_process:
+        return not failures
+
+    picture = figures / "preflight.png"
+    reconstruction_sheet(whole.eval(), pixel_values[:4].flatten(0, 1), recipe.image_mean, recipe.image_std, picture)
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB"
+    else:
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+    for name in checks:
+        print(f"  {'ok  ' if name not in [failure[1] for failure in failures] else 'FAIL'}  {name}")
+    print(
+        f"  speed     {images_per_step / seconds:.4g} images/s ({how})\n"
+        f"  memory    {memory} a process\n"
+        f"  to finish {duration(num_steps * seconds)} for {num_steps} steps of {images_per_step} images\n"
+        f"  bad       {len(ledger_lines(figures.parent / 'bad_samples.jsonl'))} images so far\n"
+        f"  picture   {picture}: both views of four images, with noise and mask"
+    )
+    for process, name, text in failures:
+        print(f"  process {process}, {name}: {text}")
+    print(f"preflight: {f'NOT ready, {len(failures)} checks failed' if failures else 'ready'}")
+    return not failures
+
+
 # --- Within the loop -------------------------------------------------------------------------------------------------
 
 
@@ -482,7 +759,7 @@ def step_metrics(terms: dict[str, torch.Tensor], config, grad_norm: torch.Tensor
 
 
 def refuse_non_finite(line: dict):
-    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise FloatingPointError(
             f"{', '.join(bad)} not finite by step {line['step']}: "
@@ -508,14 +785,13 @@ def write(path: Path, text: str):
     os.replace(partial, path)
 
 
-def save_output(output_dir, recipe, model, pixel_values, metrics, results):
-    """Figures and card; results.json comes last and marks the run as finished."""
-    curves(metrics, output_dir / "figures" / "curves.png")
+def draw_figures(folder: Path, recipe: Recipe, model, pixel_values, metrics) -> dict[str, np.ndarray]:
+    """Saves the run's figures; returns them as uint8 (1, H, W, 3), by name."""
+    curves(metrics, folder / "curves.png")
     if model.config.uses_decoder:
-        sheet = output_dir / "figures" / "reconstructions.png"
+        sheet = folder / "reconstructions.png"
         reconstruction_sheet(model, pixel_values, recipe.image_mean, recipe.image_std, sheet)
-    write(output_dir / "README.md", model_card(recipe, results, name=output_dir.resolve().name))
-    write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    return {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in sorted(folder.glob("*.png"))}
 
 
 def print_summary(output_dir: Path, results: dict):
@@ -523,6 +799,7 @@ def print_summary(output_dir: Path, results: dict):
         print(f"\n{'accuracy on the test images, %':32}{'k-NN':>8}{'linear probe':>15}")
         for name, accuracy in results["probe"].items():
             print(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
+    print("\n" + "\n".join(results["health"]))
     print(
         f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s "
         f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "

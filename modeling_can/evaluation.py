@@ -124,11 +124,14 @@ class Probe:
         self.image_column, self.processor = image_column, processor
         self.labels = {split: np.asarray(dataset[label_column]) for split, dataset in self.sets.items()}
 
-    def measure(self, embed: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """k-NN and linear-probe accuracy, in [0, 1], of the features that `embed` makes."""
+    def measure(self, embed: Callable[[torch.Tensor], torch.Tensor], linear: bool = True) -> dict[str, float]:
+        """k-NN and, unless `linear` is off, linear-probe accuracy, in [0, 1], of the features that `embed` makes."""
         train, test = (
             extract_features(embed, batches(self.sets[split], self.processor, self.image_column))
             for split in ("train", "test")
         )
         data = (train, self.labels["train"], test, self.labels["test"])
-        return {"knn": knn_accuracy(*data), "linear_probe": linear_probe_accuracy(*data)}
+        accuracy = {"knn": knn_accuracy(*data)}
+        if linear:
+            accuracy["linear_probe"] = linear_probe_accuracy(*data)
+        return accuracy

@@ -32,6 +32,7 @@ def model_card(recipe: Recipe, results: dict, name: str) -> str:
         "reconstruction": config.reconstruction_loss_weight,
         "denoising": config.denoising_loss_weight,
     }
+    health = "\n".join(f"- {sentence}" for sentence in results["health"])
     return f"""---
 library_name: transformers
 pipeline_tag: image-feature-extraction
@@ -77,6 +78,10 @@ patch {config.patch_size}, image {config.image_size} |
 | time | {results["train_seconds"]:.0f} s on {results["machine"]}, {results["num_processes"]} process(es) |
 | bad images passed over | {", ".join(f"{count} {reason}" for reason, count in results["bad_samples"].items()) or 0} |
 | final losses | {", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in results["final_losses"].items())} |
+
+## Health
+
+{health}
 
 `recipe.yaml` is the exact input and `results.json` the exact output of the run. To repeat it:
 

@@ -42,6 +42,7 @@ class Recipe:
     high_bit_depth: str = _field("full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip")
     probe_dataset_name: str | None = _field(None, "labelled set with train and test splits, to measure the features")
     probe_label_column: str = _field("label", "its column of class indices")
+    probe_every: int = _field(0, "steps between k-NN tests on it; 0 measures before and after training only")
     dataloader_num_workers: int = _field(0, "loader processes for each training process")
     shuffle_block_size: int = _field(1024, "encoded images that a reader holds and shuffles at a time")
 
@@ -65,6 +66,9 @@ class Recipe:
     num_train_epochs: float | None = _field(None, "passes over the data, where the number of images is known")
     num_train_samples: int | None = _field(None, "images to see")
 
+    # Start
+    model_name_or_path: str | None = _field(None, "weights to begin with: a CAN, ViT-MAE, ViT or DINOv2")
+
     # Optimisation
     per_device_train_batch_size: int = _field(128, "images of one step on one process")
     gradient_accumulation_steps: int = _field(1, "batches of an optimiser step, one after the other")
@@ -77,15 +81,20 @@ class Recipe:
     max_grad_norm: float = _field(0.0, "clip the gradient norm; 0 does not clip")
     on_nonfinite: str = _field("stop", "stop or skip: what follows a gradient that is not finite; no update does")
     mixed_precision: str = _field("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
+    tf32: bool = _field(True, "products of what is left in fp32 in TF32, on GPUs that have it")
+    gradient_checkpointing: bool = _field(False, "compute each block's activations twice instead of keeping them")
+    torch_compile: bool = _field(False, "compile the transformer blocks; the first step takes a minute longer")
     seed: int = _field(0, "of weights, order, crops, noise and masks")
 
     # Output
     output_dir: str = _field("out", "folder for weights, card, figures and results")
     overwrite_output_dir: bool = _field(False, "replace a finished run in output_dir")
     save_steps: int = _field(1000, "steps between checkpoints")
-    save_total_limit: int = _field(2, "checkpoints to keep, the newest")
+    save_total_limit: int = _field(2, "checkpoints to keep, the newest; with probe_every also the best")
     resume_from_checkpoint: str | None = _field(None, "a folder checkpoints/step-N, or latest: that of output_dir")
     logging_steps: int = _field(20, "steps between lines of metrics.jsonl")
+    log_with: str | None = _field("tensorboard", "trackers, by accelerate's names, comma-separated; or none")
+    preflight: bool = _field(False, "check data, model and machine in a minute instead of training")
 
     def __post_init__(self):
         if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
@@ -98,6 +107,7 @@ class Recipe:
         positive = ("max_steps", "num_train_epochs", "num_train_samples", "per_device_train_batch_size")
         for name in (
             *positive,
+            "gradient_accumulation_steps",
             "logging_steps",
             "save_steps",
             "save_total_limit",
@@ -106,7 +116,7 @@ class Recipe:
         ):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and greater than 0")
-        for name in ("max_grad_norm", "weight_decay", "seed", "dataloader_num_workers"):
+        for name in ("max_grad_norm", "weight_decay", "seed", "dataloader_num_workers", "probe_every"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
         for name in ("adam_beta1", "adam_beta2"):
@@ -116,6 +126,8 @@ class Recipe:
             raise ValueError(
                 f"color_jitter={self.color_jitter} must be four strengths >= 0: brightness,contrast,saturation,hue"
             )
+        if self.probe_every and not self.probe_dataset_name:
+            raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
         if self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
         shares = [f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")]
@@ -155,17 +167,19 @@ class Recipe:
                 f"transparent_background={self.transparent_background!r} is no colour; give a name or #rrggbb"
             ) from error
 
-    def to_yaml(self) -> str:
+    def to_dict(self) -> dict:
         """
         All fields, flat, in a form that `Recipe.from_dict` reads back; but `overwrite_output_dir`, or repeating a run
-        would destroy it, and `resume_from_checkpoint`, or it would not begin at the beginning.
+        would destroy it, `resume_from_checkpoint`, or it would not begin at the beginning, and `preflight`.
         """
-        once = ("overwrite_output_dir", "resume_from_checkpoint")
+        once = ("overwrite_output_dir", "resume_from_checkpoint", "preflight")
         values = {f.name: getattr(self, f.name) for f in training_fields() if f.name not in once}
         values |= {f.name: getattr(self.config, f.name) for f in model_fields()}
-        return yaml.safe_dump(
-            {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}, sort_keys=False, width=119
-        )
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def to_yaml(self) -> str:
+        """`to_dict` as a recipe file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=119)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":

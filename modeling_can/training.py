@@ -43,15 +43,6 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float) -> 
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def embedding_spread(image_embeds: torch.Tensor) -> torch.Tensor:
-    """
-    Standard deviation of unit-length embeddings `(..., d)` over the batch, times sqrt(d): about 1 when they point
-    everywhere, 0 when all are the same (collapse).
-    """
-    embeds = image_embeds.detach().float().flatten(0, -2)
-    return embeds.std(dim=0).mean() * embeds.shape[-1] ** 0.5
-
-
 class MetricAverage:
     """
     Averages named scalars over steps and processes. Scalars stay on their device until `compute`, which is the only
@@ -185,7 +176,17 @@ def _joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat(p) if name == "image_embeds" else torch.stack(p).mean() for name, p in parts.items()}
 
 
-# --- Checkpoints -----------------------------------------------------------------------------------------------------
+# --- Random numbers --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def random_numbers_apart():
+    """What is drawn inside (pictures, probes) changes nothing of what is drawn after it."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
 
 
 def rng_state() -> dict:
@@ -202,6 +203,9 @@ def set_rng_state(state: dict):
         torch.cuda.set_rng_state(state["cuda"])
 
 
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
 class Checkpoints:
     """
     The folder of a run's checkpoints, `step-N/`: each is complete or not there at all, whenever the run is killed.
@@ -212,7 +216,7 @@ class Checkpoints:
 
     Args:
         folder (`Path`): Where they lie.
-        limit (`int`): How many to keep, the newest ones.
+        limit (`int`): How many to keep, the newest ones; one more may be asked for.
         process_index, num_processes (`int`): This process among those that save together.
         all_agree (callable): Whether what it is given is true on all processes, each of which calls it.
     """
@@ -221,9 +225,10 @@ class Checkpoints:
         self.folder, self.limit = Path(folder), limit
         self.process_index, self.num_processes, self.all_agree = process_index, num_processes, all_agree
 
-    def save(self, step: int, model_state: dict, shared: dict, own: dict) -> Path:
+    def save(self, step: int, model_state: dict, shared: dict, own: dict, best: int | None = None) -> Path:
         """
-        Called by every process. Written under another name and renamed when everything is on the disk.
+        Called by every process. Written under another name and renamed when everything is on the disk; then the old
+        ones go, but for the one of step `best`.
 
         Raises:
             OSError: on all processes, if one cannot write; the checkpoints that were there stay.
@@ -248,8 +253,11 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
             os.replace(partial, path)
             flush_to_disk(self.folder)
-            for old in self.paths()[: -self.limit]:
-                shutil.rmtree(old)
+            place = self.paths().index(path) + 1
+            later = self.paths()[place:]  # where this run was resumed from an earlier one: they took another course
+            old = [p for p in self.paths()[: max(0, place - self.limit)] if p.name != f"step-{best}"]
+            for superseded in later + old:
+                shutil.rmtree(superseded)
 
         stages = [
             (prepare, is_main),

@@ -84,18 +84,23 @@ def reconstruction_sheet(
 
 
 def curves(metrics: list[dict], path: Path) -> None:
-    """Saves a panel for each of the run's measurements over the steps."""
+    """Saves a panel for each of the run's measurements over the steps, with a trivial model's losses dashed."""
     panels = {
         "loss": "weighted sum", "contrastive_loss": "C, InfoNCE (nats)",
         "reconstruction_loss": "A, hidden pixels (MSE)",
-        "denoising_loss": "N, noise (MSE)", "embedding_spread": "embedding spread (0 = collapse)",
-        "grad_norm": "gradient norm", "learning_rate": "learning rate", "images_per_second": "images a second",
+        "denoising_loss": "N, noise (MSE)", "knn": "k-NN accuracy",
+        "embedding_spread": "embedding spread (0 = collapse)", "effective_rank": "effective rank of the embeddings",
+        "uniformity": "uniformity (0 = collapse)", "grad_norm": "gradient norm", "learning_rate": "learning rate",
+        "images_per_second": "images a second", "data_wait": "share of the time waiting for data",
     }  # fmt: skip
-    panels = {name: title for name, title in panels.items() if name in metrics[-1]}
-    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(12, 5), squeeze=False)
+    panels = {name: title for name, title in panels.items() if any(name in line for line in metrics)}
+    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(14, 5), squeeze=False)
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
-        axis.plot([line["step"] for line in metrics], [line[name] for line in metrics], linewidth=1)
-        axis.set_title(title, fontsize=9)
+        trivial = name.removesuffix("_loss") + "_trivial"
+        for key, style in ((name, "-"), (trivial, "--")):
+            lines = [line for line in metrics if key in line]
+            axis.plot([line["step"] for line in lines], [line[key] for line in lines], style, linewidth=1)
+        axis.set_title(title, fontsize=8)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(panels) :]:

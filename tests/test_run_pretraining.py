@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
 def test_the_output_folder_is_complete(finished):
     folder, results = finished
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "recipe.yaml",
-                "metrics.jsonl", "results.json", "figures"}  # fmt: skip
+                "metrics.jsonl", "results.json", "figures", "tensorboard"}  # fmt: skip
     assert {path.name for path in folder.iterdir()} == expected
     assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "reconstructions.png"}
     for figure in (folder / "figures").iterdir():

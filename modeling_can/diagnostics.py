@@ -1,0 +1,292 @@
+"""
+Does it work? Measures of a run's health, the plain sentences that they add up to, and the checks before it starts.
+
+Legend: B images, N images that are contrasted with each other (over micro-batches and processes), d embedding width,
+P pixels per patch.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .configuration_can import CANConfig
+from .losses import normalize_patches
+from .modeling_can import patchify
+
+
+TERMS = {"contrastive": "C", "reconstruction": "A", "denoising": "N"}
+EARLY = 100  # steps
+
+
+# --- Measures --------------------------------------------------------------------------------------------------------
+
+
+def embedding_spread(image_embeds: torch.Tensor) -> torch.Tensor:
+    """
+    Standard deviation of unit-length embeddings `(..., d)` over the batch, times sqrt(d): about 1 when they point
+    everywhere, 0 when all are the same (collapse).
+    """
+    embeds = image_embeds.detach().float().flatten(0, -2)
+    return embeds.std(dim=0).mean() * embeds.shape[-1] ** 0.5
+
+
+def effective_rank(embeds: torch.Tensor) -> torch.Tensor:
+    """
+    How many directions the rows of `(n, d)` fill, from 1 to min(n, d): the exponential of the entropy of their
+    singular values, as shares of the sum (RankMe, arXiv 2210.02885, section 3).
+    """
+    values = torch.linalg.svdvals(embeds.float())
+    shares = values / values.sum()
+    return torch.special.entr(shares).sum().exp()
+
+
+@torch.no_grad()
+def embedding_health(image_embeds: torch.Tensor) -> dict[str, float]:
+    """
+    Measures of unit-length embeddings `(B, 2, d)`, B at least 2, without labels.
+
+    Returns:
+        `effective_rank`; `alignment`, the mean squared distance of positives, and `uniformity`, the logarithm of the
+        mean of exp(-2 distance^2) over the pairs of different images, from -4 to 0 (Wang and Isola, arXiv 2005.10242,
+        section 4.1); `positive_similarity` and `negative_similarity`, mean cosines, whose distance is the gap that
+        the contrastive term widens.
+    """
+    embeds = image_embeds.float()
+    cosines = torch.einsum("ivd,jwd->ijvw", embeds, embeds)
+    different = ~torch.eye(len(embeds), dtype=torch.bool, device=embeds.device)
+    positive = cosines[~different][:, 0, 1]
+    negative = cosines[different]
+    return {
+        "effective_rank": effective_rank(embeds.flatten(0, 1)).item(),
+        "alignment": (2 - 2 * positive).mean().item(),
+        "uniformity": (2 * (2 * negative - 2)).exp().mean().log().item(),  # distance^2 = 2 - 2 cosine
+        "positive_similarity": positive.mean().item(),
+        "negative_similarity": negative.mean().item(),
+    }
+
+
+@torch.no_grad()
+def trivial_losses(config: CANConfig, pixel_values: torch.Tensor, num_contrasted: int) -> dict[str, float]:
+    """
+    What each term of the objective costs a model that has learnt nothing, by the term's name.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(B, 2, C, H, W)`): A batch as the model gets it.
+        num_contrasted (`int`): N.
+
+    Returns:
+        `contrastive`: guessing, ln(2N - 1). `reconstruction`: the mean of each channel over the batch everywhere, or
+        zero where targets are normalised per patch. `denoising`: zero noise, the mean of sigma^2 over
+        U[0, sigma_max], which is sigma_max^2 / 3.
+    """
+    losses = {}
+    if config.contrastive_loss_weight > 0:
+        losses["contrastive"] = math.log(2 * num_contrasted - 1)
+    if config.reconstruction_loss_weight > 0:
+        pixels = pixel_values.float()
+        if config.norm_pix_loss:
+            losses["reconstruction"] = normalize_patches(patchify(pixels, config.patch_shape)).square().mean().item()
+        else:
+            losses["reconstruction"] = pixels.var(dim=(0, 1, 3, 4), correction=0).mean().item()
+    if config.denoising_loss_weight > 0:
+        losses["denoising"] = config.noise_std_max**2 / 3
+    return losses
+
+
+# --- The verdict -----------------------------------------------------------------------------------------------------
+
+
+def findings(
+    lines: list[dict], warmup_steps: int, max_steps: int, untrained_knn: float | None = None
+) -> dict[str, str]:
+    """
+    What is wrong with a run, in plain sentences with the fix in them, by a short name; empty if nothing is.
+
+    Args:
+        lines (`list[dict]`):
+            The run's lines of `metrics.jsonl`, the newest last; the last five are judged together, and all lines that
+            have one for the k-NN accuracy. What a line lacks is not judged.
+        warmup_steps, max_steps (`int`):
+            What the model learns is judged after the warm-up, a tenth of the steps and `EARLY` steps: before, every
+            model looks dead.
+        untrained_knn (`float`, *optional*): k-NN accuracy before training.
+    """
+    last = lines[-1]
+
+    def mean(name: str, lines=lines) -> float | None:
+        values = [line[name] for line in lines[-5:] if name in line]
+        return sum(values) / len(values) if values else None
+
+    found = {}
+    wait = mean("data_wait", lines[1:])  # in the first, the loader started
+    if wait is not None and wait > 0.3:
+        found["starving"] = (
+            f"the device waits for data {wait:.0%} of the time; raise dataloader_num_workers, or bring the data nearer"
+        )
+    if _is_early(last["step"], warmup_steps, max_steps):
+        return found
+
+    rank, similarity = mean("effective_rank"), mean("negative_similarity")
+    if similarity is not None and similarity > 0.95:
+        found["collapse"] = (
+            f"the embeddings have collapsed: those of different images have a cosine of {similarity:.3f} and fill "
+            f"{rank:.1f} directions; lower base_learning_rate, or check that the two views are not all alike"
+        )
+    dead = {
+        "contrastive": "the contrastive head tells images apart no better than guessing",
+        "reconstruction": "the decoder reconstructs hidden patches no better than the mean colour",
+        "denoising": "the noise head is no better than predicting zero",
+    }
+    for term, sentence in dead.items():
+        loss, trivial = mean(f"{term}_loss"), mean(f"{term}_trivial")
+        if loss is not None and trivial is not None and loss > 0.98 * trivial:
+            found[term] = (
+                f"{sentence}: {loss:.4g} against {trivial:.4g}; train longer, or raise base_learning_rate or "
+                f"{term}_loss_weight"
+            )
+    norms = [line["grad_norm"] for line in lines]
+    usual = sorted(norms)[len(norms) // 2]
+    if mean("grad_norm") == 0:
+        found["no_gradient"] = "the gradient is zero: nothing is learnt"
+    elif mean("grad_norm") > 10 * usual:
+        found["gradient"] = (
+            f"the gradient norm is {mean('grad_norm'):.3g}, ten times and more its median of {usual:.3g}; lower "
+            "base_learning_rate, or set max_grad_norm"
+        )
+    probes = [(line["step"], line["knn"]) for line in lines if "knn" in line]
+    if probes:
+        (best_step, best), (_, newest) = max(probes, key=lambda probe: probe[1]), probes[-1]
+        if newest < best - 0.03:
+            found["falling"] = (
+                f"the features grow worse: k-NN {newest:.1%}, after {best:.1%} at step {best_step}, whose checkpoint "
+                "is kept"
+            )
+        if untrained_knn is not None and newest < untrained_knn:
+            found["no_better"] = (
+                f"the features are worse than those of the untrained encoder: k-NN {newest:.1%} against "
+                f"{untrained_knn:.1%}"
+            )
+    return found
+
+
+def verdict(lines: list[dict], warmup_steps: int, max_steps: int, untrained_knn: float | None = None) -> list[str]:
+    """The sentences on a run so far: what is wrong (`findings`), or in one sentence that nothing seems to be."""
+    found = list(findings(lines, warmup_steps, max_steps, untrained_knn).values())
+    last = lines[-1]
+    if found:
+        return found
+    if _is_early(last["step"], warmup_steps, max_steps):
+        return ["too early to judge what is learnt"]
+    parts = [
+        f"{short} {last[f'{term}_loss']:.4g} (trivial: {last[f'{term}_trivial']:.4g})"
+        for term, short in TERMS.items()
+        if f"{term}_trivial" in last
+    ]
+    if "effective_rank" in last:
+        parts.append(f"embeddings in {last['effective_rank']:.0f} directions")
+    return [f"healthy: {', '.join(parts)}"]
+
+
+def _is_early(step: int, warmup_steps: int, max_steps: int) -> bool:
+    return step <= max(EARLY, warmup_steps, 0.1 * max_steps)
+
+
+# --- Preflight -------------------------------------------------------------------------------------------------------
+# Each check returns what is wrong, in a sentence with the fix, or None.
+
+
+def check_pixels(pixel_values: torch.Tensor) -> str | None:
+    """Whether normalised pixels `(B, 2, C, H, W)` have about mean 0 and deviation 1, channel by channel."""
+    pixels = pixel_values.float()
+    mean, std = pixels.mean(dim=(0, 1, 3, 4)), pixels.std(dim=(0, 1, 3, 4))
+    if not pixels.isfinite().all():
+        return "the normalised pixels are not finite; check image_mean and image_std"
+    if mean.abs().max() > 1.5 or std.min() < 0.2 or std.max() > 3:
+        return (
+            f"the normalised pixels have mean {_numbers(mean)} and deviation {_numbers(std)}, far from 0 and 1; "
+            "set image_mean and image_std to those of your images (--measure_mean_std finds them)"
+        )
+    if torch.equal(pixels[:, 0], pixels[:, 1]):
+        return "the two views of every image are the same; augmentation is off"
+    return None
+
+
+def check_gradients(model: nn.Module, norm: Callable[[list], torch.Tensor]) -> str | None:
+    """Whether every trainable parameter got a finite gradient that is not zero; `norm` takes a list of gradients."""
+    missing, zero = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            missing.append(name)
+        elif parameter.requires_grad and not name.endswith("k_proj.bias"):  # softmax does not see a constant of keys
+            size = float(norm([parameter.grad]))
+            if size == 0 or not math.isfinite(size):
+                zero.append(f"{name} ({size})")
+    if missing or zero:
+        return f"parameters without a gradient: {', '.join(missing) or 'none'}; zero or not finite: {', '.join(zero)}"
+    return None
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Whether the optimiser holds every trainable parameter once, and nothing else."""
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    left_out = [name for key, name in trainable.items() if key not in held]
+    if left_out or len(held) != len(trainable):
+        return f"the optimiser holds {len(held)} of {len(trainable)} parameters; left out: {', '.join(left_out)}"
+    return None
+
+
+def check_positions(model: nn.Module) -> str | None:
+    """Whether all patches differ in the tables of positions: one of zeros makes a ViT blind to order."""
+    for name, table in model.named_buffers():
+        if name.endswith("position_embeddings"):
+            rows = table[0, 1:].float()
+            if len(rows) > 1 and len(rows.unique(dim=0)) < len(rows):
+                return f"{name} gives different patches the same position"
+    return None
+
+
+def check_positives(
+    contrastive_loss: Callable, batch_size: int, width: int, process: int, device: torch.device
+) -> str | None:
+    """
+    Whether each image meets its own second view as its positive, on every process: embeddings that are the same for
+    the views of an image, and random otherwise, must have a loss near 0.
+
+    Args:
+        contrastive_loss (callable): `(image_embeds, temperature) -> loss`, over all processes, which all call it.
+        batch_size, width (`int`): B of this process, d.
+        process (`int`): Its rank, so that every process has images of its own.
+    """
+    generator = torch.Generator().manual_seed(process)
+    embeds = nn.functional.normalize(torch.randn(batch_size, 1, width, generator=generator), dim=-1)
+    loss = contrastive_loss(embeds.expand(-1, 2, -1).to(device), 0.01).item()
+    if loss > 0.1:
+        return f"an image's positive is not its own other view: {loss:.3g} nats for embeddings that tell all apart"
+    return None
+
+
+def check_disk(folder: Path, num_checkpoints: int, parameters: Iterable[nn.Parameter]) -> str | None:
+    """Whether the file system of `folder` has room for the checkpoints, one more being written, and the model."""
+    weights = sum(p.numel() * 4 for p in parameters)
+    needed = weights * (3 * (num_checkpoints + 1) + 1)  # a checkpoint: weights and two moments of AdamW
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        return f"{folder} has {free / 1e9:.1f} GB free, checkpoints need {needed / 1e9:.1f}; lower save_total_limit"
+    return None
+
+
+def duration(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 5 min`, `3 min`, `40 s`."""
+    for unit, size, smaller, parts in (("d", 86_400, "h", 24), ("h", 3600, "min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size * parts / size)} {smaller}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _numbers(values: torch.Tensor) -> str:
+    return ", ".join(f"{value:.2f}" for value in values.tolist())

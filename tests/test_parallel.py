@@ -1,0 +1,146 @@
+"""One batch on one process, over two (DDP, FSDP2), or in two parts: the same run. And the script itself on FSDP2."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import free_port, inputs, tiny_model
+from torch.nn.parallel import DistributedDataParallel
+
+import run_pretraining
+from modeling_can.losses import contrastive_loss
+from modeling_can.training import accumulated_backward, cached_backward, learning_rate, parameter_groups
+
+
+ROOT = Path(__file__).parent.parent
+STEPS, BATCH = 20, 8
+
+
+def train(wrap, rank=0, num_processes=1, num_micro_batches=1) -> dict[str, list[float]]:
+    """Losses and gradient norms of 20 steps, each process with its share of the same batches."""
+    model = tiny_model().train()
+    config = model.config
+    model, no_sync = wrap(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-2, betas=(0.9, 0.95), fused=True)
+    record = {name: [] for name in ("contrastive_loss", "reconstruction_loss", "denoising_loss", "grad_norm")}
+    backward = accumulated_backward
+    if num_micro_batches > 1:
+        backward = partial(cached_backward, contrast=partial(contrastive_loss, temperature=config.temperature))
+    for step in range(STEPS):
+        batch = inputs(config, BATCH, seed=step)
+        num_parts = num_processes * num_micro_batches
+        mine = range(rank * num_micro_batches, (rank + 1) * num_micro_batches)
+        parts = [{name: value.chunk(num_parts)[i] for name, value in batch.items()} for i in mine]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, 5, 1e-2)
+        terms = backward(
+            model, [lambda part=part: part for part in parts], backward=lambda loss: loss.backward(), no_sync=no_sync
+        )
+        terms["grad_norm"] = run_pretraining.total_norm([p.grad for p in model.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, values in record.items():
+            value = terms[name].detach().clone()
+            if num_processes > 1 and name != "grad_norm":
+                torch.distributed.all_reduce(value)
+                value /= num_processes
+            values.append(value.item())
+    return record
+
+
+def shard(model):
+    """What accelerate's FSDP2 does on a GPU; on a CPU it would fall back to DDP without a word."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in model.modules():
+        if type(module).__name__ in ("CANEmbeddings", "CANLayer"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    return model
+
+
+def _process(rank, world_size):
+    ddp = train(lambda model: (lambda ddp: (ddp, ddp.no_sync))(DistributedDataParallel(model)), rank, world_size)
+    fsdp = train(lambda model: (shard(model), contextlib.nullcontext), rank, world_size)
+    return {"2 x B, DDP": ddp, "2 x B, FSDP2": fsdp}
+
+
+@pytest.fixture(scope="module")
+def records(run_processes):
+    alone = lambda model: (model, contextlib.nullcontext)  # noqa: E731
+    first, second = run_processes(_process, 2)
+    assert first == second
+    return {"1 x 2B": train(alone), "B x 2, cached": train(alone, num_micro_batches=2), **first}
+
+
+@pytest.mark.parametrize("how", ["2 x B, DDP", "2 x B, FSDP2", "B x 2, cached"])
+def test_20_steps_are_those_of_one_process_with_the_whole_batch(records, how):
+    for name, values in records["1 x 2B"].items():
+        assert records[how][name] == pytest.approx(values, rel=1e-4, abs=1e-4), name
+    losses = records["1 x 2B"]["reconstruction_loss"]
+    assert losses[-1] < losses[0] - 0.1  # it did train
+
+
+SHARDED = """
+import sys
+import run_pretraining
+from test_parallel import shard
+
+class Sharding(run_pretraining.Accelerator):
+    def prepare(self, model, optimizer):
+        names = {id(p): name for name, p in model.named_parameters()}
+        held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        sharded = dict(shard(model).named_parameters())
+        for group, group_names in zip(optimizer.param_groups, held):
+            group["params"] = [sharded[name] for name in group_names]
+        return model, super().prepare(optimizer)
+
+run_pretraining.Accelerator = Sharding
+run_pretraining.main(sys.argv[1:])
+"""
+RUN = ["--max_steps=6", "--save_steps=3", "--per_device_train_batch_size=4", "--gradient_accumulation_steps=2",
+       "--max_grad_norm=1", "--logging_steps=2", "--probe_every=4", "--hidden_size=32", "--num_hidden_layers=2",
+       "--num_attention_heads=2", "--intermediate_size=64", "--dataloader_num_workers=0"]  # fmt: skip
+
+
+def launch(script: Path, folder: Path, *options: str) -> dict:
+    """The results of a run of two processes, and its weights."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", str(free_port()), str(script), *RUN, f"--output_dir={folder}",
+               *options]  # fmt: skip
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, **environment})
+    assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-4000:]
+    from safetensors.torch import load_file
+
+    return json.loads((folder / "results.json").read_text()), load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_the_script_trains_sharded_as_it_does_with_ddp(tmp_path):
+    """Probe, clipping, pictures, checkpoint and resume included; a checkpoint fits the other way of training too."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    ddp, ddp_weights = launch(ROOT / "run_pretraining.py", tmp_path / "ddp")
+    sharded, weights = launch(tmp_path / "sharded.py", tmp_path / "sharded")
+    checkpoint = tmp_path / "ddp" / "checkpoints" / "step-3"
+    _, resumed_weights = launch(
+        tmp_path / "sharded.py", tmp_path / "resumed", f"--resume_from_checkpoint={checkpoint}"
+    )
+    assert sharded["probe"].keys() == ddp["probe"].keys() and sharded["num_parameters"] == ddp["num_parameters"]
+    for name, loss in ddp["final_losses"].items():
+        assert sharded["final_losses"][name] == pytest.approx(loss, rel=1e-4)
+    for name, weight in ddp_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4)
+        torch.testing.assert_close(resumed_weights[name], weight, rtol=0, atol=1e-4)
+    assert (tmp_path / "sharded" / "figures" / "reconstructions.png").exists()
