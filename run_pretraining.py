@@ -431,14 +431,19 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         )
 
     def draw(step: int, whole: CANForPreTraining):
-        """Reconstructions and curves so far, into the folder and the trackers; on the main process."""
+        """What the model reconstructs by now, into the folder and the trackers; on the main process."""
+        if not config.uses_decoder:
+            return
+        path = output_dir / "figures" / "reconstructions.png"
         with random_numbers_apart():
-            pictures = draw_figures(output_dir / "figures", recipe, whole, pixel_values[:6, 0], metrics)
+            whole.eval()
+            reconstruction_sheet(whole, pixel_values[:6, 0], recipe.image_mean, recipe.image_std, path)
+            whole.train()
+        picture = np.asarray(Image.open(path).convert("RGB"))[None]
         for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images(pictures, step, dataformats="NHWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({name: list(images) for name, images in pictures.items()}, step)
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"reconstructions": picture}, step, **options)
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     logged_step, logged_at, known_findings = first_step, time.perf_counter(), {}.keys()
@@ -506,7 +511,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         }
         if best:
             results["best_probe"] = {"step": best["step"], "knn": best["knn"]}
-        draw(max_steps, whole.eval())
+        draw(max_steps, whole)
+        curves(metrics, output_dir / "figures" / "curves.png")
         write(output_dir / "README.md", model_card(recipe, results, name=output_dir.resolve().name))
         write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")  # last: it marks the run as finished
         print_summary(output_dir, results)
@@ -783,15 +789,6 @@ def write(path: Path, text: str):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
-
-
-def draw_figures(folder: Path, recipe: Recipe, model, pixel_values, metrics) -> dict[str, np.ndarray]:
-    """Saves the run's figures; returns them as uint8 (1, H, W, 3), by name."""
-    curves(metrics, folder / "curves.png")
-    if model.config.uses_decoder:
-        sheet = folder / "reconstructions.png"
-        reconstruction_sheet(model, pixel_values, recipe.image_mean, recipe.image_std, sheet)
-    return {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in sorted(folder.glob("*.png"))}
 
 
 def print_summary(output_dir: Path, results: dict):

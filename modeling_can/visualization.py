@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 
 from .modeling_can import CANForPreTraining, patchify, unpatchify  # noqa: E402
 
@@ -73,13 +74,22 @@ def reconstruction_sheet(
         "noise (amplified)": amplified(pictures["noise"]),
         "predicted noise": amplified(pictures["predicted_noise"]),
     }
-    rows = len(pixel_values)
-    figure, axes = plt.subplots(rows, len(columns), figsize=(1.6 * len(columns), 1.6 * rows + 0.4), squeeze=False)
-    for column, (title, images) in enumerate(columns.items()):
-        axes[0][column].set_title(title, fontsize=8)
-        for row, image in enumerate(images.cpu()):
-            axes[row][column].imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", interpolation="nearest")
-            axes[row][column].axis("off")
+    # One picture of all, nearest neighbours enlarged, white between them: an axis for each would take seconds.
+    height, width = pixel_values.shape[-2:]
+    scale = max(1, round(160 / max(height, width)))
+    grid = torch.stack(list(columns.values()), dim=1).cpu()  # (rows, columns, channels, height, width)
+    grid = grid.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+    grid = nn.functional.pad(grid, (4, 4, 4, 4), value=1.0)
+    sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).expand(-1, -1, 3)
+    figure, axis = plt.subplots(
+        figsize=(1.6 * len(columns), 1.6 * len(columns) * sheet.shape[0] / sheet.shape[1] + 0.3)
+    )
+    axis.imshow(sheet, interpolation="nearest")
+    axis.xaxis.tick_top()
+    axis.set_xticks([(column + 0.5) * sheet.shape[1] / len(columns) for column in range(len(columns))], list(columns))
+    axis.tick_params(length=0, labelsize=8)
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
     _save(figure, path)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_pretraining
 from modeling_can.training import Checkpoints
@@ -149,6 +150,10 @@ def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path
     for step in (1, 2, 10):
         checkpoints.save(step, {"w": torch.ones(3)}, {"progress": step}, {"rng": step})
     assert [path.name for path in checkpoints.paths()] == ["step-2", "step-10"]
+    checkpoints.save(11, {"w": torch.ones(3)}, {"progress": 11}, {"rng": 11}, best=2)
+    assert [path.name for path in checkpoints.paths()] == ["step-2", "step-10", "step-11"]
+    checkpoints.save(10, {"w": torch.ones(3)}, {"progress": 10}, {"rng": 10})  # as of a run that went back to step 2
+    assert [path.name for path in checkpoints.paths()] == ["step-2", "step-10"]
     path = checkpoints.find("latest")
     assert path.name == "step-10" and checkpoints.load(path)[1:] == ({"progress": 10}, [{"rng": 10}])
     with open(path / "shared.pt", "r+b") as file:
@@ -162,6 +167,35 @@ def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path
         run_pretraining.main(
             [*RUN, "--output_dir", str(tmp_path / "out"), "--max_steps=20", f"--resume_from_checkpoint={kept}/step-25"]
         )
+
+
+def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tmp_path, monkeypatch):
+    accuracies = iter([0.1, 0.9, 0.5, 0.4, 0.3])  # untrained, steps 2, 4, 6, 8; then once more from step 6
+    measured = []
+
+    def measure(self, embed, linear=True):
+        measured.append(next(accuracies, 0.2))
+        return {"knn": measured[-1], "linear_probe": 0.0}
+
+    monkeypatch.setattr(run_pretraining.Probe, "measure", measure)
+    monkeypatch.setattr(run_pretraining, "raw_pixels", None)
+    options = [*RUN, f"--output_dir={tmp_path}", "--max_steps=9", "--save_steps=2", "--save_total_limit=1",
+               "--probe_every=2", "--probe_dataset_name=sample_data"]  # fmt: skip
+    accuracies = iter([0.0, *accuracies])  # raw pixels first
+    results = run_pretraining.main(options)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-8"]
+    assert results["best_probe"] == {"step": 2, "knn": pytest.approx(0.9)}
+    assert "features grow worse: k-NN 30.0%, after 90.0% at step 2" not in str(results["health"])  # too early to judge
+    run_pretraining.main([*options, "--resume_from_checkpoint=latest"])
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder), {"images": 0, "scalars": 0})
+    events.Reload()
+    knn = {event.step: event.value for event in events.Scalars("knn")}
+    assert knn == pytest.approx({2: 0.9, 4: 0.5, 6: 0.4, 8: 0.3})
+    assert {"loss", "contrastive_loss", "denoising_trivial", "effective_rank", "data_wait"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert {event.step for event in events.Images("reconstructions")} >= {2, 4, 6, 8, 9}
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import free_port, inputs, tiny_model
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import run_pretraining
@@ -113,8 +114,8 @@ RUN = ["--max_steps=6", "--save_steps=3", "--per_device_train_batch_size=4", "--
        "--num_attention_heads=2", "--intermediate_size=64", "--dataloader_num_workers=0"]  # fmt: skip
 
 
-def launch(script: Path, folder: Path, *options: str) -> dict:
-    """The results of a run of two processes, and its weights."""
+def launch(script: Path, folder: Path, *options: str) -> tuple[dict, dict, str]:
+    """The results of a run of two processes, its weights, and what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
                "--main_process_port", str(free_port()), str(script), *RUN, f"--output_dir={folder}",
@@ -122,19 +123,17 @@ def launch(script: Path, folder: Path, *options: str) -> dict:
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     answer = subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, **environment})
     assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-4000:]
-    from safetensors.torch import load_file
-
-    return json.loads((folder / "results.json").read_text()), load_file(folder / "model.safetensors")
+    return json.loads((folder / "results.json").read_text()), load_file(folder / "model.safetensors"), answer.stdout
 
 
 @pytest.mark.slow
 def test_the_script_trains_sharded_as_it_does_with_ddp(tmp_path):
     """Probe, clipping, pictures, checkpoint and resume included; a checkpoint fits the other way of training too."""
     (tmp_path / "sharded.py").write_text(SHARDED)
-    ddp, ddp_weights = launch(ROOT / "run_pretraining.py", tmp_path / "ddp")
-    sharded, weights = launch(tmp_path / "sharded.py", tmp_path / "sharded")
+    ddp, ddp_weights, _ = launch(ROOT / "run_pretraining.py", tmp_path / "ddp")
+    sharded, weights, _ = launch(tmp_path / "sharded.py", tmp_path / "sharded")
     checkpoint = tmp_path / "ddp" / "checkpoints" / "step-3"
-    _, resumed_weights = launch(
+    _, resumed_weights, _ = launch(
         tmp_path / "sharded.py", tmp_path / "resumed", f"--resume_from_checkpoint={checkpoint}"
     )
     assert sharded["probe"].keys() == ddp["probe"].keys() and sharded["num_parameters"] == ddp["num_parameters"]
@@ -144,3 +143,14 @@ def test_the_script_trains_sharded_as_it_does_with_ddp(tmp_path):
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4)
         torch.testing.assert_close(resumed_weights[name], weight, rtol=0, atol=1e-4)
     assert (tmp_path / "sharded" / "figures" / "reconstructions.png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_with_two(tmp_path):
+    options = ["--max_steps=4", "--probe_every=0", "--probe_dataset_name=none"]
+    run_pretraining.main([*RUN, f"--output_dir={tmp_path / 'one'}", *options])
+    checkpoint = f"--resume_from_checkpoint={tmp_path / 'one' / 'checkpoints' / 'step-3'}"
+    results, _, output = launch(ROOT / "run_pretraining.py", tmp_path / "two", *options, checkpoint)
+    assert "1 processes began it and 2 go on: weights and optimiser are exact, the order of the data" in output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4] and results["num_processes"] == 2

@@ -41,7 +41,8 @@ def test_the_command_line_counts_last():
     assert parse("--num_train_epochs", "2").max_steps is None  # and one length the other
 
 
-OTHER = {"on_nonfinite": "skip", "resume_from_checkpoint": "latest", "transparent_background": "#102030",
+OTHER = {"model_name_or_path": "e",
+         "on_nonfinite": "skip", "resume_from_checkpoint": "latest", "transparent_background": "#102030",
          "high_bit_depth": "stretch",
          "dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",
          "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bilinear", "mixed_precision": "bf16",
