@@ -80,6 +80,37 @@ def test_gradient_checkpointing_and_autocast_change_nothing_of_it(whole):
     assert_same(gradients(model), whole[0])
 
 
+class Kept:
+    """Counts the bytes that autograd keeps for the backward pass, weights aside."""
+
+    alive = peak = 0
+
+    def __init__(self, tensor, weights):
+        self.tensor = tensor
+        self.size = 0 if tensor.untyped_storage().data_ptr() in weights else tensor.nbytes
+        Kept.alive += self.size
+        Kept.peak = max(Kept.peak, Kept.alive)
+
+    def __del__(self):
+        Kept.alive -= self.size
+
+
+def peak_of_a_step(parts: list[dict]) -> int:
+    model = tiny_model()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    Kept.alive = Kept.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Kept(tensor, weights), lambda kept: kept.tensor):
+        step(model, parts, caching=len(parts) > 1)
+    assert Kept.alive == 0
+    return Kept.peak
+
+
+def test_caching_keeps_the_activations_of_one_micro_batch():
+    batch = inputs(tiny_config(), 8)
+    whole, part = peak_of_a_step([batch]), peak_of_a_step(cut(batch, 4)[:1])
+    assert peak_of_a_step(cut(batch, 4)) < 1.02 * part < 0.3 * whole
+
+
 def _process(rank, world_size, caching):
     model = DistributedDataParallel(tiny_model())
     part = cut(inputs(model.module.config, 8), world_size)[rank]
