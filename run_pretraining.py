@@ -46,6 +46,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
+from modeling_can.conversion import warm_start
 from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
 from modeling_can.diagnostics import (
     check_disk,
@@ -171,11 +172,10 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     set_seed(recipe.seed)
     model = CANForPreTraining(config)
     if recipe.model_name_or_path and not checkpoint:
-        from modeling_can.conversion import warm_start
-
-        taken, new = warm_start(model, recipe.model_name_or_path)
+        with accelerator.local_main_process_first():  # which downloads it
+            taken, new = warm_start(model, recipe.model_name_or_path)
         if is_main:
-            print(f"from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
+            print(f"taken from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
     frozen = model.freeze_unused_parameters()
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -559,7 +559,7 @@ def mixed_precision(choice: str) -> str:
     return choice
 
 
-def trackers(names: str | None) -> list[str]:
+def trackers(names: str | None) -> list[str] | None:
     """accelerate's names; it leaves out unknown and missing packages without a word."""
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
     known = set(LoggerType.list()) - {"all"}
@@ -569,7 +569,7 @@ def trackers(names: str | None) -> list[str]:
             raise ValueError(f"log_with={names}: {name!r} is not one of {', '.join(sorted(known))} and none")
         if name not in installed:
             raise ValueError(f"log_with={names}: {name} is not installed; pip install {name}, or --log_with none")
-    return wanted
+    return wanted or None
 
 
 def number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | None) -> int:

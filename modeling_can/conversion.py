@@ -13,6 +13,7 @@ import re
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel, ViTMAEForPreTraining, ViTModel
 
 from .configuration_can import CANConfig
@@ -189,6 +190,10 @@ def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig]:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except OSError as error:
         raise _unreadable(name_or_path, error) from error
+    if not values:
+        raise _unreadable(
+            name_or_path, OSError("it has no config.json; of a run's checkpoints, resume_from_checkpoint takes care")
+        )
     model_type = values.get("model_type")
     if model_type not in SOURCES:
         raise ValueError(
@@ -205,13 +210,13 @@ def _read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
         model, info = source.model_class.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _unreadable(name_or_path, error) from error
     drawn = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
     return {current_name(key): tensor for key, tensor in model.state_dict().items() if key not in drawn}
 
 
-def _unreadable(name_or_path: str, error: OSError) -> ValueError:
+def _unreadable(name_or_path: str, error: Exception) -> ValueError:
     reason = str(error).partition("\n")[0]
     return ValueError(
         f"model_name_or_path={name_or_path!r} cannot be read ({reason}); give a folder written by save_pretrained, or "

@@ -2,14 +2,15 @@ import os
 import socket
 import traceback
 
-import pytest
-import torch
-import torch.multiprocessing as mp
 
-from modeling_can import CANConfig, CANForPreTraining
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch.multiprocessing as mp  # noqa: E402
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from modeling_can import CANConfig, CANForPreTraining  # noqa: E402
+
 
 TINY = dict(
     hidden_size=32,

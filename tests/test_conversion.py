@@ -372,9 +372,11 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     fix = "give a folder written by save_pretrained, or the id of a model on the Hub"
     refused(f"model_name_or_path='{tmp_path}/nowhere' cannot be read.*{fix}", tmp_path / "nowhere")
     refused(f"model_name_or_path='nobody/nothing' cannot be read.*{fix}", "nobody/nothing")
-    refused("model_type=None in its config.json", tmp_path)
+    refused("it has no config.json; of a run's checkpoints, resume_from_checkpoint takes care", tmp_path)
     ViTConfig(**VIT_SIZES).save_pretrained(tmp_path)
     refused(f"no file named model.safetensors.*{fix}", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    refused(f"cannot be read.*{fix}", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,138 @@
+"""Every flag of the script, through main(argv), away from its default."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from datasets import Dataset
+from PIL import Image
+
+import run_pretraining
+from modeling_can import CANForPreTraining
+from modeling_can.recipe import Recipe, model_fields, training_fields
+from modeling_can.training import rng_state, set_rng_state
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+         "decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
+         "decoder_intermediate_size": 32, "projection_size": 8, "image_size": "32,48",
+         "per_device_train_batch_size": 4, "logging_steps": 2}  # fmt: skip
+RUNS = {
+    "a folder, accumulated": {
+        "data_dir": "pictures", "num_train_samples": 48, "gradient_accumulation_steps": 2, "gradient_caching": False,
+        "gradient_checkpointing": True, "tf32": False, "mixed_precision": "no", "log_with": "none", "num_channels": 1,
+        "measure_mean_std": True, "dataloader_num_workers": 1, "shuffle_block_size": 16, "max_bad_fraction": 0.5,
+        "high_bit_depth": "skip", "transparent_background": "#102030", "max_grad_norm": 1.0, "on_nonfinite": "skip",
+        "save_steps": 2, "save_total_limit": 1, "overwrite_output_dir": True, "crop_scale": "0.3,0.9",
+        "crop_ratio": "0.9,1.1", "resample": "bicubic", "flip_probability": 0.3, "color_jitter": "0.1,0.1,0.1,0.05",
+        "color_jitter_probability": 0.5, "greyscale_probability": 0.1, "blur_probability": 0.9,
+        "blur_sigma": "0.5,1.5", "solarize_probability": 0.3, "warmup_ratio": 0.5, "weight_decay": 0.1,
+        "adam_beta1": 0.8, "adam_beta2": 0.9, "base_learning_rate": 1e-3, "seed": 5,
+    },
+    "parquet, downloaded": {
+        "data_files": "pictures.parquet", "image_column": "picture", "streaming": False, "num_train_epochs": 1,
+        "image_mean": "0.5,0.5,0.5", "image_std": "0.25,0.25,0.25", "drop_path_rate": 0.2, "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1, "hidden_act": "relu", "initializer_range": 0.01, "layer_norm_eps": 1e-5,
+        "qkv_bias": False, "patch_size": 16, "norm_pix_loss": True, "mask_ratio": 0.6, "noise_std_max": 0.1,
+        "projection_hidden_size": 24, "temperature": 0.2, "contrastive_loss_weight": 0.2,
+        "reconstruction_loss_weight": 0.5, "denoising_loss_weight": 0.4, "probe_dataset_name": None,
+    },
+    "labelled, from weights": {
+        "dataset_name": "labelled", "dataset_split": "test", "probe_dataset_name": "labelled",
+        "probe_label_column": "kind", "probe_every": 2, "max_steps": 4, "model_name_or_path": "weights",
+        "log_with": "tensorboard", "patch_size": 8,
+    },
+}  # fmt: skip
+ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile"}  # in most tests; checkpoints;
+# diagnostics; below, as it takes a minute
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A folder of pictures, the same in parquet, a labelled set, and weights to begin with."""
+    folder = tmp_path_factory.mktemp("places")
+    pictures = [Image.effect_noise((60, 50), 60).convert("RGB") for _ in range(24)]
+    (folder / "pictures").mkdir()
+    for index, picture in enumerate(pictures):
+        picture.save(folder / "pictures" / f"{index}.png")
+    Dataset.from_dict({"picture": pictures}).to_parquet(folder / "pictures.parquet")
+    (folder / "labelled").mkdir()
+    for split in ("train", "test"):
+        labelled = Dataset.from_dict({"image": pictures, "kind": [index % 2 for index in range(24)]})
+        labelled.to_parquet(folder / "labelled" / f"{split}-00000.parquet")
+    tiny_model().save_pretrained(folder / "weights")
+    return folder
+
+
+def run(places, folder, settings: dict) -> dict:
+    settings = {**SMALL, "probe_dataset_name": None, "dataloader_num_workers": 0, **settings, "output_dir": folder}
+    for name in ("data_dir", "data_files", "dataset_name", "probe_dataset_name", "model_name_or_path"):
+        if settings.get(name):
+            settings[name] = places / settings[name]
+    return run_pretraining.main([f"--{name}={value}" for name, value in settings.items()])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_script_runs_with(places, tmp_path, capfd, name):
+    results = run(places, tmp_path, RUNS[name])
+    steps = {"a folder, accumulated": 6, "parquet, downloaded": 6, "labelled, from weights": 4}
+    assert results["num_steps"] == steps[name] and json.loads((tmp_path / "results.json").read_text()) == results
+    recipe = Recipe.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
+    for key in ("seed", "temperature", "adam_beta2", "qkv_bias", "shuffle_block_size"):
+        if key in RUNS[name]:
+            assert getattr(recipe, key, getattr(recipe.config, key, None)) == RUNS[name][key]
+    assert (tmp_path / "tensorboard").exists() == (RUNS[name].get("log_with") != "none")
+    if "model_name_or_path" in RUNS[name]:
+        output = capfd.readouterr().out
+        assert (
+            f"taken from {places / 'weights'}: encoder, projection head, decoder" in output
+            and "new: nothing" in output
+        )
+        began, trained = (CANForPreTraining.from_pretrained(path) for path in (places / "weights", tmp_path))
+        difference = (began.can.layers[0].mlp.fc1.weight - trained.can.layers[0].mlp.fc1.weight).abs().max()
+        assert 0 < difference < 1e-2  # a few steps from where it began, not from a fresh draw
+
+
+def test_no_flag_is_left_out():
+    used = {name for settings in RUNS.values() for name in settings} | SMALL.keys() | ELSEWHERE
+    assert used == {field.name for field in [*training_fields(), *model_fields()]}
+
+
+def test_trackers_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(ValueError, match="log_with=wandb: wandb is not installed; pip install wandb"):
+        run_pretraining.main(["--log_with=wandb", f"--output_dir={tmp_path}"])
+    with pytest.raises(ValueError, match="log_with=tensorbord: 'tensorbord' is not one of .*tensorboard"):
+        run_pretraining.main(["--log_with=tensorbord", f"--output_dir={tmp_path}"])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_alike(places, tmp_path):
+    """Accumulated, cached and checkpointed; but stochastic depth, whose random numbers are others when compiled."""
+    settings = {"data_dir": "pictures", "max_steps": 3, "gradient_accumulation_steps": 2,
+                "gradient_checkpointing": True}  # fmt: skip
+    eager = run(places, tmp_path / "eager", settings)
+    torch._dynamo.reset()
+    compiled = run(places, tmp_path / "compiled", {**settings, "torch_compile": True})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled["final_losses"] == pytest.approx(eager["final_losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_repeat_their_random_numbers(checkpointing):
+    """As gradient caching needs it: with and without a graph."""
+    model = tiny_model(drop_path_rate=0.5, num_hidden_layers=4).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in [*model.can.layers, *model.decoder.layers]:
+        layer.compile()
+    pixels, state = torch.randn(8, 2, 3, 32, 48), rng_state()
+    with torch.no_grad():
+        first = model(pixels, embeds_only=True).image_embeds
+    set_rng_state(state)
+    second = model(pixels)
+    second.loss.backward()
+    torch.testing.assert_close(second.image_embeds, first)
+    assert not torch.allclose(model(pixels).image_embeds, first)
