@@ -128,6 +128,13 @@ class Recipe:
             )
         if self.probe_every and not self.probe_dataset_name:
             raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
+        if self.torch_compile and self.config.drop_path_rate > 0:
+            # Beyond its limit of recompilations torch runs some passes uncompiled, which draw other random numbers:
+            # the two passes of gradient caching would no longer be alike.
+            raise ValueError(
+                f"drop_path_rate={self.config.drop_path_rate} with torch_compile compiles every block anew for its "
+                "own rate; set drop_path_rate to 0, or torch_compile to false"
+            )
         if self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
         shares = [f.name for f in dataclasses.fields(self) if f.name.endswith("_probability")]

@@ -1,0 +1,42 @@
+"""What the README tells people to type."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import free_port
+from PIL import Image
+
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [
+    line for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines() if "run_pretraining" in line
+]
+TOY = ("--max_steps 2 --per_device_train_batch_size 4 --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 "
+       "--intermediate_size 64 --decoder_hidden_size 16 --decoder_num_hidden_layers 1 --decoder_num_attention_heads 2 "
+       "--image_size 32 --patch_size 8 --dataloader_num_workers 0 --probe_dataset_name none")  # fmt: skip
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "pip install" not in command])
+def test_every_command_runs_at_toy_size(command, tmp_path):
+    """But the quickstart's, which tests/test_run_pretraining.py runs in full."""
+    (tmp_path / "images").mkdir()
+    for index in range(16):
+        Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{index}.png")
+    command = command.split("#")[0].replace("FOLDER", str(tmp_path / "images"))
+    launch = f"accelerate launch --cpu --num_processes 1 --main_process_port {free_port()}"
+    command = command.replace("accelerate launch", launch)
+    answer = subprocess.run(
+        f"{command} {TOY} --output_dir {tmp_path / 'out'}",
+        shell=True, cwd=ROOT, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "Model, card and figures" in answer.stdout or "preflight: ready" in answer.stdout
