@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         return whole.to(device)
 
     # --- The folder, and where the run stands ------------------------------------------------------------------------
-    if is_main:
+    (output_dir / "figures").mkdir(parents=True, exist_ok=True)
+    if is_main and not recipe.preflight:
         prepare_folder(output_dir, keep=checkpoint is not None)
     accelerator.wait_for_everyone()  # every process writes its bad images there
     average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if checkpoint:
         weights, shared, own = checkpoints.load(checkpoint)
         progress = shared["progress"]
-        if is_main and ledger.exists():
+        if is_main and ledger.exists() and not recipe.preflight:
             os.truncate(ledger, min(progress["ledger_bytes"], ledger.stat().st_size))
     elif recipe.resume_from_checkpoint and is_main:
         print(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
@@ -274,6 +275,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             ))  # fmt: skip
         if first_step >= max_steps:
             raise ValueError(f"max_steps={max_steps} is not beyond {checkpoint}; give more")
+        del weights, shared, own  # as large as the model and its optimiser once more
 
     # --- What a step needs -------------------------------------------------------------------------------------------
     waited = 0.0  # seconds for data since the last log
@@ -538,7 +540,6 @@ def refuse_other_run(output_dir: Path):
 
 def prepare_folder(output_dir: Path, keep: bool):
     """An empty place, unless a run is resumed: what another run left there would mix with this one's."""
-    (output_dir / "figures").mkdir(parents=True, exist_ok=True)
     (output_dir / "results.json").unlink(missing_ok=True)
     if keep:
         return

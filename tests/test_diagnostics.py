@@ -159,6 +159,7 @@ def test_preflight_says_ready_and_leaves_the_folder_free(tmp_path, capfd):
     assert "images/s (measured over 10 steps" in output and "for 1000 steps of 8 images" in output
     assert min(Image.open(tmp_path / "figures" / "preflight.png").size) > 300
     run_pretraining.main([*TOY, "--max_steps=1", f"--output_dir={tmp_path}"])  # a run may begin there
+    assert preflight(tmp_path, "--overwrite_output_dir") == 0 and (tmp_path / "results.json").exists()  # and stay
 
 
 def wrong_statistics(monkeypatch):
