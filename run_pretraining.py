@@ -387,7 +387,9 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 seconds_left = (max_steps - step) * global_batch_size / line["images_per_second"]
                 print(f"step {step} of {max_steps}: {text}, {duration(seconds_left)} left", flush=True)
             if found.keys() != known_findings:
-                tqdm.write(f"step {step}, health: {'; '.join(judge(verdict))}")
+                sentences = "; ".join(judge(verdict))
+                tqdm.write(f"step {step}, health: {sentences}")
+                accelerator.log({"health": sentences}, step)
         report_nonfinite()
         refuse_non_finite(line)
         waited, logged_at, logged_step, known_findings = 0.0, now, step, found.keys()

@@ -141,6 +141,7 @@ def test_a_planted_fault_is_named_in_log_metrics_results_and_card(tmp_path, monk
         for place in (results["health"], last["health"]):
             assert any(sentence in entry for entry in place), place
         assert sentence in card and ", health: " in log and sentence in log
+        assert sentence.encode() in next((tmp_path / "out" / "tensorboard" / "out").glob("events*")).read_bytes()
 
 
 # --- Preflight -------------------------------------------------------------------------------------------------------
