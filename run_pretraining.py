@@ -46,7 +46,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
-from modeling_can.conversion import warm_start
+from modeling_can.conversion import normalisation, warm_start
 from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
 from modeling_can.diagnostics import (
     check_disk,
@@ -69,6 +69,7 @@ from modeling_can.modeling_can import CANLayer
 from modeling_can.recipe import Recipe, parse_arguments
 from modeling_can.training import (
     Checkpoints,
+    DataWait,
     MetricAverage,
     NonFiniteGuard,
     StopSignals,
@@ -101,8 +102,16 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe = replace(recipe, dataset_name=None, data_dir=None, data_files=None)
     config = recipe.config
     output_dir = Path(recipe.output_dir)
-    if not recipe.overwrite_output_dir and not recipe.resume_from_checkpoint:
-        refuse_other_run(output_dir)  # before anything takes time
+    if not recipe.overwrite_output_dir and not recipe.preflight:  # before anything takes time
+        finished = refuse_other_run(recipe, output_dir)
+        if finished:
+            return finished
+
+    if int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", 1)) != 1:
+        raise ValueError(
+            "accelerate's own gradient_accumulation_steps would divide the loss once more; give "
+            "--gradient_accumulation_steps after the script's name, and 1 in accelerate's configuration"
+        )
 
     # --- Processes ---------------------------------------------------------------------------------------------------
     accelerator = Accelerator(
@@ -126,6 +135,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         all_agree=lambda ok: not accelerator.reduce(torch.tensor(float(not ok), device=device), "sum").item(),
     )
     checkpoint = recipe.resume_from_checkpoint and checkpoints.find(recipe.resume_from_checkpoint)
+    if accelerator.is_fsdp2:
+        keep_sharding_exact(accelerator.state.fsdp_plugin)
 
     # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(
@@ -149,7 +160,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         accelerator.num_processes,
         recipe.shuffle_block_size,
         recipe.max_bad_fraction,
-        ledger,
+        None if recipe.preflight else ledger,
     )
     loader = view_loader(
         stream,
@@ -158,7 +169,10 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         pin_memory=device.type == "cuda",
     )
     augment = augmentation(recipe).to(device)
-    processor = image_processor(recipe)
+    processor, probe = image_processor(recipe), None
+    if recipe.probe_dataset_name and is_main:
+        column = recipe.probe_image_column or recipe.image_column
+        probe = Probe(recipe.probe_dataset_name, column, recipe.probe_label_column, processor)
 
     # --- Length and learning rate, derived once ----------------------------------------------------------------------
     num_micro_batches = recipe.gradient_accumulation_steps
@@ -167,6 +181,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     max_steps = number_of_steps(recipe, global_batch_size, num_images)
     warmup_steps = round(recipe.warmup_ratio * max_steps)
     peak_learning_rate = recipe.base_learning_rate * global_batch_size / 256
+    if checkpoint and Checkpoints.step(checkpoint) >= max_steps:
+        raise ValueError(f"max_steps={max_steps} is not beyond {checkpoint}; give more")
 
     # --- Model: the same weights on every process, then different noise and masks ------------------------------------
     set_seed(recipe.seed)
@@ -176,6 +192,10 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             taken, new = warm_start(model, recipe.model_name_or_path)
         if is_main:
             print(f"taken from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
+            theirs = normalisation(recipe.model_name_or_path)
+            if theirs and theirs != (list(recipe.image_mean), list(recipe.image_std)):
+                mean, std = (",".join(map(str, numbers)) for numbers in theirs)
+                print(f"its images were normalised otherwise; to do so as well: --image_mean {mean} --image_std {std}")
     frozen = model.freeze_unused_parameters()
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -197,7 +217,12 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     caching = num_micro_batches > 1 and recipe.gradient_caching and config.contrastive_loss_weight > 0
     contrast = partial(contrastive_loss, temperature=config.temperature)
     backward = partial(cached_backward, contrast=contrast) if caching else accumulated_backward
-    backward = partial(backward, model, backward=accelerator.backward, no_sync=partial(accelerator.no_sync, model))
+
+    def forward(**inputs):
+        with accelerator.autocast():  # which accelerate puts around a model by itself, but for a sharded one
+            return model(**inputs)
+
+    backward = partial(backward, forward, backward=accelerator.backward, no_sync=partial(accelerator.no_sync, model))
     num_contrasted = global_batch_size if caching else global_batch_size // num_micro_batches
 
     def in_one_piece() -> CANForPreTraining | None:
@@ -253,12 +278,28 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             f"{device}; learning rate {peak_learning_rate:.3g} after {warmup_steps} steps of warm-up"
             + (f"; frozen, as their loss weight is 0: {', '.join(frozen)}" if frozen else "")
         )
+        if num_images and num_images < num_contrasted and config.contrastive_loss_weight > 0:
+            print(
+                f"of {num_contrasted} images that are contrasted only {num_images} can differ, and the same image "
+                "counts as its own negative; lower per_device_train_batch_size"
+            )
+
+    if not recipe.preflight:
+        accelerator.init_trackers(
+            output_dir.resolve().name,
+            {
+                name: value if isinstance(value, int | float) else str(value)
+                for name, value in recipe.to_dict().items()
+            },
+            {"tensorboard": {"purge_step": first_step + 1}},  # what came after the checkpoint is repeated
+        )
 
     # --- Resume: the data first, because starting its workers draws a random number ----------------------------------
     if checkpoint:
         exact = resume(loader, [process["loader"] for process in own])
     batches = iter(loader)
     if checkpoint:
+        changed = changed_fields(recipe, shared["recipe"], weights, unwrapped)
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
         set_optimizer_state_dict(
             model, optimizer.optimizer, shared["optimizer"], options=StateDictOptions(full_state_dict=True)
@@ -268,17 +309,17 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             average.sums, average.num_steps = own[accelerator.process_index]["average"]
         if is_main:
             print(f"resumed from {checkpoint} at step {first_step}; " + (
-                "from here on the run is what it would have been without the interruption"
+                f"settings that changed since: {', '.join(changed)}"
+                if changed
+                else "from here on the run is what it would have been without the interruption"
                 if exact
                 else f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are "
                 "exact, the order of the data and the random numbers are new"
             ))  # fmt: skip
-        if first_step >= max_steps:
-            raise ValueError(f"max_steps={max_steps} is not beyond {checkpoint}; give more")
         del weights, shared, own  # as large as the model and its optimiser once more
 
     # --- What a step needs -------------------------------------------------------------------------------------------
-    waited = 0.0  # seconds for data since the last log
+    data_wait = DataWait(device)
     pixel_values = None  # of the last micro-batch, to look at
     guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer), progress["nonfinite"]
 
@@ -289,12 +330,10 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 
     def fetch() -> tuple[list, list[str]]:
         """The micro-batches of a step, and the names of their images."""
-        nonlocal waited
         micro_batches, images = [], []
         for _ in range(num_micro_batches):
-            fetched_at = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - fetched_at
+            with data_wait:
+                batch = next(batches)
             bad_samples.update(batch["bad"])
             images += batch["images"]
             micro_batches.append(partial(make_inputs, batch["views"].to(device, non_blocking=True)))
@@ -316,16 +355,21 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 
     if recipe.preflight:
         is_ready = preflight(
-            recipe, accelerator, model, in_one_piece, optimizer, fetch, update, backward, max_steps - first_step
+            recipe,
+            accelerator,
+            bad_samples,
+            model,
+            in_one_piece,
+            optimizer,
+            fetch,
+            update,
+            backward,
+            max_steps - first_step,
         )
         accelerator.end_training()
         sys.exit(0 if is_ready else 1)
 
     # --- What the features are worth before training -----------------------------------------------------------------
-    probe = None
-    if recipe.probe_dataset_name and is_main:
-        probe = Probe(recipe.probe_dataset_name, recipe.image_column, recipe.probe_label_column, processor)
-
     def measure(linear: bool = True) -> dict | None:
         """k-NN and linear probe of the encoder as it is; on the main process, called by all."""
         with random_numbers_apart():
@@ -346,11 +390,6 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         write(output_dir / "recipe.yaml", recipe.to_yaml())
         metrics_file = open(output_dir / "metrics.jsonl", "w")
         metrics_file.writelines(json.dumps(line) + "\n" for line in metrics)
-    accelerator.init_trackers(
-        output_dir.resolve().name,
-        {name: value if isinstance(value, int | float) else str(value) for name, value in recipe.to_dict().items()},
-        {"tensorboard": {"purge_step": first_step + 1}},  # what came after the checkpoint is repeated
-    )
 
     def judge(judged_by) -> list[str] | dict[str, str]:
         untrained = (probe_results.get("untrained encoder") or {}).get("knn")
@@ -358,19 +397,23 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 
     def log(step: int, terms: dict[str, torch.Tensor], probing: bool):
         """After so many steps; called by all processes. Waits for the device."""
-        nonlocal waited, logged_at, logged_step, known_findings
-        line = {"step": step, **average.compute()}
+        nonlocal logged_at, logged_step, known_findings
+        report_nonfinite()
+        averages = average.compute()
+        refuse_non_finite(step, averages, recipe.on_nonfinite)
         now = time.perf_counter()
+        line = {"step": step, **averages}
         line |= {
             "learning_rate": learning_rate(step - 1, max_steps, warmup_steps, peak_learning_rate),
             "images_per_second": (step - logged_step) * global_batch_size / (now - logged_at),
-            "data_wait": waited / (now - logged_at),
+            "data_wait": data_wait.seconds() / (now - logged_at),
             "num_bad": bad_samples.total(),
         }
-        if "image_embeds" in terms and terms["image_embeds"].isfinite().all():
-            line |= embedding_health(terms["image_embeds"])
-        for term, loss in trivial_losses(config, pixel_values, num_contrasted).items():
-            line[f"{term}_trivial"] = loss
+        embeds = terms.get("image_embeds")
+        if embeds is not None and len(embeds) > 1 and embeds.isfinite().all():
+            line |= embedding_health(embeds)
+        line |= {f"{term}_trivial": x for term, x in trivial_losses(config, pixel_values, num_contrasted).items()}
+        line = {name: value for name, value in line.items() if math.isfinite(value)}  # of a step that was left out
         if probing:
             accuracy = torch.tensor((measure(linear=False) or {"knn": 0.0})["knn"], device=device)
             line["knn"] = accelerator.reduce(accuracy, "sum").item()
@@ -378,21 +421,22 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         found = judge(findings)
         line["health"] = list(found.values())
         if is_main:
-            metrics_file.write(json.dumps(line) + "\n")
-            metrics_file.flush()
-            accelerator.log({name: value for name, value in line.items() if name not in ("step", "health")}, step)
+            sentences = "; ".join(judge(verdict)) if found.keys() != known_findings else None
             text = progress_text(line, bad_samples)
             bar.set_postfix_str(text)
             if bar.disable:
                 seconds_left = (max_steps - step) * global_batch_size / line["images_per_second"]
                 print(f"step {step} of {max_steps}: {text}, {duration(seconds_left)} left", flush=True)
-            if found.keys() != known_findings:
-                sentences = "; ".join(judge(verdict))
+            if sentences:
                 tqdm.write(f"step {step}, health: {sentences}")
-                accelerator.log({"health": sentences}, step)
-        report_nonfinite()
-        refuse_non_finite(line)
-        waited, logged_at, logged_step, known_findings = 0.0, now, step, found.keys()
+            numbers = {name: value for name, value in line.items() if name not in ("step", "health")}
+            try:
+                metrics_file.write(json.dumps(line) + "\n")
+                metrics_file.flush()
+                accelerator.log(numbers | ({"health": sentences} if sentences else {}), step)
+            except OSError as error:  # a full disk ends no run: the lines are in the checkpoints as well
+                tqdm.write(f"step {step} could not be logged: {error}")
+        logged_at, logged_step, known_findings = now, step, found.keys()
         not_training(time.perf_counter() - now)
 
     def not_training(seconds: float):
@@ -406,7 +450,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         num_nonfinite += len(sentences)
         if sentences and recipe.on_nonfinite == "stop":
             raise FloatingPointError(
-                f"{sentences[0]}. The weights are those before it. Lower base_learning_rate, set max_grad_norm, look "
+                f"{sentences[0]}. Lower base_learning_rate, set max_grad_norm, look "
                 "at the images, or go on without such steps: --on_nonfinite skip"
             )
         for sentence in sentences:
@@ -431,23 +475,30 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         }
         best = best_probe()
         checkpoints.save(
-            step, weights, {"optimizer": optimizer_state, "progress": position}, own, best and best["step"]
+            step,
+            weights,
+            {"optimizer": optimizer_state, "progress": position, "recipe": recipe.to_dict()},
+            own,
+            best and best["step"],
         )
 
-    def draw(step: int, whole: CANForPreTraining):
-        """What the model reconstructs by now, into the folder and the trackers; on the main process."""
-        if not config.uses_decoder:
+    def draw(step: int, whole: CANForPreTraining | None):
+        """What the model reconstructs by now, into the folder and the trackers; `None` on the other processes."""
+        if whole is None or not is_main or not config.uses_decoder:
             return
         path = output_dir / "figures" / "reconstructions.png"
-        with random_numbers_apart():
-            whole.eval()
-            reconstruction_sheet(whole, pixel_values[:6, 0], recipe.image_mean, recipe.image_std, path)
-            whole.train()
-        picture = np.asarray(Image.open(path).convert("RGB"))[None]
-        for tracker in accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"reconstructions": picture}, step, **options)
+        try:
+            with random_numbers_apart():
+                whole.eval()
+                reconstruction_sheet(whole, pixel_values[:6, 0], recipe.image_mean, recipe.image_std, path)
+                whole.train()
+            picture = np.asarray(Image.open(path).convert("RGB"))[None]
+            for tracker in accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"reconstructions": picture}, step, **options)
+        except OSError as error:
+            tqdm.write(f"the reconstructions could not be drawn: {error}")
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     logged_step, logged_at, known_findings = first_step, time.perf_counter(), {}.keys()
@@ -477,9 +528,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                         raise
                     tqdm.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
                 if not stopping:
-                    begun, whole = time.perf_counter(), in_one_piece()
-                    if is_main:
-                        draw(done, whole)
+                    begun = time.perf_counter()
+                    draw(done, in_one_piece())
                     not_training(time.perf_counter() - begun)
             if stopping:
                 bar.close()
@@ -528,22 +578,68 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 # --- Preparation -----------------------------------------------------------------------------------------------------
 
 
-def refuse_other_run(output_dir: Path):
-    for trace, state, choice in (
-        ("results.json", "a finished run", ""),
-        ("checkpoints/step-*", "an unfinished run", "continue it with --resume_from_checkpoint latest, "),
-    ):
-        if any(output_dir.glob(trace)):
+def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
+    """
+    Raises ValueError where a run would destroy another one; returns the results of one that needs no more, so that a
+    job that is started again after its end does no harm.
+    """
+    source = Path(recipe.model_name_or_path or "")
+    if recipe.model_name_or_path and source.is_dir() and source.resolve() == output_dir.resolve():
+        raise ValueError(
+            f"output_dir={output_dir} is model_name_or_path, whose weights it would replace; give another"
+        )
+    choice = "give another --output_dir, or replace it with --overwrite_output_dir"
+    wanted, checkpoints = recipe.resume_from_checkpoint, output_dir / "checkpoints"
+    if not (output_dir / "results.json").exists():
+        if not wanted and any(checkpoints.glob("step-*")):
             raise ValueError(
-                f"output_dir={output_dir} already holds {state}; {choice}give another --output_dir, or replace it "
-                "with --overwrite_output_dir"
+                f"output_dir={output_dir} already holds an unfinished run; continue it with --resume_from_checkpoint "
+                f"latest, {choice}"
             )
+        return None
+    results = json.loads((output_dir / "results.json").read_text())
+    is_longer = recipe.max_steps is not None and recipe.max_steps > results["num_steps"]
+    if wanted == "latest" and not is_longer:
+        print(f"the run in {output_dir} is finished: nothing to do. For another one {choice}")
+        return results
+    own = wanted == "latest" or (wanted and Path(wanted).resolve().parent == checkpoints.resolve())
+    if not own or not any(checkpoints.glob("step-*")):
+        raise ValueError(f"output_dir={output_dir} already holds a finished run; {choice}")
+    return None
+
+
+def changed_fields(recipe: Recipe, before: dict, weights: dict, model) -> list[str]:
+    """
+    What of a recipe has changed since a checkpoint, but for settings that do not touch what is computed. Raises
+    ValueError where the weights no longer fit.
+    """
+    harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
+                "dataloader_num_workers", "gradient_checkpointing")  # fmt: skip
+    now = recipe.to_dict()
+    changed = [
+        f"{name} was {before.get(name)}, is {value}"
+        for name, value in now.items()
+        if value != before.get(name) and name not in harmless and not name.startswith("probe_")
+    ]
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != shapes:
+        raise ValueError(f"the checkpoint is of another model: {'; '.join(changed)}; give it the same settings")
+    return changed
+
+
+def keep_sharding_exact(plugin):
+    """Settings of accelerate's FSDP2 with which a sharded run computes what an unsharded one does."""
+    # Its own half precision casts inputs and outputs too: targets, noise levels and losses. Autocast does not.
+    plugin.mixed_precision_policy = None
+    # Every process builds the model from the seed; this would take it from the first and cannot deal with buffers.
+    plugin.cpu_ram_efficient_loading = False
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def prepare_folder(output_dir: Path, keep: bool):
     """An empty place, unless a run is resumed: what another run left there would mix with this one's."""
     (output_dir / "results.json").unlink(missing_ok=True)
-    if keep:
+    if keep or not (output_dir / "metrics.jsonl").exists():  # which every run writes first: the rest is its own
         return
     for folder in ("checkpoints", "tensorboard"):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
@@ -674,7 +770,9 @@ def whole_state(model, optimizer=None) -> tuple[dict, dict | None]:
 # --- Preflight -------------------------------------------------------------------------------------------------------
 
 
-def preflight(recipe, accelerator, model, in_one_piece, optimizer, fetch, update, backward, num_steps) -> bool:
+def preflight(
+    recipe, accelerator, bad_samples, model, in_one_piece, optimizer, fetch, update, backward, num_steps
+) -> bool:
     """
     Looks at real batches, model and machine in the way of the loop, prints a line for each check, estimates and a
     verdict, and saves a picture. Returns whether all is well, alike on all processes.
@@ -691,29 +789,36 @@ def preflight(recipe, accelerator, model, in_one_piece, optimizer, fetch, update
         return time.perf_counter() - begun
 
     micro_batches, images = fetch()
-    pixel_values = micro_batches[0]()["pixel_values"]
-    few = pixel_values[:8]
-    timed(backward, [lambda: {"pixel_values": few}])  # compiles, allocates
+    few = [make()["pixel_values"][:16] for make in micro_batches]
+    pixel_values = torch.cat(few)
+    few_batches = [lambda pixels=pixels: {"pixel_values": pixels} for pixels in few]
+    timed(backward, few_batches)  # compiles, allocates
     optimizer.zero_grad()
-    seconds = timed(backward, [lambda: {"pixel_values": few}])
+    seconds = timed(backward, few_batches)
+    optimizer.zero_grad()
+    unwrapped.eval()  # a dropped path gives its block no gradient
+    backward(few_batches)
+    unwrapped.train()
     checks = {
         "pixels are normalised, views differ": check_pixels(pixel_values),
         "every parameter gets a gradient": check_gradients(unwrapped, total_norm),
         "every parameter is in the optimiser": check_optimizer(unwrapped, optimizer),
         "patches know their places": check_positions(unwrapped),
-        "the disk has room for checkpoints": check_disk(figures, recipe.save_total_limit, unwrapped.parameters()),
+        "the disk has room for checkpoints": check_disk(
+            figures, recipe.save_total_limit + bool(recipe.probe_every), unwrapped.parameters()
+        ),
     }
     if config.contrastive_loss_weight > 0:
         checks["positives are matched, on all processes"] = check_positives(
-            contrastive_loss, min(8, len(pixel_values)), config.projection_size, accelerator.process_index, device
+            contrastive_loss, 8, config.projection_size, accelerator.process_index, device
         )
     optimizer.zero_grad()
 
     # All processes take the same number of steps, as many as fit into some seconds.
     images_per_step = len(images) * accelerator.num_processes
-    seconds *= len(images) / len(few)
+    seconds *= len(images) / len(pixel_values)
     seconds = accelerator.reduce(torch.tensor(seconds, device=device), "mean").item()
-    how, waited = f"estimated from {len(few)} images a process", None
+    how, waited = f"estimated from {len(pixel_values)} images a process", None
     if seconds < 8:
         update(0, micro_batches, images)
         num_timed, waited, begun = max(1, min(10, int(15 / seconds))), 0.0, time.perf_counter()
@@ -742,7 +847,7 @@ def preflight(recipe, accelerator, model, in_one_piece, optimizer, fetch, update
         f"  speed     {images_per_step / seconds:.4g} images/s ({how})\n"
         f"  memory    {memory} a process\n"
         f"  to finish {duration(num_steps * seconds)} for {num_steps} steps of {images_per_step} images\n"
-        f"  bad       {len(ledger_lines(figures.parent / 'bad_samples.jsonl'))} images so far\n"
+        f"  bad       {bad_samples.total()} images so far\n"
         f"  picture   {picture}: both views of four images, with noise and mask"
     )
     for process, name, text in failures:
@@ -767,12 +872,13 @@ def step_metrics(terms: dict[str, torch.Tensor], config, grad_norm: torch.Tensor
     return metrics
 
 
-def refuse_non_finite(line: dict):
-    bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
-    if bad:
+def refuse_non_finite(step: int, averages: dict[str, float], on_nonfinite: str):
+    """Raises FloatingPointError on all processes, as averages are alike there; those of left-out steps are NaN."""
+    bad = [name for name, value in averages.items() if not math.isfinite(value)]
+    if bad and on_nonfinite == "stop":
         raise FloatingPointError(
-            f"{', '.join(bad)} not finite by step {line['step']}: "
-            + ", ".join(f"{name} {value}" for name, value in line.items() if name.endswith("loss"))
+            f"{', '.join(bad)} not finite by step {step}: "
+            + ", ".join(f"{name} {value}" for name, value in averages.items() if name.endswith("loss"))
             + "; lower base_learning_rate, set max_grad_norm, or look at the last images"
         )
 

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel, ViTMAEForPreTraining, ViTModel
+from transformers import (
+    Dinov2Model,
+    ImageProcessingMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
 
 from .configuration_can import CANConfig
 from .modeling_can import CANForPreTraining, resize_positions
@@ -183,6 +190,17 @@ def warm_start(model: CANForPreTraining, name_or_path: str) -> tuple[list[str], 
     for name, tensor in weights.items():
         own[name].copy_(tensor)
     return taken, new
+
+
+def normalisation(name_or_path: str) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation that the images of a checkpoint were normalised with; `None` if it does not say."""
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+    except OSError:
+        return None
+    if "image_mean" not in values or "image_std" not in values:
+        return None
+    return values["image_mean"], values["image_std"]
 
 
 def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig]:

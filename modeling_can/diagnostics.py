@@ -150,23 +150,20 @@ def findings(
                 f"{sentence}: {loss:.4g} against {trivial:.4g}; train longer, or raise base_learning_rate or "
                 f"{term}_loss_weight"
             )
-    norms = [line["grad_norm"] for line in lines]
-    usual = sorted(norms)[len(norms) // 2]
-    if mean("grad_norm") == 0:
+    norms = sorted(line["grad_norm"] for line in lines if "grad_norm" in line)
+    usual, norm = norms[len(norms) // 2] if norms else None, mean("grad_norm")
+    if norm == 0:
         found["no_gradient"] = "the gradient is zero: nothing is learnt"
-    elif mean("grad_norm") > 10 * usual:
+    elif norm is not None and norm > 10 * usual:
         found["gradient"] = (
-            f"the gradient norm is {mean('grad_norm'):.3g}, ten times and more its median of {usual:.3g}; lower "
+            f"the gradient norm is {norm:.3g}, ten times and more its median of {usual:.3g}; lower "
             "base_learning_rate, or set max_grad_norm"
         )
     probes = [(line["step"], line["knn"]) for line in lines if "knn" in line]
     if probes:
         (best_step, best), (_, newest) = max(probes, key=lambda probe: probe[1]), probes[-1]
         if newest < best - 0.03:
-            found["falling"] = (
-                f"the features grow worse: k-NN {newest:.1%}, after {best:.1%} at step {best_step}, whose checkpoint "
-                "is kept"
-            )
+            found["falling"] = f"the features grow worse: k-NN {newest:.1%}, after {best:.1%} at step {best_step}"
         if untrained_knn is not None and newest < untrained_knn:
             found["no_better"] = (
                 f"the features are worse than those of the untrained encoder: k-NN {newest:.1%} against "
@@ -186,7 +183,7 @@ def verdict(lines: list[dict], warmup_steps: int, max_steps: int, untrained_knn:
     parts = [
         f"{short} {last[f'{term}_loss']:.4g} (trivial: {last[f'{term}_trivial']:.4g})"
         for term, short in TERMS.items()
-        if f"{term}_trivial" in last
+        if f"{term}_trivial" in last and f"{term}_loss" in last
     ]
     if "effective_rank" in last:
         parts.append(f"embeddings in {last['effective_rank']:.0f} directions")
@@ -202,12 +199,15 @@ def _is_early(step: int, warmup_steps: int, max_steps: int) -> bool:
 
 
 def check_pixels(pixel_values: torch.Tensor) -> str | None:
-    """Whether normalised pixels `(B, 2, C, H, W)` have about mean 0 and deviation 1, channel by channel."""
+    """
+    Whether normalised pixels `(B, 2, C, H, W)` are finite, the two views differ, and, of 16 images and more, each
+    channel has about mean 0 and deviation 1.
+    """
     pixels = pixel_values.float()
     mean, std = pixels.mean(dim=(0, 1, 3, 4)), pixels.std(dim=(0, 1, 3, 4))
     if not pixels.isfinite().all():
         return "the normalised pixels are not finite; check image_mean and image_std"
-    if mean.abs().max() > 1.5 or std.min() < 0.2 or std.max() > 3:
+    if len(pixels) >= 16 and (mean.abs().max() > 1.5 or std.min() < 0.2 or std.max() > 3):
         return (
             f"the normalised pixels have mean {_numbers(mean)} and deviation {_numbers(std)}, far from 0 and 1; "
             "set image_mean and image_std to those of your images (--measure_mean_std finds them)"

@@ -442,7 +442,8 @@ class CANPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # or transformers' Trainer would not divide by its accumulation steps
-    _no_split_modules = ["CANEmbeddings", "CANLayer", "CANDecoder"]
+    # Not CANEmbeddings: accelerate's FSDP2 shards these and the patch projection, and one must not lie in the other.
+    _no_split_modules = ["CANLayer", "CANDecoder"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True

@@ -42,6 +42,7 @@ class Recipe:
     high_bit_depth: str = _field("full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip")
     probe_dataset_name: str | None = _field(None, "labelled set with train and test splits, to measure the features")
     probe_label_column: str = _field("label", "its column of class indices")
+    probe_image_column: str | None = _field(None, "its column of images; image_column if none")
     probe_every: int = _field(0, "steps between k-NN tests on it; 0 measures before and after training only")
     dataloader_num_workers: int = _field(0, "loader processes for each training process")
     shuffle_block_size: int = _field(1024, "encoded images that a reader holds and shuffles at a time")

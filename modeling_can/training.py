@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,37 @@ class MetricAverage:
         averages = dict(zip(self.sums, stacked.tolist(), strict=True))
         self.sums, self.num_steps = {}, 0
         return averages
+
+
+class DataWait:
+    """
+    How long the device stood still for want of data: on a GPU measured there, because the CPU, which runs ahead, also
+    waits for data while the GPU still computes. `with` it around the reading of a batch.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.times = device.type == "cuda", []
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.began = self._now()  # on a GPU: when it is done with all that came before
+
+    def __exit__(self, *_):
+        self.times.append((self.began, self._now()))
+
+    def seconds(self) -> float:
+        """Since the last call, which waits for the device."""
+        times, self.times = self.times, []
+        if not self.on_gpu:
+            return sum(end - begin for begin, end in times)
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in times) / 1000
 
 
 class NonFiniteGuard:
@@ -270,12 +302,14 @@ class Checkpoints:
             try:
                 if is_mine:
                     stage()
-            except (OSError, RuntimeError, safetensors.SafetensorError) as caught:  # torch's writer: RuntimeError
+            except Exception as caught:  # whatever it is: the others wait to hear of it
                 error = caught
             if not self.all_agree(error is None):
                 if is_main:
                     shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(f"the checkpoint {path} could not be written: {error or 'another process failed'}")
+                raise OSError(
+                    f"the checkpoint {path} could not be written: {error or 'another process failed'}"
+                ) from error
         return path
 
     def paths(self) -> list[Path]:
@@ -307,6 +341,11 @@ class Checkpoints:
                     f"({', '.join(str(p) for p in self.paths() if p != path) or 'there is none'})"
                 )
         return path
+
+    @staticmethod
+    def step(path: Path) -> int:
+        """After how many steps it was written."""
+        return json.loads((path / "manifest.json").read_text())["step"]
 
     @staticmethod
     def load(path: Path) -> tuple[dict, dict, list[dict]]:
@@ -367,5 +406,16 @@ class StopSignals(contextlib.AbstractContextManager):
         """
         if self.reduce is None:
             return self.received is not None
-        self.asked.append(self.reduce(torch.full((), float(self.received is not None), device=self.device)))
-        return len(self.asked) > 2 and bool(self.asked.popleft().item() > 0)
+        answer = self.reduce(torch.full((), float(self.received is not None), device=self.device))
+        event = None
+        if answer.is_cuda:  # item() would wait for all that the device has to do, and not only for this
+            answer = torch.empty_like(answer, device="cpu", pin_memory=True).copy_(answer, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.asked.append((answer, event))
+        if len(self.asked) <= 2:
+            return False
+        answer, event = self.asked.popleft()
+        if event:
+            event.synchronize()
+        return bool(answer > 0)

@@ -57,6 +57,7 @@ def uninterrupted(tmp_path_factory):
 
 def kill_and_resume(folder: Path, delays, uninterrupted: Path):
     """SIGKILL some time after the first checkpoint of each attempt, then to the end."""
+    killed = 0
     for delay in delays:
         process = start(folder, "--resume_from_checkpoint=latest")
         before = {path.name for path in folder.glob("checkpoints/step-*")}
@@ -64,7 +65,7 @@ def kill_and_resume(folder: Path, delays, uninterrupted: Path):
             time.sleep(0.002)
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
         if (folder / "results.json").exists():
             break
     else:
@@ -72,7 +73,7 @@ def kill_and_resume(folder: Path, delays, uninterrupted: Path):
         output = process.communicate(timeout=120)[0]
         # Nothing to resume if it was killed while it wrote the first one.
         assert process.returncode == 0 and ("resumed from" in output or "there is no checkpoint yet" in output), output
-    assert weights(folder) == weights(uninterrupted)
+    assert killed and weights(folder) == weights(uninterrupted)
     assert steps(folder) == steps(uninterrupted)
 
 
@@ -197,6 +198,28 @@ def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tm
         events.Tags()["scalars"]
     )
     assert {event.step for event in events.Images("reconstructions")} >= {2, 4, 6, 8, 9}
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("modeling_can.training.flush_to_disk", full)
+    monkeypatch.setattr(run_pretraining, "reconstruction_sheet", full)
+    results = run_pretraining.main([*RUN, f"--output_dir={tmp_path}", "--max_steps=12", "--log_with=none"])
+    output = capfd.readouterr().out
+    assert output.count("No space left on device; training goes on, and tries again in 5 steps") == 2
+    assert "the reconstructions could not be drawn" in output and results["num_steps"] == 12
+    assert (tmp_path / "model.safetensors").exists() and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_settings_that_changed_are_named_and_another_model_is_refused(uninterrupted, tmp_path, capfd):
+    resume = [*RUN, f"--resume_from_checkpoint={uninterrupted}/checkpoints/step-25"]
+    with pytest.raises(ValueError, match="is of another model: intermediate_size was 64, is 32; give it the same"):
+        run_pretraining.main([*resume, f"--output_dir={tmp_path / 'a'}", "--intermediate_size=32"])
+    run_pretraining.main([*resume, f"--output_dir={tmp_path / 'b'}", "--base_learning_rate=0.001"])
+    output = capfd.readouterr().out
+    assert "settings that changed since: base_learning_rate was 0.006, is 0.001" in output
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):

@@ -163,6 +163,17 @@ def test_preflight_says_ready_and_leaves_the_folder_free(tmp_path, capfd):
     assert preflight(tmp_path, "--overwrite_output_dir") == 0 and (tmp_path / "results.json").exists()  # and stay
 
 
+def test_preflight_judges_small_batches_fairly(tmp_path):
+    accumulated = ["--per_device_train_batch_size=1", "--gradient_accumulation_steps=4"]
+    assert preflight(tmp_path, *accumulated) == 0
+    assert preflight(tmp_path, "--per_device_train_batch_size=2", "--num_hidden_layers=4", "--drop_path_rate=0.6") == 0
+
+
+def test_preflight_misses_no_set_that_the_run_needs(tmp_path):
+    with pytest.raises(Exception, match="nobody/nothing"):
+        run_pretraining.main([*TOY, "--preflight", "--probe_dataset_name=nobody/nothing", f"--output_dir={tmp_path}"])
+
+
 def wrong_statistics(monkeypatch):
     return ["--image_std=50,50,50"]  # of pixels in [0, 255], as in a published linear probe
 
@@ -203,7 +214,7 @@ def full_disk(monkeypatch):
     (full_disk, "lower save_total_limit"),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_preflight_finds(tmp_path, monkeypatch, capfd, fault, words):
-    options = fault(monkeypatch) or []
+    options = [*(fault(monkeypatch) or []), "--per_device_train_batch_size=16"]
     assert preflight(tmp_path, *options) == 1
     output = capfd.readouterr().out
     assert words in output and "FAIL" in output and "preflight: NOT ready, 1 checks failed" in output

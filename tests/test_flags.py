@@ -41,7 +41,8 @@ RUNS = {
     },
     "labelled, from weights": {
         "dataset_name": "labelled", "dataset_split": "test", "probe_dataset_name": "labelled",
-        "probe_label_column": "kind", "probe_every": 2, "max_steps": 4, "model_name_or_path": "weights",
+        "probe_label_column": "kind", "probe_image_column": "image", "probe_every": 2, "max_steps": 4,
+        "model_name_or_path": "weights",
         "log_with": "tensorboard", "patch_size": 8,
     },
 }  # fmt: skip

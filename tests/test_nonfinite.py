@@ -65,15 +65,20 @@ def test_a_planted_number_stops_the_run_by_name(tmp_path, value):
     assert "contrastive_loss" in output and "of the images crc32:" in output and "--on_nonfinite skip" in output
 
 
-@pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_planted_number_is_skipped_on_all_processes(tmp_path, num_processes):
-    status, output = run(tmp_path, "nan", 4, num_processes, rank=num_processes - 1, on_nonfinite="skip")
+@pytest.mark.parametrize("num_processes, step, logging_steps", [
+    (1, 4, 3),
+    (2, 4, 3),
+    (1, 5, 1),  # the line of the log has no other step
+    (1, 5, 3),  # and it is the last step, whose pixels the log looks at
+])  # fmt: skip
+def test_a_planted_number_is_skipped_on_all_processes(tmp_path, num_processes, step, logging_steps):
+    options = {"on_nonfinite": "skip", "logging_steps": logging_steps}
+    status, output = run(tmp_path, "nan", step, num_processes, rank=num_processes - 1, **options)
     assert status == 0, output
-    assert f"process {num_processes - 1}: the gradient of step 4 was not finite" in output
+    assert f"process {num_processes - 1}: the gradient of step {step} was not finite" in output
     if num_processes == 2:
-        assert (
-            "process 0: the gradient of step 4" in output and "the images of this process are not to blame" in output
-        )
+        assert "process 0: the gradient of step 4" in output
+        assert "the images of this process are not to blame" in output
     assert json.loads((tmp_path / "out" / "results.json").read_text())["nonfinite_steps"] == 1
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,23 +57,37 @@ def train(wrap, rank=0, num_processes=1, num_micro_batches=1) -> dict[str, list[
 
 
 def shard(model):
-    """What accelerate's FSDP2 does on a GPU; on a CPU it would fall back to DDP without a word."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    """By accelerate's own code, which its `prepare` does not call on a CPU: there it falls back to DDP silently."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
     from torch.distributed.tensor import DTensor
 
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for module in model.modules():
-        if type(module).__name__ in ("CANEmbeddings", "CANLayer"):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
+    )
+    plugin.set_mixed_precision("bf16")
+    run_pretraining.keep_sharding_exact(plugin)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    model = fsdp2_prepare_model(
+        SimpleNamespace(state=state, mixed_precision="no", is_main_process=False, device=torch.device("cpu")), model
+    )
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return model
 
 
+@contextlib.contextmanager
+def no_sync(model):
+    """As `Accelerator.no_sync` of a sharded model."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
 def _process(rank, world_size):
     ddp = train(lambda model: (lambda ddp: (ddp, ddp.no_sync))(DistributedDataParallel(model)), rank, world_size)
-    fsdp = train(lambda model: (shard(model), contextlib.nullcontext), rank, world_size)
+    fsdp = train(lambda model: (lambda fsdp: (fsdp, partial(no_sync, fsdp)))(shard(model)), rank, world_size)
     return {"2 x B, DDP": ddp, "2 x B, FSDP2": fsdp}
 
 
@@ -95,7 +110,7 @@ def test_20_steps_are_those_of_one_process_with_the_whole_batch(records, how):
 SHARDED = """
 import sys
 import run_pretraining
-from test_parallel import shard
+from test_parallel import no_sync, shard
 
 class Sharding(run_pretraining.Accelerator):
     def prepare(self, model, optimizer):
@@ -105,6 +120,9 @@ class Sharding(run_pretraining.Accelerator):
         for group, group_names in zip(optimizer.param_groups, held):
             group["params"] = [sharded[name] for name in group_names]
         return model, super().prepare(optimizer)
+
+    def no_sync(self, model):
+        return no_sync(model)
 
 run_pretraining.Accelerator = Sharding
 run_pretraining.main(sys.argv[1:])

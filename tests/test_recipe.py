@@ -41,7 +41,7 @@ def test_the_command_line_counts_last():
     assert parse("--num_train_epochs", "2").max_steps is None  # and one length the other
 
 
-OTHER = {"model_name_or_path": "e",
+OTHER = {"model_name_or_path": "e", "probe_image_column": "f",
          "on_nonfinite": "skip", "resume_from_checkpoint": "latest", "transparent_background": "#102030",
          "high_bit_depth": "stretch",
          "dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",

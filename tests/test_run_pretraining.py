@@ -106,6 +106,32 @@ def test_a_finished_run_is_not_overwritten_unless_asked(finished, tmp_path):
     assert json.loads((folder / "results.json").read_text()) == results
 
 
+def test_a_job_that_starts_again_after_its_end_does_no_harm(finished, tmp_path, capfd):
+    folder, results = finished
+    weights = (folder / "model.safetensors").read_bytes()
+    assert run_pretraining.main([*TOY, "--output_dir", str(folder), "--resume_from_checkpoint=latest"]) == results
+    assert "is finished: nothing to do" in capfd.readouterr().out
+    for options in (["--max_steps=9"], []):  # there is no checkpoint to go on from, or it is another run's
+        wanted = "latest" if options else str(tmp_path / "checkpoints" / "step-2")
+        with pytest.raises(ValueError, match="already holds a finished run"):
+            run_pretraining.main([*TOY, "--output_dir", str(folder), f"--resume_from_checkpoint={wanted}", *options])
+    with pytest.raises(ValueError, match="is model_name_or_path, whose weights it would replace"):
+        run_pretraining.main([*TOY, f"--output_dir={folder}", f"--model_name_or_path={folder}"])
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
+def test_what_no_run_wrote_stays(tmp_path):
+    (tmp_path / "tsconfig.json").write_text("{}")
+    run_pretraining.main([*TOY, "--output_dir", str(tmp_path), "--probe_dataset_name=none"])
+    assert (tmp_path / "tsconfig.json").exists()
+
+
+def test_accelerates_own_accumulation_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    with pytest.raises(ValueError, match="would divide the loss once more; give --gradient_accumulation_steps after"):
+        run_pretraining.main([*TOY, "--output_dir", str(tmp_path)])
+
+
 def test_the_same_seed_gives_the_same_run_and_another_one_another(finished, tmp_path):
     _, results = finished
     again = run_pretraining.main(
@@ -227,8 +253,10 @@ def test_lengths_are_derived_once():
 
 
 def test_non_finite_numbers_stop_the_run_with_the_terms():
+    averages = {"loss": 1.0, "grad_norm": float("nan")}
     with pytest.raises(FloatingPointError, match="grad_norm not finite by step 5: loss 1.0.*base_learning_rate"):
-        run_pretraining.refuse_non_finite({"step": 5, "loss": 1.0, "grad_norm": float("nan")})
+        run_pretraining.refuse_non_finite(5, averages, "stop")
+    run_pretraining.refuse_non_finite(5, averages, "skip")
 
 
 @pytest.mark.slow
