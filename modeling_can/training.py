@@ -329,7 +329,8 @@ def flush_to_disk(path: Path):
 class StopSignals(contextlib.AbstractContextManager):
     """
     While open, SIGTERM, SIGUSR1 (Slurm before it takes a job away) and SIGINT do not end the process but are
-    remembered, so that the loop can save first; a second one of the same kind is not caught.
+    remembered, so that the loop can save first. A second SIGINT is not caught; the others come in twos where both
+    Slurm and the launcher send them.
 
     Args:
         reduce (callable, *optional*):
@@ -350,7 +351,8 @@ class StopSignals(contextlib.AbstractContextManager):
 
     def _remember(self, number, frame):
         self.received = signal.Signals(number)
-        signal.signal(number, self.previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.previous[number])
 
     def wanted(self) -> bool:
         """
