@@ -3,9 +3,9 @@ How the processes of a run find each other, also after the launcher has started 
 
 torchrun keeps one key-value store for all attempts of a job and no longer sets them apart (torch 2.13,
 `torch.distributed.rendezvous._create_c10d_store`; https://github.com/pytorch/pytorch/issues/135712). What the dead
-processes left in it, gloo's addresses and NCCL's id, lies under the keys that their successors use: who is quicker than
-the one it waits for reads the address of a dead process, and fails or hangs. `INIT_METHOD` gives each attempt keys of
-its own, whatever launcher and rendezvous it has.
+processes left in it, gloo's addresses or NCCL's id, lies under the keys that their successors use: one that is quicker
+than the process it waits for reads the address of a dead one, and fails or hangs. `INIT_METHOD` gives each attempt
+keys of its own, whatever launcher and rendezvous it has.
 """
 
 import time
