@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -346,6 +347,10 @@ class StopSignals(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, *_):
+        if self.reduce is not None:
+            # When torch 2.13 drops a gloo group it waits for the group's threads and holds the GIL, which one of them
+            # may still need to let go of the last reduction: without time for that, one run in ten hung at its end.
+            time.sleep(0.5)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
