@@ -67,6 +67,7 @@ from modeling_can.hub import model_card
 from modeling_can.losses import contrastive_loss
 from modeling_can.modeling_can import CANLayer
 from modeling_can.recipe import Recipe, parse_arguments
+from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.training import (
     Checkpoints,
     DataWait,
@@ -121,7 +122,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         # The only buffers are the position tables, the same everywhere: nothing to send around before every step.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),  # the others wait while the main process probes
+            # The others wait while the main process probes.
+            InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(hours=2)),
         ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process

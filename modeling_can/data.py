@@ -21,6 +21,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 import sys
 import tarfile
 import time
@@ -497,7 +498,18 @@ def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[floa
 
 def view_loader(stream: ViewStream, batch_size: int, num_workers: int = 0, **options) -> StatefulDataLoader:
     """The loader of full batches whose `state_dict()` says where each of its readers is."""
-    return StatefulDataLoader(stream, batch_size, num_workers=num_workers, collate_fn=collate, **options)
+    return StatefulDataLoader(
+        stream, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_stop_signals, **options
+    )
+
+
+def ignore_stop_signals(worker_id: int):
+    """
+    In a loader's worker: torchrun, Slurm and a terminal's Ctrl-C signal whole groups of processes, and the training
+    process needs its workers until it has saved. It ends them by itself, or they see that it is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def resume(loader: StatefulDataLoader, states: list[dict]) -> bool:

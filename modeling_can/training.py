@@ -376,7 +376,8 @@ def flush_to_disk(path: Path):
 class StopSignals(contextlib.AbstractContextManager):
     """
     While open, SIGTERM, SIGUSR1 (Slurm before it takes a job away) and SIGINT do not end the process but are
-    remembered, so that the loop can save first; a second one of the same kind is not caught.
+    remembered, so that the loop can save first. A second SIGINT is not caught; the others come in twos where both
+    Slurm and the launcher send them.
 
     Args:
         reduce (callable, *optional*):
@@ -392,12 +393,17 @@ class StopSignals(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, *_):
+        if self.reduce is not None:
+            # When torch 2.13 drops a gloo group it waits for the group's threads and holds the GIL, which one of them
+            # may still need to let go of the last reduction: without time for that, one run in ten hung at its end.
+            time.sleep(0.5)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _remember(self, number, frame):
         self.received = signal.Signals(number)
-        signal.signal(number, self.previous[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.previous[number])
 
     def wanted(self) -> bool:
         """
