@@ -46,7 +46,7 @@ def test_accelerate_stays_in_the_scripts_and_processes_in_the_losses():
     for path in PACKAGE.rglob("*.py"):
         assert not any(module.split(".")[0] == "accelerate" for module in imports(path)), path
         assert "run_pretraining" not in imports(path), path
-        if path.name != "losses.py":
+        if path.name not in ("losses.py", "rendezvous.py"):  # what processes say to each other; how they meet
             assert "torch.distributed" not in path.read_text(), path
     for name in ("data", "training", "evaluation"):
         assert ".modeling_can" not in imports(PACKAGE / f"{name}.py")
