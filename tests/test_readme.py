@@ -39,7 +39,12 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
         command = command.replace("accelerate launch", f"accelerate launch --cpu --num_processes 1 {port}")
     answer = subprocess.run(
         f"{command} {TOY} --output_dir {tmp_path / 'out'}",
-        shell=True, cwd=ROOT, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
+        shell=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "Model, card and figures" in answer.stdout or "preflight: ready" in answer.stdout
