@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -499,17 +500,26 @@ def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[floa
 def view_loader(stream: ViewStream, batch_size: int, num_workers: int = 0, **options) -> StatefulDataLoader:
     """The loader of full batches whose `state_dict()` says where each of its readers is."""
     return StatefulDataLoader(
-        stream, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=ignore_stop_signals, **options
+        stream, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=outlive_stop_signals, **options
     )
 
 
-def ignore_stop_signals(worker_id: int):
+def outlive_stop_signals(worker_id: int):
     """
     In a loader's worker: torchrun, Slurm and a terminal's Ctrl-C signal whole groups of processes, and the training
-    process needs its workers until it has saved. It ends them by itself, or they see that it is gone.
+    process needs its workers until it has saved. SIGTERM is for that process alone to send.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+
+    def end_when_asked():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_when_asked, daemon=True).start()
 
 
 def resume(loader: StatefulDataLoader, states: list[dict]) -> bool:
