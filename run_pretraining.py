@@ -49,6 +49,7 @@ from modeling_can.augmentations import Augmentation
 from modeling_can.conversion import normalisation, warm_start
 from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
 from modeling_can.diagnostics import (
+    TERMS,
     check_disk,
     check_gradients,
     check_optimizer,
@@ -438,7 +439,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 accelerator.log(numbers | ({"health": sentences} if sentences else {}), step)
             except OSError as error:  # a full disk ends no run: the lines are in the checkpoints as well
                 tqdm.write(f"step {step} could not be logged: {error}")
-        logged_at, logged_step, known_findings = now, step, found.keys()
+        logged_at, logged_step, known_findings = now, step, set(found)
         not_training(time.perf_counter() - now)
 
     def not_training(seconds: float):
@@ -503,7 +504,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             tqdm.write(f"the reconstructions could not be drawn: {error}")
 
     # --- The loop ----------------------------------------------------------------------------------------------------
-    logged_step, logged_at, known_findings = first_step, time.perf_counter(), {}.keys()
+    logged_step, logged_at, known_findings = first_step, time.perf_counter(), set()
     train_started = logged_at
     sum_up = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
     bar = tqdm(range(first_step, max_steps), "pre-training", max_steps, initial=first_step, dynamic_ncols=True,
@@ -592,8 +593,9 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
         )
     choice = "give another --output_dir, or replace it with --overwrite_output_dir"
     wanted, checkpoints = recipe.resume_from_checkpoint, output_dir / "checkpoints"
+    own = wanted == "latest" or (wanted and Path(wanted).resolve().parent == checkpoints.resolve())
     if not (output_dir / "results.json").exists():
-        if not wanted and any(checkpoints.glob("step-*")):
+        if not own and any(checkpoints.glob("step-*")):
             raise ValueError(
                 f"output_dir={output_dir} already holds an unfinished run; continue it with --resume_from_checkpoint "
                 f"latest, {choice}"
@@ -604,7 +606,6 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
     if wanted == "latest" and not is_longer:
         print(f"the run in {output_dir} is finished: nothing to do. For another one {choice}")
         return results
-    own = wanted == "latest" or (wanted and Path(wanted).resolve().parent == checkpoints.resolve())
     if not own or not any(checkpoints.glob("step-*")):
         raise ValueError(f"output_dir={output_dir} already holds a finished run; {choice}")
     return None
@@ -886,8 +887,7 @@ def refuse_non_finite(step: int, averages: dict[str, float], on_nonfinite: str):
 
 
 def progress_text(line: dict, num_bad: Counter) -> str:
-    names = {"contrastive_loss": "C", "reconstruction_loss": "A", "denoising_loss": "N"}
-    terms = [f"{short} {line[name]:.4g}" for name, short in names.items() if name in line]
+    terms = [f"{short} {line[f'{term}_loss']:.4g}" for term, short in TERMS.items() if f"{term}_loss" in line]
     text = f"{' '.join(terms)}, {line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
     return text + "".join(f", {count} {reason}" for reason, count in num_bad.most_common())
 

@@ -51,9 +51,9 @@ def embedding_health(image_embeds: torch.Tensor) -> dict[str, float]:
 
     Returns:
         `effective_rank`; `alignment`, the mean squared distance of positives, and `uniformity`, the logarithm of the
-        mean of exp(-2 distance^2) over the pairs of different images, from -4 to 0 (Wang and Isola, arXiv 2005.10242,
-        section 4.1); `positive_similarity` and `negative_similarity`, mean cosines, whose distance is the gap that
-        the contrastive term widens.
+        mean of exp(-2 distance^2) over the pairs of different images, about -4 when they are spread evenly and 0 when
+        they are all the same (Wang and Isola, arXiv 2005.10242, section 4.1); `positive_similarity` and
+        `negative_similarity`, mean cosines, whose distance is the gap that the contrastive term widens.
     """
     embeds = image_embeds.float()
     cosines = torch.einsum("ivd,jwd->ijvw", embeds, embeds)
@@ -143,9 +143,8 @@ def findings(
     }
     for term, sentence in dead.items():
         loss, trivial = mean(f"{term}_loss"), mean(f"{term}_trivial")
-        if (
-            loss is not None and trivial is not None and loss > 0.95 * trivial
-        ):  # beyond what the draw of sigma scatters
+        # 5 % below, because the draw of sigma makes the denoising loss of a dead head scatter.
+        if loss is not None and trivial is not None and loss > 0.95 * trivial:
             found[term] = (
                 f"{sentence}: {loss:.4g} against {trivial:.4g}; train longer, or raise base_learning_rate or "
                 f"{term}_loss_weight"

@@ -213,6 +213,14 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     assert (tmp_path / "model.safetensors").exists() and not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_checkpoint_of_another_run_replaces_no_unfinished_one(uninterrupted, tmp_path):
+    (tmp_path / "checkpoints" / "step-40").mkdir(parents=True)
+    with pytest.raises(ValueError, match="already holds an unfinished run"):
+        run_pretraining.main([*RUN, f"--output_dir={tmp_path}", "--max_steps=50",
+                              f"--resume_from_checkpoint={uninterrupted}/checkpoints/step-25"])  # fmt: skip
+    assert (tmp_path / "checkpoints" / "step-40").is_dir()
+
+
 def test_settings_that_changed_are_named_and_another_model_is_refused(uninterrupted, tmp_path, capfd):
     resume = [*RUN, f"--resume_from_checkpoint={uninterrupted}/checkpoints/step-25"]
     with pytest.raises(ValueError, match="is of another model: intermediate_size was 64, is 32; give it the same"):

@@ -31,6 +31,14 @@ def test_simclr_costs_70_per_cent_more_than_can():
     assert 1.65 <= gflop_per_image(**LARGE, **SIMCLR) / gflop_per_image(**LARGE) <= 1.80
 
 
+def test_the_readmes_scaling_table_counts_these():
+    assert round(gflop_per_image()) == 168 and round(gflop_per_image(**LARGE)) == 430
+    for settings, millions in (({}, 113), (LARGE, 331)):
+        with torch.device("meta"):
+            model = CANForPreTraining(CANConfig(**settings))
+        assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
+
+
 def test_weights_of_zero_skip_their_work():
     full = gflop_per_image()
     assert gflop_per_image(contrastive_loss_weight=0) < full
