@@ -20,7 +20,7 @@ from PIL import ImageColor
 from .configuration_can import CANConfig
 
 
-def _field(default, text):
+def option(default, text):
     return field(default=default, metadata={"help": text})
 
 
@@ -31,71 +31,71 @@ class Recipe:
     config: CANConfig
 
     # Data: exactly one of the first three
-    dataset_name: str | None = _field(None, "Hub id, local folder that datasets.load_dataset reads, or sample_data")
-    data_dir: str | None = _field(None, "any folder of images, nested or flat")
-    data_files: str | list[str] | None = _field(None, "paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
-    streaming: bool = _field(True, "read while training; false: download all of it first")
-    dataset_split: str = _field("train", "split of dataset_name")
-    image_column: str = _field("image", "column that holds the images; else all columns of type Image")
-    max_bad_fraction: float = _field(0.01, "share of bad images above which the run stops")
-    transparent_background: str = _field("white", "colour behind transparent pixels: a name or #rrggbb")
-    high_bit_depth: str = _field("full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip")
-    probe_dataset_name: str | None = _field(None, "labelled set with train and test splits, to measure the features")
-    probe_label_column: str = _field("label", "its column of class indices")
-    probe_image_column: str | None = _field(None, "its column of images; image_column if none")
-    probe_every: int = _field(0, "steps between k-NN tests on it; 0 measures before and after training only")
-    dataloader_num_workers: int = _field(0, "loader processes for each training process")
-    shuffle_block_size: int = _field(1024, "encoded images that a reader holds and shuffles at a time")
+    dataset_name: str | None = option(None, "Hub id, local folder that datasets.load_dataset reads, or sample_data")
+    data_dir: str | None = option(None, "any folder of images, nested or flat")
+    data_files: str | list[str] | None = option(None, "paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
+    streaming: bool = option(True, "read while training; false: download all of it first")
+    dataset_split: str = option("train", "split of dataset_name")
+    image_column: str = option("image", "column that holds the images; else all columns of type Image")
+    max_bad_fraction: float = option(0.01, "share of bad images above which the run stops")
+    transparent_background: str = option("white", "colour behind transparent pixels: a name or #rrggbb")
+    high_bit_depth: str = option("full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip")
+    probe_dataset_name: str | None = option(None, "labelled set with train and test splits, to measure the features")
+    probe_label_column: str = option("label", "its column of class indices")
+    probe_image_column: str | None = option(None, "its column of images; image_column if none")
+    probe_every: int = option(0, "steps between k-NN tests on it; 0 measures before and after training only")
+    dataloader_num_workers: int = option(0, "loader processes for each training process")
+    shuffle_block_size: int = option(1024, "encoded images that a reader holds and shuffles at a time")
 
     # Views
-    crop_scale: tuple[float, ...] = _field((0.2, 1.0), "range of a crop's share of the image area")
-    crop_ratio: tuple[float, ...] = _field((0.75, 4 / 3), "range of a crop's width / height")
-    resample: str = _field("bilinear", "bilinear or bicubic")
-    flip_probability: float = _field(0.5, "of a horizontal flip")
-    color_jitter: tuple[float, ...] = _field((0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue")
-    color_jitter_probability: float = _field(0.8, "of colour jitter")
-    greyscale_probability: float = _field(0.2, "of losing the colour")
-    blur_probability: float = _field(0.5, "of Gaussian blur")
-    blur_sigma: tuple[float, ...] = _field((0.1, 2.0), "range of the blur's width in pixels")
-    solarize_probability: float = _field(0.0, "of inverting what is brighter than one half")
-    measure_mean_std: bool = _field(False, "measure image_mean and image_std on 1,000 images before training")
-    image_mean: tuple[float, ...] = _field((0.485, 0.456, 0.406), "of the pixels in [0, 1], a number a channel")
-    image_std: tuple[float, ...] = _field((0.229, 0.224, 0.225), "of the pixels in [0, 1], a number a channel")
+    crop_scale: tuple[float, ...] = option((0.2, 1.0), "range of a crop's share of the image area")
+    crop_ratio: tuple[float, ...] = option((0.75, 4 / 3), "range of a crop's width / height")
+    resample: str = option("bilinear", "bilinear or bicubic")
+    flip_probability: float = option(0.5, "of a horizontal flip")
+    color_jitter: tuple[float, ...] = option((0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue")
+    color_jitter_probability: float = option(0.8, "of colour jitter")
+    greyscale_probability: float = option(0.2, "of losing the colour")
+    blur_probability: float = option(0.5, "of Gaussian blur")
+    blur_sigma: tuple[float, ...] = option((0.1, 2.0), "range of the blur's width in pixels")
+    solarize_probability: float = option(0.0, "of inverting what is brighter than one half")
+    measure_mean_std: bool = option(False, "measure image_mean and image_std on 1,000 images before training")
+    image_mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "of the pixels in [0, 1], a number a channel")
+    image_std: tuple[float, ...] = option((0.229, 0.224, 0.225), "of the pixels in [0, 1], a number a channel")
 
     # Length: the first that is set counts
-    max_steps: int | None = _field(None, "optimiser updates")
-    num_train_epochs: float | None = _field(None, "passes over the data, where the number of images is known")
-    num_train_samples: int | None = _field(None, "images to see")
+    max_steps: int | None = option(None, "optimiser updates")
+    num_train_epochs: float | None = option(None, "passes over the data, where the number of images is known")
+    num_train_samples: int | None = option(None, "images to see")
 
     # Start
-    model_name_or_path: str | None = _field(None, "weights to begin with: a CAN, ViT-MAE, ViT or DINOv2")
+    model_name_or_path: str | None = option(None, "weights to begin with: a CAN, ViT-MAE, ViT or DINOv2")
 
     # Optimisation
-    per_device_train_batch_size: int = _field(128, "images of one step on one process")
-    gradient_accumulation_steps: int = _field(1, "batches of an optimiser step, one after the other")
-    gradient_caching: bool = _field(True, "accumulate with the contrastive loss over all of the step's images")
-    base_learning_rate: float = _field(2.5e-4, "for 256 images a step; scaled linearly with the global batch")
-    warmup_ratio: float = _field(0.05, "share of the steps with linear warm-up")
-    weight_decay: float = _field(0.05, "AdamW, on matrices only")
-    adam_beta1: float = _field(0.9, "AdamW")
-    adam_beta2: float = _field(0.95, "AdamW")
-    max_grad_norm: float = _field(0.0, "clip the gradient norm; 0 does not clip")
-    on_nonfinite: str = _field("stop", "stop or skip: what follows a gradient that is not finite; no update does")
-    mixed_precision: str = _field("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
-    tf32: bool = _field(True, "products of what is left in fp32 in TF32, on GPUs that have it")
-    gradient_checkpointing: bool = _field(False, "compute each block's activations twice instead of keeping them")
-    torch_compile: bool = _field(False, "compile the transformer blocks; the first step takes a minute longer")
-    seed: int = _field(0, "of weights, order, crops, noise and masks")
+    per_device_train_batch_size: int = option(128, "images of one step on one process")
+    gradient_accumulation_steps: int = option(1, "batches of an optimiser step, one after the other")
+    gradient_caching: bool = option(True, "accumulate with the contrastive loss over all of the step's images")
+    base_learning_rate: float = option(2.5e-4, "for 256 images a step; scaled linearly with the global batch")
+    warmup_ratio: float = option(0.05, "share of the steps with linear warm-up")
+    weight_decay: float = option(0.05, "AdamW, on matrices only")
+    adam_beta1: float = option(0.9, "AdamW")
+    adam_beta2: float = option(0.95, "AdamW")
+    max_grad_norm: float = option(0.0, "clip the gradient norm; 0 does not clip")
+    on_nonfinite: str = option("stop", "stop or skip: what follows a gradient that is not finite; no update does")
+    mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
+    tf32: bool = option(True, "products of what is left in fp32 in TF32, on GPUs that have it")
+    gradient_checkpointing: bool = option(False, "compute each block's activations twice instead of keeping them")
+    torch_compile: bool = option(False, "compile the transformer blocks; the first step takes a minute longer")
+    seed: int = option(0, "of weights, order, crops, noise and masks")
 
     # Output
-    output_dir: str = _field("out", "folder for weights, card, figures and results")
-    overwrite_output_dir: bool = _field(False, "replace a finished run in output_dir")
-    save_steps: int = _field(1000, "steps between checkpoints")
-    save_total_limit: int = _field(2, "checkpoints to keep, the newest; with probe_every also the best")
-    resume_from_checkpoint: str | None = _field(None, "a folder checkpoints/step-N, or latest: that of output_dir")
-    logging_steps: int = _field(20, "steps between lines of metrics.jsonl")
-    log_with: str | None = _field("tensorboard", "trackers, by accelerate's names, comma-separated; or none")
-    preflight: bool = _field(False, "check data, model and machine in a minute instead of training")
+    output_dir: str = option("out", "folder for weights, card, figures and results")
+    overwrite_output_dir: bool = option(False, "replace a finished run in output_dir")
+    save_steps: int = option(1000, "steps between checkpoints")
+    save_total_limit: int = option(2, "checkpoints to keep, the newest; with probe_every also the best")
+    resume_from_checkpoint: str | None = option(None, "a folder checkpoints/step-N, or latest: that of output_dir")
+    logging_steps: int = option(20, "steps between lines of metrics.jsonl")
+    log_with: str | None = option("tensorboard", "trackers, by accelerate's names, comma-separated; or none")
+    preflight: bool = option(False, "check data, model and machine in a minute instead of training")
 
     def __post_init__(self):
         if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
@@ -196,9 +196,9 @@ class Recipe:
             ValueError: for a key that is neither a training nor a model field (the nearest one is named), or a value
                 of the wrong type.
         """
-        _refuse_unknown(values)
         known = {f.name: f for f in [*training_fields(), *model_fields()]}
-        parsed = {key: _parse(key, value, known[key].type) for key, value in values.items()}
+        _refuse_unknown(values, list(known))
+        parsed = {key: parse_value(key, value, known[key].type) for key, value in values.items()}
         model_names = {f.name for f in model_fields()}
         config = CANConfig(**{key: value for key, value in parsed.items() if key in model_names})
         return cls(config=config, **{key: value for key, value in parsed.items() if key not in model_names})
@@ -213,15 +213,14 @@ def model_fields() -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(CANConfig) if f.name in CANConfig.__annotations__ and f.name != "model_type"]
 
 
-def _refuse_unknown(keys):
-    known = [f.name for f in [*training_fields(), *model_fields()]]
+def _refuse_unknown(keys, known: list[str]):
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _parse(name: str, value, annotation):
+def parse_value(name: str, value, annotation):
     """
     A YAML value or command-line word as the type of its field. YAML reads 1e-3 as a string and 0 as an int; the
     command line gives strings only.
@@ -237,9 +236,9 @@ def _parse(name: str, value, annotation):
     sequence = next((option for option in options if typing.get_origin(option) in (tuple, list)), None)
     if sequence and (isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)):
         items = value.split(",") if isinstance(value, str) else value
-        return tuple(_parse(name, item, typing.get_args(sequence)[0]) for item in items)
+        return tuple(parse_value(name, item, typing.get_args(sequence)[0]) for item in items)
     if sequence and options == [sequence]:
-        return (_parse(name, value, typing.get_args(sequence)[0]),)
+        return (parse_value(name, value, typing.get_args(sequence)[0]),)
     try:
         if bool in options:
             return {"true": True, "false": False}[str(value).lower()]
@@ -255,6 +254,37 @@ def _parse(name: str, value, annotation):
     raise ValueError(f"{name}={value!r} is not of type {wanted}")
 
 
+def read_flags(
+    parser: argparse.ArgumentParser, groups: dict[str, list[dataclasses.Field]], argv: list[str] | None
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """
+    Everything on the command line, and the `--key value` of those fields that are given, a flag without a value as
+    `true`, several values as one, with commas.
+
+    Raises:
+        ValueError: for an unknown flag (the nearest one is named), or a word that belongs to none.
+    """
+    several = {"nargs": "*", "action": _Joined}
+    for group, group_fields in groups.items():
+        arguments = parser.add_argument_group(group)
+        for f in group_fields:
+            text = f.metadata.get("help", "see CANConfig") + f" (default {f.default})"
+            number = several if typing.get_origin(f.type) is tuple else {"nargs": "?", "const": "true"}
+            arguments.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **number)
+    argv = sys.argv[1:] if argv is None else argv
+    known = [f.name for group_fields in groups.values() for f in group_fields]
+    _refuse_unknown((word[2:].split("=")[0] for word in argv if word.startswith("--") and word != "--help"), known)
+    arguments, stray = parser.parse_known_args(argv)
+    if stray:
+        raise ValueError(f"unexpected {stray[0]!r}; write --key value")
+    return arguments, {name: value for name, value in vars(arguments).items() if name in known}
+
+
+class _Joined(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, ",".join(values))
+
+
 def parse_arguments(argv: list[str] | None, default_recipe: Path, description: str) -> Recipe:
     """
     `[RECIPE.yaml] [--key value ...]` -> Recipe; the command line counts last. A flag without a value is `true`.
@@ -264,19 +294,7 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", type=Path, default=default_recipe, help=f"YAML; default {default_recipe}")
-    for group, group_fields in (("training", training_fields()), ("model", model_fields())):
-        arguments = parser.add_argument_group(group)
-        for f in group_fields:
-            text = f.metadata.get("help", "see CANConfig") + f" (default {f.default})"
-            arguments.add_argument(
-                f"--{f.name}", nargs="?", const="true", default=argparse.SUPPRESS, help=text.replace("%", "%%")
-            )
-    argv = sys.argv[1:] if argv is None else argv
-    _refuse_unknown(word[2:].split("=")[0] for word in argv if word.startswith("--") and word != "--help")
-    arguments, stray = parser.parse_known_args(argv)
-    if stray:
-        raise ValueError(f"unexpected {stray[0]!r}; write --key value")
-    overrides = {key: value for key, value in vars(arguments).items() if key != "recipe"}
+    arguments, overrides = read_flags(parser, {"training": training_fields(), "model": model_fields()}, argv)
     if not arguments.recipe.is_file():
         raise ValueError(f"there is no recipe {arguments.recipe}; the presets are model_cards/*/recipe.yaml")
     values = yaml.safe_load(arguments.recipe.read_text()) or {}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modeling_can.recipe import Recipe, _parse, model_fields, parse_arguments, training_fields
+from modeling_can.recipe import Recipe, model_fields, parse_arguments, parse_value, training_fields
 
 
 ROOT = Path(__file__).parent.parent
@@ -73,14 +73,14 @@ def test_every_field_is_a_flag():
 
 
 def test_numbers_are_read_as_their_field_says():
-    assert _parse("x", "1e-3", float) == 1e-3 and _parse("x", "1e3", int) == 1000
-    assert _parse("x", 0, float | int) == 0 and _parse("x", "0.5", float | int) == 0.5
-    assert _parse("x", "224", int | list[int] | tuple[int, int]) == 224
-    assert _parse("x", "8,16", int | list[int] | tuple[int, int]) == (8, 16)
-    assert _parse("x", "false", bool) is False
+    assert parse_value("x", "1e-3", float) == 1e-3 and parse_value("x", "1e3", int) == 1000
+    assert parse_value("x", 0, float | int) == 0 and parse_value("x", "0.5", float | int) == 0.5
+    assert parse_value("x", "224", int | list[int] | tuple[int, int]) == 224
+    assert parse_value("x", "8,16", int | list[int] | tuple[int, int]) == (8, 16)
+    assert parse_value("x", "false", bool) is False
     for value, annotation in (("ten", int), (0.5, int), ("yes!", bool), ("a,b", tuple[float, ...])):
         with pytest.raises(ValueError, match="x="):
-            _parse("x", value, annotation)
+            parse_value("x", value, annotation)
 
 
 @pytest.mark.parametrize(
