@@ -1,0 +1,306 @@
+"""Any vision encoder that transformers can load, as a function from encoded pictures to pooled features."""
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+)
+from transformers.utils import logging as transformers_logging
+
+from .views import decode
+
+
+POOLINGS = ("mean", "cls", "both")
+
+
+class Preprocessor:
+    """
+    The processor that was saved with a model, in two steps: the geometry of a picture (resize, crop), where images are
+    decoded, and the numbers (rescale, normalise), in batch on the device. Together they are the processor.
+
+    A processor that does anything else is applied as a whole in the first step.
+
+    Args:
+        processor: A transformers image processor.
+        image_size (`(int, int)`, *optional*): Height and width that the model gets, instead of the processor's own.
+    """
+
+    def __init__(self, processor, image_size: tuple[int, int] | None = None):
+        self.processor, self.num_channels = processor, len(processor.image_mean or (0, 0, 0))
+        self.sizes = {} if image_size is None else _sizes(processor, *image_size)
+        self.in_two_steps = True
+        picture = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
+        expected = self._process(picture)
+        try:
+            two_steps = self.normalise(self(picture)[None])[0]
+            self.in_two_steps = two_steps.shape == expected.shape and bool((two_steps - expected).abs().max() < 1e-4)
+        except Exception:  # whatever another kind of processor makes of it
+            self.in_two_steps = False
+
+    def _process(self, pixels: np.ndarray, **options) -> torch.Tensor:
+        return self.processor([pixels], return_tensors="pt", **self.sizes, **options)["pixel_values"][0]
+
+    def __call__(self, pixels: np.ndarray) -> torch.Tensor:
+        """uint8 `(height, width, channels)` -> uint8 `(channels, height, width)` of the model's size."""
+        return (
+            self._process(pixels, do_rescale=False, do_normalize=False) if self.in_two_steps else self._process(pixels)
+        )
+
+    def decode(self, encoded: bytes, index: int | None = None) -> torch.Tensor:
+        """The same for an encoded picture, whatever its index; raises what `views.decode` raises."""
+        return self(decode(encoded, self.num_channels))
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What `__call__` returned, in batch `(B, C, H, W)`, -> the model's pixel values in fp32."""
+        if not self.in_two_steps:
+            return pixels
+        pixels = pixels.float()
+        if self.processor.do_rescale:
+            pixels = pixels * self.processor.rescale_factor
+        if self.processor.do_normalize:
+            mean, std = (
+                torch.tensor(numbers, dtype=torch.float32, device=pixels.device)[:, None, None]
+                for numbers in (self.processor.image_mean, self.processor.image_std)
+            )
+            pixels = (pixels - mean) / std
+        return pixels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width that the model gets of a square picture."""
+        return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
+
+    def facts(self) -> dict:
+        """Everything that its result depends on."""
+        numbers = json.loads(self.processor.to_json_string())
+        return {**numbers, **self.sizes, "class": type(self.processor).__name__, "library": transformers.__version__}
+
+
+def _sizes(processor, height: int, width: int) -> dict:
+    """The processor's options for another size, in the proportions of its own."""
+    if not processor.do_center_crop:
+        return {"size": {"height": height, "width": width}}
+    before = max(processor.crop_size["height"], processor.crop_size["width"])
+    size = {name: round(side * max(height, width) / before) for name, side in dict(processor.size).items() if side}
+    return {"size": size, "crop_size": {"height": height, "width": width}}
+
+
+class Encoder(nn.Module):
+    """
+    Pixel values -> pooled features, for models with (ViT, DINOv2) and without (Swin, ConvNeXt) a class token.
+
+    Args:
+        model (`PreTrainedModel`): Returns `last_hidden_state`, as tokens or as a map.
+        preprocessor (`Preprocessor`): What makes its pixel values.
+        name (`str`): What it is called in results.
+
+    Raises:
+        ValueError: if the model takes no pixels, or not of the size that the preprocessor makes.
+    """
+
+    def __init__(self, model: nn.Module, preprocessor: Preprocessor, name: str):
+        super().__init__()
+        self.model, self.preprocessor, self.name = model.eval(), preprocessor, name
+        if model.main_input_name != "pixel_values":
+            raise ValueError(f"{name} is a {type(model).__name__}, which takes {model.main_input_name} and no images")
+        self.options = {}
+        if model.config.model_type == "vit_mae":  # which would hide three quarters of the patches in evaluation too
+            model.config.mask_ratio = 0.0
+        size, theirs = preprocessor.image_size, getattr(model.config, "image_size", None)
+        theirs = (theirs, theirs) if isinstance(theirs, int) else theirs
+        if theirs is not None and tuple(theirs) != size:
+            if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+                self.options["interpolate_pos_encoding"] = True
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, preprocessor.num_channels, *size))
+        except (ValueError, RuntimeError, TypeError) as error:
+            fit = f"--image_size {','.join(map(str, theirs))}" if theirs else "--image_size HEIGHT,WIDTH"
+            raise ValueError(
+                f"{name} refuses the {preprocessor.num_channels} x {size[0]} x {size[1]} pixels that its processor "
+                f"makes: {error}. Give another size ({fit}) or processor (--processor_name_or_path)"
+            ) from error
+
+    def forward(self, pixel_values: torch.Tensor, num_layers: int = 1) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): From the preprocessor.
+            num_layers (`int`): How many of the last blocks to take the features of, side by side.
+
+        Returns:
+            `"mean"`, the mean of the patch tokens, and where there is a class token `"cls"`; each `(B, d)`.
+        """
+        options = dict(self.options)
+        if self.model.config.model_type == "vit_mae":  # by which it sorts the patches: the order of the image
+            height, width = (side // self.model.config.patch_size for side in pixel_values.shape[-2:])
+            options["noise"] = torch.arange(height * width, device=pixel_values.device).expand(len(pixel_values), -1)
+        output = self.model(pixel_values=pixel_values, output_hidden_states=num_layers > 1, **options)
+        states = [output.last_hidden_state]
+        if num_layers > 1:  # the last of all is the same as the last_hidden_state, but for the final norm
+            states = [*output.hidden_states[-num_layers:-1], *states]
+        pooled = [self._pool(state, pixel_values) for state in states]
+        return {name: torch.cat([state[name] for state in pooled], dim=1) for name in pooled[0]}
+
+    def _pool(self, state: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        if state.ndim == 4:  # (B, d, h, w)
+            return {"mean": state.mean(dim=(2, 3))}
+        patch_size = self.model.config.patch_size
+        patch_shape = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        num_patches = (pixel_values.shape[-2] // patch_shape[0]) * (pixel_values.shape[-1] // patch_shape[1])
+        num_others = max(0, state.shape[1] - num_patches)  # class token, registers; fewer tokens where they are merged
+        pooled = {"mean": state[:, num_others:].mean(dim=1)}
+        return pooled | ({"cls": state[:, 0]} if num_others else {})
+
+    def digest(self) -> str:
+        """SHA-256 of architecture and weights."""
+        passing = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
+        facts = {key: value for key, value in self.model.config.to_dict().items() if key not in passing}
+        digest = hashlib.sha256(
+            f"{type(self.model).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode()
+        )
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def pooled(features: dict, pooling: str, name: str):
+    """The features meant by `"mean"`, `"cls"` or `"both"`; raises ValueError where there is no class token."""
+    if pooling != "mean" and "cls" not in features:
+        raise ValueError(f"{name} has no class token, which pooling={pooling!r} needs; use --pooling mean")
+    if pooling != "both":
+        return features[pooling]
+    parts = (features["cls"], features["mean"])
+    return torch.cat(parts, 1) if isinstance(parts[0], torch.Tensor) else np.concatenate(parts, 1)
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_encoder(
+    name: str,
+    processor_name: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """
+    Args:
+        name (`str`): A folder or Hub id. Of a pre-training model or a classifier, the encoder.
+        processor_name (`str`, *optional*): Where its image processor is, if not there.
+        image_size (`(int, int)`, *optional*): Height and width of the model's input, instead of the processor's own.
+        trust_remote_code (`bool`): Whether to run code that comes with the model.
+
+    Raises:
+        ValueError: if it cannot be found, is no vision model, lacks weights or a processor, or refuses the size.
+    """
+    model = load_model(name, AutoModel, trust_remote_code)
+    if hasattr(model, "vision_model"):  # of a pair with a text encoder: CLIP, SigLIP
+        model = model.vision_model
+    return Encoder(model, load_preprocessor(processor_name or name, image_size, trust_remote_code), name)
+
+
+def load_preprocessor(name: str, image_size: tuple[int, int] | None = None, trust_remote_code=False) -> Preprocessor:
+    """Raises ValueError where there is none."""
+    with _quiet():
+        try:
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{name} has no image processor that can be loaded ({str(error).splitlines()[0]}); name a model that "
+                "was trained on images prepared alike: --processor_name_or_path"
+            ) from error
+    return Preprocessor(processor, image_size)
+
+
+def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, ...] = (), **options) -> nn.Module:
+    """
+    `auto_class.from_pretrained`, in fp32.
+
+    Args:
+        new (`tuple[str, ...]`): Beginnings of the names of weights that may be missing.
+
+    Raises:
+        ValueError: if it cannot be found, is of no kind that `auto_class` knows, or has weights missing or of another
+            shape, which would stay random without a word.
+    """
+    with _quiet():
+        try:
+            model, info = auto_class.from_pretrained(
+                name,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to be told which
+                trust_remote_code=trust_remote_code,
+                dtype=torch.float32,
+                **options,
+            )
+        except OSError as error:
+            place = (
+                "no model in this folder" if Path(name).is_dir() else "neither a folder nor a model that the Hub gives"
+            )
+            raise ValueError(
+                f"model_name_or_path={name} cannot be loaded: {place} ({str(error).splitlines()[0]}). Without a "
+                f"network, download it first (hf download {name}) or give a folder"
+            ) from error
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"model_name_or_path={name} cannot be loaded as {auto_class.__name__}: {error}"
+            ) from error
+    # The pooler of ViT is used by nothing here, and absent from the weights of MAE, DINO and most classifiers.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", *new)))
+    misshapen = sorted(key for key, *_ in info["mismatched_keys"] if not key.startswith(new))
+    if missing or misshapen:
+        raise ValueError(
+            f"{name} lacks weights of a {type(model).__name__}, which would stay random: "
+            f"{', '.join((missing + misshapen)[:5])}{' ...' if len(missing + misshapen) > 5 else ''}; is the folder "
+            "complete, and its config.json its own?"
+        )
+    return model
+
+
+def classifier_class(name: str, trust_remote_code=False):
+    """The class of transformers that puts a classifier on this encoder."""
+    with _quiet():
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    # transformers has no classifier for ViT-MAE; its encoder is a ViT.
+    return (
+        ViTForImageClassification if config.model_type == "vit_mae" else AutoModelForImageClassification
+    )
+
+
+def untrained(encoder: Encoder, seed: int) -> Encoder:
+    """The same architecture with fresh weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = type(encoder.model)(copy.deepcopy(encoder.model.config))
+    if model.config.model_type == "vit_mae":  # transformers 5 leaves its position table at zero
+        model.load_state_dict(
+            {k: v for k, v in encoder.model.state_dict().items() if k.endswith("position_embeddings")}, strict=False
+        )
+    return Encoder(model, encoder.preprocessor, f"untrained {type(model).__name__}")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No words of transformers about a torchvision that this project does without, or weights that are not used."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,217 @@
+"""Every kind of vision encoder: loaded, pooled, normalised as its processor does; and refused in words."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY, tiny_model
+from transformers import BertConfig, BertModel, ViTImageProcessorPil
+
+from modeling_can import CANForImageClassification
+from modeling_can.encoders import Preprocessor, load_encoder, load_model, pooled, untrained
+
+
+VIT = dict(
+    hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+)
+STAGES = dict(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])
+KINDS = {  # class, its configuration, and how many tokens come before those of the patches
+    "ViTModel": (VIT, 1),
+    "ViTForImageClassification": (VIT, 1),
+    "ViTMAEForPreTraining": (VIT, 1),
+    "Dinov2Model": (VIT, 1),
+    "Dinov2WithRegistersModel": (VIT | {"num_register_tokens": 4}, 5),
+    "DINOv3ViTModel": (VIT | {"num_register_tokens": 2}, 3),
+    "BeitModel": (VIT, 1),
+    "SiglipVisionModel": (VIT, 0),
+    "SwinModel": (dict(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4), 0),
+    "ConvNextModel": (STAGES, 0),
+    "ResNetModel": (STAGES | {"embedding_size": 8}, 0),
+}
+
+
+def processor(**changes) -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(**{"size": {"height": 32, "width": 32}, **changes})
+
+
+def saved(folder, model, **changes) -> str:
+    model.save_pretrained(folder)
+    processor(**changes).save_pretrained(folder)
+    return str(folder)
+
+
+def build(kind: str):
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    return model_class(model_class.config_class(**KINDS[kind][0])).eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_mean_of_its_patches_and_its_class_token(kind, tmp_path):
+    model, num_before = build(kind), KINDS[kind][1]
+    encoder = load_encoder(saved(tmp_path, model))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = encoder(pixels)
+        again = encoder(pixels)
+        more = encoder(pixels, num_layers=2)
+        if kind == "ViTMAEForPreTraining":  # hides nothing, keeps the order; a plain ViT has the same weights
+            plain = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+            state = plain(pixels).last_hidden_state
+        else:
+            state = (model.vit if hasattr(model, "vit") else model)(pixels).last_hidden_state
+    tokens = state.flatten(2).transpose(1, 2) if state.ndim == 4 else state
+    torch.testing.assert_close(features["mean"], tokens[:, num_before:].mean(1), atol=1e-5, rtol=0)
+    assert ("cls" in features) == (num_before > 0)
+    if num_before:
+        torch.testing.assert_close(features["cls"], tokens[:, 0], atol=1e-5, rtol=0)
+        assert pooled(features, "both", kind).shape == (2, 2 * features["mean"].shape[1])
+    else:
+        with pytest.raises(ValueError, match="no class token.*--pooling mean"):
+            pooled(features, "cls", kind)
+    for name in features:
+        assert torch.equal(features[name], again[name])
+        width = features[name].shape[1]
+        assert more[name].shape[1] > width and torch.allclose(more[name][:, -width:], features[name], atol=1e-5)
+
+
+def test_can_gives_its_pooler_output_and_leaves_decoder_and_classifier_behind(tmp_path):
+    model = tiny_model()
+    classifier = CANForImageClassification(model.config).eval()
+    classifier.can.load_state_dict(model.can.state_dict())
+    pixels = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        expected = model.can(pixels).pooler_output
+        for name, source in {"pre-trained": model, "classifier": classifier}.items():
+            folder = saved(tmp_path / name, source, size={"height": 32, "width": 48})
+            encoder = load_encoder(folder)
+            torch.testing.assert_close(encoder(pixels)["mean"], expected, atol=1e-6, rtol=0)
+
+
+def test_the_digest_is_of_the_weights_not_of_their_place(tmp_path):
+    first = load_encoder(saved(tmp_path / "a", build("ViTModel")))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert load_encoder(str(tmp_path / "b")).digest() == first.digest()
+    with torch.no_grad():
+        first.model.layernorm.bias[0] += 1e-3
+    assert load_encoder(str(tmp_path / "b")).digest() != first.digest()
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))  # same weights
+    assert load_encoder(str(tmp_path / "b")).digest() != load_encoder(str(tmp_path / "a")).digest()
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "ViTMAEForPreTraining"])
+def test_an_untrained_model_has_other_weights_and_knows_its_positions(kind, tmp_path):
+    model = build(kind)
+    if kind == "ViTMAEForPreTraining":  # as in a released checkpoint
+        model.vit.embeddings.position_embeddings.data.normal_()
+    encoder = load_encoder(saved(tmp_path, model))
+    state = torch.get_rng_state()
+    fresh = untrained(encoder, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fresh.digest() == untrained(encoder, seed=3).digest() != untrained(encoder, seed=4).digest()
+    assert fresh.digest() != encoder.digest()
+    pixels = torch.randn(1, 3, 32, 32)
+    moved = pixels.roll(8, dims=3)  # a whole patch
+    with torch.no_grad():
+        assert (fresh(pixels)["cls"] - fresh(moved)["cls"]).abs().max() > 1e-4
+
+
+# --- Preprocessing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, dict(size={"shortest_edge": 36}, do_center_crop=True, resample=3,
+                                              crop_size={"height": 32, "width": 24}), dict(do_normalize=False),
+                                     dict(image_mean=[0.5], image_std=[0.25])])  # fmt: skip
+def test_two_steps_are_the_processor(changes):
+    whole = processor(**changes)
+    two = Preprocessor(whole)
+    assert two.in_two_steps and two.num_channels == len(whole.image_mean)
+    for seed, size in enumerate([(40, 60), (33, 32), (100, 50)]):
+        picture = np.random.default_rng(seed).integers(0, 256, (*size, two.num_channels), dtype=np.uint8)
+        prepared = two(picture)
+        assert prepared.dtype == torch.uint8
+        expected = whole([picture], return_tensors="pt").pixel_values
+        torch.testing.assert_close(two.normalise(prepared[None]), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_another_kind_of_processor_is_applied_as_a_whole():
+    class Odd(ViTImageProcessorPil):
+        def __call__(self, *arguments, **options):
+            batch = super().__call__(*arguments, **options)
+            batch["pixel_values"] = batch["pixel_values"].flip(-1) + 1
+            return batch
+
+    odd = Odd(size={"height": 32, "width": 32})
+    whole, picture = Preprocessor(odd), np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    expected = odd([picture], return_tensors="pt").pixel_values
+    assert not whole.in_two_steps and torch.equal(whole.normalise(whole(picture)[None]), expected)
+
+
+def test_another_size_keeps_the_proportions_and_is_interpolated(tmp_path):
+    changes = dict(size={"shortest_edge": 40}, do_center_crop=True, crop_size={"height": 32, "width": 32})
+    folder = saved(tmp_path, build("ViTModel"), **changes)
+    encoder = load_encoder(folder, image_size=(48, 64))
+    assert encoder.preprocessor.image_size == (48, 64) and encoder.preprocessor.sizes["size"] == {"shortest_edge": 80}
+    assert encoder.options == {"interpolate_pos_encoding": True}
+    assert load_encoder(folder).options == {}
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_there_is_refused_with_what_helps_offline(tmp_path):
+    with pytest.raises(ValueError, match="nobody/nothing cannot be loaded: .*hf download nobody/nothing"):
+        load_encoder("nobody/nothing")
+    with pytest.raises(ValueError, match="is no AutoModel|cannot be loaded"):
+        load_encoder(str(tmp_path))
+
+
+def test_a_model_without_a_processor_can_borrow_one(tmp_path):
+    build("ViTModel").save_pretrained(tmp_path / "model")
+    processor().save_pretrained(tmp_path / "processor")
+    with pytest.raises(ValueError, match="no image processor .*--processor_name_or_path"):
+        load_encoder(str(tmp_path / "model"))
+    assert load_encoder(str(tmp_path / "model"), str(tmp_path / "processor")).preprocessor.image_size == (32, 32)
+
+
+def test_a_size_that_the_model_refuses_names_the_one_it_takes(tmp_path):
+    folder = saved(tmp_path, tiny_model(), size={"height": 20, "width": 20})
+    with pytest.raises(ValueError, match=r"refuses the 3 x 20 x 20 pixels .*--image_size 32,48"):
+        load_encoder(folder)
+    assert load_encoder(folder, image_size=(32, 48)).options == {}
+
+
+def test_greyscale_pictures_for_a_colour_model_are_refused(tmp_path):
+    folder = saved(tmp_path, build("ViTModel"), image_mean=[0.5], image_std=[0.5])
+    with pytest.raises(ValueError, match="refuses the 1 x 32 x 32 pixels"):
+        load_encoder(folder)
+
+
+def test_text_models_are_refused(tmp_path):
+    tiny = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    folder = saved(tmp_path, BertModel(BertConfig(**tiny)))
+    with pytest.raises(ValueError, match="takes input_ids and no images"):
+        load_encoder(folder)
+
+
+def test_missing_and_misshapen_weights_are_refused(tmp_path):
+    folder = saved(tmp_path, build("ViTModel"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match="lacks weights of a ViTModel.*layers.3"):
+        load_encoder(folder)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
+    with pytest.raises(ValueError, match="mlp"):
+        load_encoder(folder)
+
+
+def test_a_new_classifier_may_be_missing_where_it_is_asked_for(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="classifier.weight"):
+        load_model(str(tmp_path), CANForImageClassification)
+    model = load_model(str(tmp_path), CANForImageClassification, new=("classifier.",), num_labels=5)
+    assert model.classifier.weight.shape == (5, TINY["hidden_size"])
