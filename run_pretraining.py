@@ -11,19 +11,16 @@ Every key of a recipe is a flag, and flags count last; `--help` lists them all.
 import json
 import math
 import os
-import platform
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +60,9 @@ from modeling_can.diagnostics import (
     trivial_losses,
     verdict,
 )
+from modeling_can.encoders import Preprocessor
 from modeling_can.evaluation import Probe, raw_pixels
-from modeling_can.hub import model_card
+from modeling_can.hub import model_card, run_facts, write
 from modeling_can.losses import contrastive_loss
 from modeling_can.modeling_can import CANLayer
 from modeling_can.recipe import Recipe, parse_arguments
@@ -78,6 +76,7 @@ from modeling_can.training import (
     accumulated_backward,
     cached_backward,
     learning_rate,
+    mixed_precision,
     parameter_groups,
     random_numbers_apart,
     rng_state,
@@ -175,7 +174,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     processor, probe = image_processor(recipe), None
     if recipe.probe_dataset_name and is_main:
         column = recipe.probe_image_column or recipe.image_column
-        probe = Probe(recipe.probe_dataset_name, column, recipe.probe_label_column, processor)
+        probe = Probe(recipe.probe_dataset_name, column, recipe.probe_label_column, Preprocessor(processor))
 
     # --- Length and learning rate, derived once ----------------------------------------------------------------------
     num_micro_batches = recipe.gradient_accumulation_steps
@@ -270,9 +269,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         "warmup_steps": warmup_steps,
         "learning_rate": peak_learning_rate,
         "mixed_precision": accelerator.mixed_precision,
-        "machine": machine(device),
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "kornia")},
-        "git_commit": git_commit(),
+        **run_facts(device, ("torch", "transformers", "accelerate", "datasets", "kornia")),
     }
     if is_main:
         print(
@@ -654,13 +651,6 @@ def prepare_folder(output_dir: Path, keep: bool):
         path.unlink()
 
 
-def mixed_precision(choice: str) -> str:
-    """bf16 by default on GPUs that have it; never on a CPU, where it can be hundreds of times slower than fp32."""
-    if choice == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-    return choice
-
-
 def trackers(names: str | None) -> list[str] | None:
     """accelerate's names; it leaves out unknown and missing packages without a word."""
     wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
@@ -735,20 +725,6 @@ def image_processor(recipe: Recipe) -> ViTImageProcessor:
     )
     transformers_logging.set_verbosity(verbosity)
     return processor
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
 
 
 # --- Model and optimiser, perhaps spread over the processes ----------------------------------------------------------
@@ -893,13 +869,6 @@ def progress_text(line: dict, num_bad: Counter) -> str:
 
 
 # --- Output ----------------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, text: str):
-    """All or nothing: a reader never meets half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def print_summary(output_dir: Path, results: dict):

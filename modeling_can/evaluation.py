@@ -1,113 +1,522 @@
-"""How good are features? k-NN and linear probe on a labelled set, for any function from images to features."""
+"""
+How good are features? Labelled sets, features of them, and the protocols on frozen features: k-NN, linear probe,
+few-shot. The test images meet a protocol only once it has made all of its choices.
+"""
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
+import safetensors.numpy
+import scipy.stats
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
-from .data import resolve_name
+from .data import read_bytes, resolve_name
+from .views import BadImage
+
+
+logger = logging.getLogger(__name__)
+
+NEIGHBOURS = (1, 5, 10, 20, 100)
+WEIGHT_DECAYS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of the linear probe, the strongest first
+MAX_ITERATIONS = 100  # for each, from where the one before ended; the held-out images judge an unfinished fit as any
+SHOTS = ("1", "2", "5", "10", "1%", "10%")
+
+
+# --- Labelled sets ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """
+    Some labelled pictures.
+
+    Args:
+        name (`str`): For messages.
+        pictures (`datasets.Dataset`): One column, `image`, of encoded pictures.
+        labels (`np.ndarray` of shape `(N,)`): Class indices.
+    """
+
+    name: str
+    pictures: datasets.Dataset
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: np.ndarray) -> "Split":
+        return Split(self.name, self.pictures.select(indices), self.labels[indices])
+
+    def read(self, index: int) -> bytes:
+        return read_bytes(self.pictures[int(index)]["image"])
+
+
+class LabelledSet(NamedTuple):
+    """Pictures to learn from, pictures to be tested on, and the names of the classes."""
+
+    train: Split
+    test: Split
+    class_names: list[str]
+
+
+def load_split(
+    dataset_name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+) -> tuple[Split, list[str]]:
+    """
+    One split of a set that `datasets.load_dataset` reads, and the names of its classes: those of a `ClassLabel`
+    column, or the sorted values of any other.
+
+    Raises:
+        ValueError: if it cannot be found, is empty, lacks a column, or has rows without a label.
+    """
+    name = f"{dataset_name}, {split}"
+    try:
+        rows = datasets.load_dataset(resolve_name(dataset_name), config_name, split=split)
+    except OSError as error:  # no such folder or set, or no network
+        raise ValueError(
+            f"dataset_name={dataset_name} cannot be loaded: {error}. Give a Hub id, or a folder of parquet shards "
+            "(train-*.parquet, test-*.parquet) or of class folders (train/CLASS/*.jpg, test/CLASS/*.jpg)"
+        ) from error
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: {error} Name other splits with --train_split and --test_split; --test_size 0.2 holds out a "
+            "share of the training split"
+        ) from error
+    for field, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in rows.column_names:
+            raise ValueError(f"{name}: no column {column!r}; set {field} to one of {', '.join(rows.column_names)}")
+    if not len(rows):
+        raise ValueError(f"{name} is empty")
+
+    labels, kind = np.asarray(rows.with_format(None)[label_column][:]), rows.features[label_column]
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUO":
+        raise ValueError(f"{name}: {label_column!r} must hold one class for each image, not {kind}")
+    is_class = isinstance(kind, datasets.ClassLabel)
+    missing = [row for row, label in enumerate(labels) if label is None or (is_class and label < 0)]
+    if missing:
+        raise ValueError(
+            f"{name}: {len(missing)} rows have no label, the first is row {missing[0]}; remove them, or name a "
+            "labelled split (--train_split, --test_split)"
+        )
+    values, indices = np.unique(labels, return_inverse=True)
+    names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
+    pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    pictures = pictures if image_column == "image" else pictures.rename_column(image_column, "image")
+    return Split(name, pictures, indices.astype(np.int64)), names
 
 
 def load_labelled(
-    dataset_name: str, image_column: str = "image", label_column: str = "label"
-) -> dict[str, datasets.Dataset]:
+    dataset_name: str,
+    config_name: str | None = None,
+    train_split: str = "train",
+    test_split: str = "test",
+    image_column: str = "image",
+    label_column: str = "label",
+    test_size: float = 0.0,
+    seed: int = 0,
+) -> LabelledSet:
     """
-    The train and test splits of a labelled set.
+    A set with a part to learn from and one to be tested on.
+
+    Args:
+        dataset_name (`str`): Hub id, folder of parquet shards or of class folders, or `"sample_data"`.
+        train_split, test_split (`str`): Names, or slices such as `train[:80%]`.
+        test_size (`float`):
+            For a set without a test split, the share of every class of the training split to hold out.
 
     Raises:
-        ValueError: if it lacks one of the splits or columns, or its labels are not class indices.
+        ValueError: as `load_split`; if there is a single class, or a test label that no training image has.
     """
-    sets = datasets.load_dataset(resolve_name(dataset_name))
-    for split in ("train", "test"):
-        if split not in sets:
-            raise ValueError(f"{dataset_name} has no split {split!r}, only {list(sets)}; a probe needs train and test")
-        columns = sets[split].column_names
-        for column in (image_column, label_column):
-            if column not in columns:
-                raise ValueError(f"the {split} split of {dataset_name} has no column {column!r}, only {columns}")
-        labels = np.asarray(sets[split][label_column])
-        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-            raise ValueError(f"{dataset_name}, {split}: {label_column!r} must hold class indices from 0 on")
-    return {split: sets[split] for split in ("train", "test")}
+    train, names = load_split(dataset_name, config_name, train_split, image_column, label_column)
+    known = np.unique(train.labels)
+    if len(known) < 2:
+        raise ValueError(f"{train.name} has a single class, {names[known[0]]!r}; a test needs two or more")
+    if test_size:
+        held_out, rest = hold_out(train.labels, test_size, seed)
+        if not len(held_out):
+            raise ValueError(f"test_size={test_size} of {train.name} is no image of any class; raise it")
+        return LabelledSet(train.select(rest), train.select(held_out), names)
+    test, test_names = load_split(dataset_name, config_name, test_split, image_column, label_column)
+    unseen = [
+        test_names[label] for label in np.unique(test.labels) if test_names[label] not in {names[k] for k in known}
+    ]
+    if unseen:
+        raise ValueError(
+            f"{len(unseen)} labels of {test.name} have no image in {train.name}: {', '.join(unseen[:10])}; remove "
+            "those rows, or name other splits (--train_split, --test_split)"
+        )
+    ours = np.array([names.index(name) if name in names else -1 for name in test_names])
+    return LabelledSet(train, Split(test.name, test.pictures, ours[test.labels]), names)
 
 
-def batches(dataset: datasets.Dataset, processor: Callable, image_column: str = "image") -> Iterator[torch.Tensor]:
-    """The images of a set, in order, in batches of pixel values as the processor prepares them."""
-    mode = "RGB" if len(processor.image_mean) == 3 else "L"
-    for batch in dataset.select_columns([image_column]).iter(batch_size=256):
-        yield processor([image.convert(mode) for image in batch[image_column]], return_tensors="pt")["pixel_values"]
+def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random indices of `share` of every class, rounded to whole images, and those of the rest, both sorted."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        chosen[own[: round(share * len(own))]] = True
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+# --- Features --------------------------------------------------------------------------------------------------------
+
+
+class Processes(NamedTuple):
+    """
+    This process among those that work together. `gather` hands the list of each to all, joined in the order of their
+    index.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[list], list] = list
+
+
+ALONE = Processes()
+
+
+class Pictures(torch.utils.data.Dataset):
+    """
+    The pictures of a split, each prepared in the loader's workers by `prepare(encoded bytes, index)`.
+
+    Raises:
+        ValueError: for a picture that cannot be used: an evaluation leaves nothing out.
+    """
+
+    def __init__(self, split: Split, prepare: Callable):
+        self.split, self.prepare = split, prepare
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        images = self.split.pictures[indices]["image"]
+        return [self._prepare(image, index, index) for image, index in zip(images, indices, strict=True)]
+
+    def _prepare(self, image: dict, index: int, argument: int) -> torch.Tensor:
+        try:
+            return self.prepare(read_bytes(image), argument)
+        except BadImage as error:
+            raise ValueError(
+                f"{self.split.name}: the image of row {index} is {error.reason} ({error}); mend or remove it, as an "
+                "evaluation leaves no image out"
+            ) from error
 
 
 @torch.no_grad()
-def extract_features(embed: Callable[[torch.Tensor], torch.Tensor], pixel_batches) -> np.ndarray:
-    """`embed` maps pixel values `(B, C, H, W)` to features `(B, d)`; returns all of them in fp32."""
-    return np.concatenate([embed(pixels).float().cpu().numpy() for pixels in pixel_batches])
-
-
-def knn_accuracy(train, train_labels, test, test_labels, k: int = 20, temperature: float = 0.07) -> float:
+def extract(
+    encode: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    pictures: Pictures,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    processes: Processes = ALONE,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, np.ndarray] | None:
     """
-    Share of test features whose k nearest training features (cosine), each voting with weight
-    exp(similarity / temperature), name the right class (Wu et al., arXiv 1805.01978, section 3.4).
+    What `encode` makes of all pictures, in their order, in fp32; on the first process, elsewhere `None`. The set is
+    cut into the same batches on any number of processes, which take turns, so that the result is the same.
+
+    Args:
+        encode (callable): A batch of prepared pictures -> named tensors with as many rows.
+        progress (callable): Wraps the iterable of rounds, e.g. into a bar.
     """
-    train, test = (torch.nn.functional.normalize(torch.as_tensor(x), dim=1) for x in (train, test))
-    train_labels, test_labels = torch.as_tensor(train_labels), torch.as_tensor(test_labels)
-    num_right = 0
-    for features, labels in zip(test.split(1024), test_labels.split(1024), strict=True):  # bounds the memory
-        similarity, nearest = (features @ train.T).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(features), int(train_labels.max()) + 1)
-        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
-        num_right += (votes.argmax(dim=1) == labels).sum().item()
-    return num_right / len(test)
-
-
-def logistic_regression(features, labels, num_classes: int, weight_decay: float, max_iter: int = 100) -> torch.Tensor:
-    """
-    Multinomial logistic regression by full-batch L-BFGS, penalty weight_decay / 2 * |W|^2 beside the mean loss.
-    Returns the weights `(d + 1, num_classes)`, bias last.
-    """
-    weights = torch.zeros(features.shape[1] + 1, num_classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=max_iter, tolerance_change=1e-6, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        logits = torch.addmm(weights[-1], features, weights[:-1])
-        loss = torch.nn.functional.cross_entropy(logits, labels) + weight_decay / 2 * weights[:-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weights.detach()
-
-
-def linear_probe_accuracy(train, train_labels, test, test_labels, seed: int = 0) -> float:
-    """
-    Test accuracy of multinomial logistic regression on standardised features. Its regularisation is chosen on a fifth
-    of the training set, never on the test set.
-    """
-    train, train_labels, test, test_labels = map(torch.as_tensor, (train, train_labels, test, test_labels))
-    mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
-    num_classes = int(train_labels.max()) + 1
-
-    def accuracy(fit, held_out, weight_decay):
-        weights = logistic_regression(train[fit], train_labels[fit], num_classes, weight_decay)
-        features, labels = held_out
-        return ((features @ weights[:-1] + weights[-1]).argmax(dim=1) == labels).float().mean().item()
-
-    order = torch.as_tensor(np.random.default_rng(seed).permutation(len(train)))
-    held_out, fit = order[: len(train) // 5], order[len(train) // 5 :]
-    best = max(
-        (1e-3, 1e-2, 1e-1, 1.0), key=lambda decay: accuracy(fit, (train[held_out], train_labels[held_out]), decay)
+    starts = range(0, len(pictures), batch_size)
+    own = [
+        list(range(start, min(start + batch_size, len(pictures))))
+        for start in starts[processes.index :: processes.count]
+    ]
+    loader = iter(
+        torch.utils.data.DataLoader(
+            pictures, batch_sampler=own, num_workers=num_workers, pin_memory=torch.cuda.is_available()
+        )
     )
-    return accuracy(order, (test, test_labels), best)
+    arrays, num_rows = {}, 0
+    for _ in progress(range(-(-len(starts) // processes.count))):
+        batch = next(loader, None)  # there may be one round more on the first processes
+        made = None if batch is None else {name: x.float().cpu().numpy() for name, x in encode(batch).items()}
+        gathered = processes.gather([made])
+        for part in gathered if processes.index == 0 else []:
+            for name, rows in (part or {}).items():
+                if name not in arrays:
+                    arrays[name] = np.empty((len(pictures), *rows.shape[1:]), dtype=np.float32)
+                arrays[name][num_rows : num_rows + len(rows)] = rows
+            num_rows += len(rows) if part else 0
+    return arrays if processes.index == 0 else None
+
+
+def cached(folder: Path | None, facts: dict, make: Callable[[], dict | None], processes: Processes = ALONE):
+    """
+    Arrays by name from the cache, or made and put there.
+
+    Args:
+        folder (`Path`, *optional*): `None` makes them anew.
+        facts (`dict`): All that they depend on; its hash is the file's name.
+        make (callable): Returns them on the first process; called by all.
+    """
+    if folder is None:
+        return make()
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    path = Path(folder) / f"{key}.safetensors"
+    if processes.gather([path.exists()])[0]:
+        return safetensors.numpy.load_file(path) if processes.index == 0 else None
+    arrays = make()
+    if arrays is not None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metadata = {"facts": json.dumps(facts, default=str)}
+            safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the evaluation
+            if partial.exists():
+                partial.unlink()
+            logger.warning("features are not cached: %s", error)
+    return arrays
 
 
 def raw_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
     """The baseline features `(B, C * h * w)`: the pixels themselves, pictures above 32 x 32 reduced to that."""
     height, width = pixel_values.shape[-2:]
-    small = torch.nn.functional.adaptive_avg_pool2d(pixel_values, (min(32, height), min(32, width)))
+    small = nn.functional.adaptive_avg_pool2d(pixel_values, (min(32, height), min(32, width)))
     return small.flatten(1)
+
+
+# --- k-NN ------------------------------------------------------------------------------------------------------------
+
+
+def nearest_neighbours(train, test, k: int, device: str | torch.device = "cpu") -> tuple[np.ndarray, np.ndarray]:
+    """Cosine similarities of the k nearest training features, the nearest first, and their indices; each `(N, k)`."""
+    train = nn.functional.normalize(torch.as_tensor(train, device=device), dim=1)
+    similarities, indices = [], []
+    for part in torch.as_tensor(test).split(512):  # bounds the memory
+        part = nn.functional.normalize(part.to(device), dim=1)
+        similarity, index = (part @ train.T).topk(min(k, len(train)), dim=1)
+        similarities.append(similarity.cpu().numpy())
+        indices.append(index.cpu().numpy())
+    return np.concatenate(similarities), np.concatenate(indices)
+
+
+def knn_predictions(
+    train,
+    train_labels: np.ndarray,
+    test,
+    num_classes: int,
+    ks: tuple[int, ...] = NEIGHBOURS,
+    temperature: float = 0.07,
+    device: str | torch.device = "cpu",
+) -> dict[int, np.ndarray]:
+    """
+    For each k the classes that the k nearest training features (cosine) vote for, each with weight
+    exp(similarity / temperature) (Wu et al., arXiv 1805.01978, section 3.4). k above their number takes them all.
+    """
+    similarity, nearest = nearest_neighbours(train, test, max(ks), device)
+    # Relative to the nearest one, which leaves the vote as it is, and cannot overflow.
+    weights = np.exp((similarity - similarity[:, :1]) / temperature)
+    rows, predictions = np.arange(len(nearest))[:, None], {}
+    for k in ks:
+        votes = np.zeros((len(nearest), num_classes), dtype=weights.dtype)
+        np.add.at(votes, (rows, train_labels[nearest[:, :k]]), weights[:, :k])
+        predictions[k] = votes.argmax(axis=1)
+    return predictions
+
+
+# --- Linear probe ----------------------------------------------------------------------------------------------------
+
+
+class LinearClassifier(NamedTuple):
+    """
+    Logits = features @ weight.T + bias.
+
+    Args:
+        weight (`np.ndarray` of shape `(num_classes, d)`), bias (`np.ndarray` of shape `(num_classes,)`): On features
+            as they are, so that they can become the last layer of a model.
+        weight_decay (`float`): What was chosen.
+        held_out_accuracy (`float`, *optional*): What it was chosen by, in [0, 1].
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    weight_decay: float
+    held_out_accuracy: float | None
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return (features @ self.weight.T + self.bias).argmax(axis=1)
+
+
+def linear_probe(
+    features: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    standardise_by: np.ndarray | None = None,
+) -> LinearClassifier:
+    """
+    Multinomial logistic regression on standardised features, penalty weight_decay / 2 * |W|^2 beside the mean loss.
+    The weight decay is chosen on a fifth of every class, from the strongest on until two weaker ones in a row are
+    worse than the best; then all images are fitted. Where no class has the three images of which one can be held out,
+    it is 0.01.
+
+    Args:
+        device: A GPU runs torch's L-BFGS, a CPU scikit-learn's.
+        standardise_by (`np.ndarray`, *optional*): Features whose mean and deviation count, if not these.
+    """
+    mean, std = (f(features if standardise_by is None else standardise_by) for f in (_mean, _std))
+    scaled = (features - mean) / std
+    held_out, fit = hold_out(labels, 0.2, seed)
+    fit_weights, best, accuracies = _logistic_regression(num_classes, device), 1e-2, {}
+    for decay in WEIGHT_DECAYS if len(held_out) else ():
+        weights = fit_weights(scaled[fit], labels[fit], decay)
+        predicted = (scaled[held_out] @ weights[:-1] + weights[-1]).argmax(axis=1)
+        accuracies[decay] = float((predicted == labels[held_out]).mean())
+        best = max(accuracies, key=accuracies.get)  # the strongest of equals
+        if len(accuracies) >= 3 and max(list(accuracies.values())[-2:]) < accuracies[best]:
+            break  # the weakest ones take the longest
+    weights = fit_weights(scaled, labels, best)
+    weight = (weights[:-1] / std[:, None]).T
+    return LinearClassifier(weight, weights[-1] - weight @ mean, best, accuracies.get(best))
+
+
+def _mean(features):
+    return features.mean(axis=0, dtype=np.float64).astype(np.float32)
+
+
+def _std(features):
+    return np.maximum(features.std(axis=0, dtype=np.float64), 1e-6).astype(np.float32)
+
+
+def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.ndarray, float], np.ndarray]:
+    """
+    A function (features, labels, weight decay) -> weights `(d + 1, num_classes)`, bias last, that starts where its
+    last call ended.
+    """
+    if torch.device(device).type != "cpu":
+        return _torch_logistic_regression(num_classes, device)
+    from sklearn.exceptions import ConvergenceWarning  # slow to import, and only this needs it
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
+
+    def fit(features, labels, weight_decay):
+        present = np.unique(labels)
+        # Of two classes scikit-learn fits the difference, whose square is twice that of the two halves.
+        model.C = (2 if len(present) == 2 else 1) / (weight_decay * len(features))
+        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+            model.fit(features, labels)
+        coefficients, bias = model.coef_, model.intercept_
+        if len(present) == 2:
+            coefficients, bias = np.concatenate([-coefficients, coefficients]) / 2, np.append(-bias, bias) / 2
+        weights = np.zeros((features.shape[1] + 1, num_classes), dtype=np.float32)
+        weights[-1] = -np.inf  # of classes without an image
+        weights[:-1, present], weights[-1, present] = coefficients.T, bias
+        return weights
+
+    return fit
+
+
+def _torch_logistic_regression(num_classes: int, device):
+    weights = None
+
+    def fit(features, labels, weight_decay):
+        nonlocal weights
+        features, labels = torch.as_tensor(features, device=device), torch.as_tensor(labels, device=device)
+        if weights is None:
+            weights = torch.zeros(features.shape[1] + 1, num_classes, device=device, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [weights], max_iter=MAX_ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+        )
+
+        def closure():
+            optimizer.zero_grad()
+            logits = torch.addmm(weights[-1], features, weights[:-1])
+            loss = nn.functional.cross_entropy(logits, labels) + weight_decay / 2 * weights[:-1].square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return weights.detach().cpu().numpy().copy()
+
+    return fit
+
+
+# --- Few-shot --------------------------------------------------------------------------------------------------------
+
+
+def draw_shots(labels: np.ndarray, shots: str, rng: np.random.Generator, names: list[str] | None = None) -> np.ndarray:
+    """
+    Random indices of so many images of every class (`"5"`) or of so large a share of every class, at least one image
+    (`"10%"`).
+
+    Raises:
+        ValueError: if a class has fewer.
+    """
+    chosen, order = [], rng.permutation(len(labels))
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        wanted = max(1, round(float(shots[:-1]) / 100 * len(own))) if shots.endswith("%") else int(shots)
+        if wanted > len(own):
+            raise ValueError(
+                f"shots={shots} wants {wanted} images of class {names[label] if names else label}, which "
+                f"has {len(own)}; give other --shots"
+            )
+        chosen.append(own[:wanted])
+    return np.concatenate(chosen)
+
+
+def few_shot_predictions(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    num_classes: int,
+    shots: str,
+    num_draws: int = 5,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> list[np.ndarray]:
+    """
+    What the linear probe predicts with the labels of `shots` images alone, for each of several draws. Features are
+    standardised by all training images, which takes no labels.
+    """
+    predictions = []
+    for draw in range(num_draws):
+        chosen = draw_shots(labels, shots, np.random.default_rng((seed, draw)))
+        probe = linear_probe(train[chosen], labels[chosen], num_classes, seed, device, standardise_by=train)
+        predictions.append(probe.predict(test))
+    return predictions
+
+
+# --- Intervals -------------------------------------------------------------------------------------------------------
+
+
+def bootstrap_interval(scores: np.ndarray, seed: int = 0, num_resamples: int = 1000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of `scores`, one an image."""
+    result = scipy.stats.bootstrap(
+        (np.asarray(scores, dtype=np.float32),),
+        np.mean,
+        n_resamples=num_resamples,
+        batch=20,  # bounds the memory
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+# --- Again and again, while training ---------------------------------------------------------------------------------
 
 
 class Probe:
@@ -116,22 +525,24 @@ class Probe:
 
     Args:
         dataset_name, image_column, label_column: What `load_labelled` takes.
-        processor: Image processor; the one that is saved with the model, so that users get what was measured.
+        preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
+            measured.
     """
 
-    def __init__(self, dataset_name: str, image_column: str, label_column: str, processor: Callable):
-        self.sets = load_labelled(dataset_name, image_column, label_column)
-        self.image_column, self.processor = image_column, processor
-        self.labels = {split: np.asarray(dataset[label_column]) for split, dataset in self.sets.items()}
+    def __init__(self, dataset_name: str, image_column: str, label_column: str, preprocessor):
+        self.set = load_labelled(dataset_name, image_column=image_column, label_column=label_column)
+        self.preprocessor = preprocessor
 
     def measure(self, embed: Callable[[torch.Tensor], torch.Tensor], linear: bool = True) -> dict[str, float]:
-        """k-NN and, unless `linear` is off, linear-probe accuracy, in [0, 1], of the features that `embed` makes."""
-        train, test = (
-            extract_features(embed, batches(self.sets[split], self.processor, self.image_column))
-            for split in ("train", "test")
-        )
-        data = (train, self.labels["train"], test, self.labels["test"])
-        accuracy = {"knn": knn_accuracy(*data)}
+        """k-NN (k = 20) and, unless `linear` is off, linear-probe accuracy of what `embed` makes of pixels."""
+
+        def features(split: Split) -> np.ndarray:
+            pictures = Pictures(split, self.preprocessor.decode)
+            return extract(lambda batch: {"features": embed(self.preprocessor.normalise(batch))}, pictures)["features"]
+
+        train, test = features(self.set.train), features(self.set.test)
+        labels, num_classes = self.set.train.labels, len(self.set.class_names)
+        predictions = {"knn": knn_predictions(train, labels, test, num_classes, ks=(20,))[20]}
         if linear:
-            accuracy["linear_probe"] = linear_probe_accuracy(*data)
-        return accuracy
+            predictions["linear_probe"] = linear_probe(train, labels, num_classes).predict(test)
+        return {name: float((predicted == self.set.test.labels).mean()) for name, predicted in predictions.items()}

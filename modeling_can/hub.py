@@ -1,7 +1,70 @@
-"""The model card of a run, written from its recipe and its results, so that no number in it was typed."""
+"""
+What a run leaves for others to read: where and with what it ran, and the model card, written from its recipe and its
+results, so that no number in it was typed.
+"""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, ModelCard
 
 from .data import SAMPLE_DATA
 from .recipe import Recipe
+
+
+def write(path: Path, text: str):
+    """All or nothing: a reader never meets half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
+    """Machine, versions of packages and git commit, under the names that they have in `results.json`."""
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "versions": {name: version(name) for name in packages},
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout
+
+
+def update_card(folder: str, results: list[EvalResult]):
+    """
+    Merges results into the `model-index` of a model folder's README.md: one of the same task, data and metric is
+    replaced, the others stay. A card is made where there is none.
+
+    Raises:
+        ValueError: if it is no folder.
+    """
+    path = Path(folder) / "README.md"
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"update_card: {folder} is no folder; download the model (hf download {folder} --local-dir FOLDER), "
+            "measure that, and upload its README.md"
+        )
+    name = path.parent.resolve().name
+    card = ModelCard.load(path) if path.exists() else ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {name}\n")
+
+    def identity(result: EvalResult) -> tuple:
+        return *result.unique_identifier, result.metric_type, result.metric_name
+
+    new = {identity(result) for result in results}
+    card.data.model_name = card.data.model_name or name
+    card.data.eval_results = [r for r in card.data.eval_results or [] if identity(r) not in new] + results
+    write(path, str(card))
 
 
 def probe_table(results: dict) -> str:

@@ -21,6 +21,13 @@ import torch
 from torch import nn
 
 
+def mixed_precision(choice: str) -> str:
+    """bf16 by default on GPUs that have it; never on a CPU, where it can be hundreds of times slower than fp32."""
+    if choice == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    return choice
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     Trainable parameters for AdamW in two groups: matrices decay; biases, norms and tokens do not. Each parameter is in
@@ -29,8 +36,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (no_decay if parameter.ndim < 2 or name.endswith("_token") else decay).append(parameter)
+            (decay if decays(name, parameter) else no_decay).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for this parameter: for matrices, not for biases, norms, tokens and positions."""
+    return parameter.ndim >= 2 and not name.endswith(
+        ("_token", "_tokens", "position_embeddings", "position_embedding.weight", "position_bias_table")
+    )
 
 
 def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float) -> float:

@@ -1,0 +1,189 @@
+"""Corruptions: drawn from the image's index alone, stronger with severity; the paper's formulas; further sets."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as Picture
+from transformers import ViTImageProcessorPil
+
+from modeling_can.encoders import Preprocessor
+from modeling_can.evaluation import Split
+from modeling_can.robustness import (
+    GROUPS,
+    SEVERITIES,
+    Corrupted,
+    accuracy_by_corruption,
+    corrupted_predictions,
+    corruption_error,
+    corruptions_by_group,
+    load_further_sets,
+)
+
+
+pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
+
+
+def preprocessor(**changes) -> Preprocessor:
+    return Preprocessor(ViTImageProcessorPil(**{"size": {"height": 32, "width": 40}, **changes}))
+
+
+def encoded(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Picture.fromarray(coarse).resize((80, 64), Picture.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def split_of(num: int) -> Split:
+    images = [{"bytes": encoded(i), "path": None} for i in range(num)]
+    pictures = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
+    return Split("a set", pictures, np.arange(num) % 2)
+
+
+ALL = [name for names in corruptions_by_group().values() for name in names]
+
+
+def test_the_fifteen_common_corruptions_in_four_groups():
+    groups = corruptions_by_group()
+    assert tuple(groups) == GROUPS and len(ALL) == len(set(ALL)) == 15
+    with pytest.raises(ValueError, match="corruptions=light: known are noise"):
+        corruptions_by_group(("light",))
+
+
+def test_what_is_drawn_depends_on_the_image_alone_and_nothing_else_is_drawn():
+    corrupted = Corrupted(preprocessor(), ALL, seed=3)
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy()
+    first = corrupted(encoded(0), 5)
+    assert np.array_equal(np.random.get_state()[1], before)
+    np.random.seed(1)
+    corrupted(encoded(1), 6)
+    again = corrupted(encoded(0), 5)
+    assert first.shape == (75, 3, 32, 40) and first.dtype == torch.uint8
+    assert torch.equal(first, again)
+    drawn = [name for name in ALL if name not in ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate",
+                                                  "jpeg_compression")]  # fmt: skip
+    for index, seed in ((6, 3), (5, 4)):
+        other = Corrupted(preprocessor(), ALL, seed=seed)(encoded(0), index)
+        differs = (other != first).flatten(1).any(dim=1)
+        for (name, severity), differ in zip(corrupted.versions, differs, strict=True):
+            assert differ or name not in drawn or severity < 5, name
+
+
+def test_corruptions_grow_with_severity():
+    prepare, corrupted = preprocessor(), Corrupted(preprocessor(), ALL)
+    clean = torch.stack([prepare.decode(encoded(seed)) for seed in range(6)]).float()
+    versions = torch.stack([corrupted(encoded(seed), seed) for seed in range(6)]).float()
+    errors = (versions - clean[:, None]).square().mean(dim=(0, 2, 3, 4)).unflatten(0, (15, 5))
+    assert (errors > 0).all()
+    assert (errors[:, 4] > errors[:, 0]).all(), dict(zip(ALL, errors.tolist(), strict=True))
+
+
+def test_greyscale_pictures_stay_greyscale():
+    versions = Corrupted(preprocessor(image_mean=[0.5], image_std=[0.5]), ALL, (1,))(encoded(0), 0)
+    assert versions.shape == (15, 1, 32, 40)
+
+
+def test_predictions_are_those_of_one_picture_after_the_other():
+    prepare, split = preprocessor(), split_of(5)
+    corrupted = Corrupted(prepare, ["gaussian_noise", "fog"], (1, 5))
+    weight = torch.randn(3 * 32 * 40, 4, generator=torch.Generator().manual_seed(0))
+
+    def classify(pictures):
+        assert len(pictures) <= 9
+        return prepare.normalise(pictures).flatten(1) @ weight
+
+    predictions = corrupted_predictions(classify, split, corrupted, batch_size=9, num_workers=1)
+    expected = [classify(corrupted(encoded(index), index)).argmax(1) for index in range(5)]
+    np.testing.assert_array_equal(predictions, torch.stack(expected))
+    assert corrupted.versions == [("gaussian_noise", 1), ("gaussian_noise", 5), ("fog", 1), ("fog", 5)]
+
+
+def test_the_formulas_of_the_paper():
+    versions = [(name, severity) for name in ("fog", "snow") for severity in SEVERITIES]
+    right = np.random.default_rng(0).random((40, 10)) < np.linspace(0.9, 0.2, 10)
+    table = accuracy_by_corruption(right, versions)
+    reference = accuracy_by_corruption(np.random.default_rng(1).random((40, 10)) < 0.5, versions)
+    assert table["snow"]["2"] == right[:, 6].mean()
+    errors = corruption_error(table, reference)
+    expected = {}
+    for name in ("fog", "snow"):
+        ours = sum(1 - table[name][str(severity)] for severity in SEVERITIES)
+        expected[name] = ours / sum(1 - reference[name][str(severity)] for severity in SEVERITIES)
+    assert errors["fog"] == pytest.approx(expected["fog"]) and errors["snow"] == pytest.approx(expected["snow"])
+    assert errors["mean"] == pytest.approx((expected["fog"] + expected["snow"]) / 2)
+    assert corruption_error(table, table)["mean"] == pytest.approx(1)
+    perfect = accuracy_by_corruption(np.ones((3, 10), bool), versions)
+    with pytest.raises(ValueError, match="reference_model makes no error under fog"):
+        corruption_error(table, perfect)
+
+
+def test_small_pictures_and_other_processors_are_refused():
+    with pytest.raises(ValueError, match=r"image_size=\(16, 16\): the corruptions need 32 x 32"):
+        Corrupted(preprocessor(size={"height": 16, "width": 16}), ALL)
+    odd = preprocessor()
+    odd.in_two_steps = False
+    with pytest.raises(ValueError, match="cannot be corrupted in between"):
+        Corrupted(odd, ALL)
+
+
+# --- Further sets ----------------------------------------------------------------------------------------------------
+
+
+CLASSES = ["ant", "bee", "cat", "dog"]
+
+
+def further(tmp_path, labels, kind, **entry):
+    (tmp_path / "set").mkdir()
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(len(labels))], "label": labels}
+    features = Features({"image": Image(), "label": kind})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "test-00000.parquet")
+    (tmp_path / "sets.yaml").write_text(yaml.safe_dump({"other": {"dataset_name": str(tmp_path / "set"), **entry}}))
+    return load_further_sets(str(tmp_path / "sets.yaml"), CLASSES)["other"]
+
+
+def test_a_further_set_has_our_classes_by_name(tmp_path):
+    other = further(tmp_path, [1, 0, 1], ClassLabel(names=["dog", "bee"]))
+    assert other.split.labels.tolist() == [1, 3, 1] and other.classes.tolist() == [1, 3]
+
+
+def test_a_class_map_renames_and_leaves_out(tmp_path):
+    (tmp_path / "classes.json").write_text(json.dumps({"n01": "cat", "n02": 0, "n03": None}))
+    other = further(tmp_path, ["n02", "n03", "n01", "n02"], Value("string"), class_map="classes.json")
+    assert other.split.labels.tolist() == [0, 2, 0] and other.classes.tolist() == [0, 2]
+    assert [other.split.read(row) for row in range(3)] == [encoded(0), encoded(2), encoded(3)]
+
+
+def test_a_class_map_may_go_by_index(tmp_path):
+    other = further(tmp_path, [0, 1], ClassLabel(names=["x", "y"]), class_map={0: "dog", 1: "ant"})
+    assert other.split.labels.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({}, "'x' is none of our 4 classes; give a class_map"),
+        ({"class_map": {"x": "dog"}}, "class_map has no entry for 'y'"),
+        ({"class_map": {"x": "dgo", "y": "ant"}}, "'dgo' is none of our 4 classes"),
+        ({"class_map": {"x": 7, "y": 0}}, "7 is none of our 4 classes"),
+        ({"class_map": {"x": None, "y": None}}, "leaves all rows out"),
+        ({"splt": "test"}, "needs dataset_name and knows"),
+        ({"split": "train"}, "split"),
+    ],
+)
+def test_further_sets_that_do_not_fit_are_refused(tmp_path, entry, message):
+    with pytest.raises(ValueError, match=message):
+        further(tmp_path, [0, 1], ClassLabel(names=["x", "y"]), **entry)
+
+
+def test_files_of_further_sets_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="further_sets=.*none.yaml cannot be read"):
+        load_further_sets(str(tmp_path / "none.yaml"), CLASSES)
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="must map names to dataset_name"):
+        load_further_sets(str(tmp_path / "list.yaml"), CLASSES)
