@@ -82,7 +82,7 @@ from modeling_can.training import (
     rng_state,
     set_rng_state,
 )
-from modeling_can.views import TwoViews
+from modeling_can.views import RandomCrops
 from modeling_can.visualization import curves, reconstruction_sheet
 
 
@@ -678,9 +678,9 @@ def number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | No
     return max(1, round(num_samples / global_batch_size))
 
 
-def view_maker(recipe: Recipe) -> TwoViews:
+def view_maker(recipe: Recipe) -> RandomCrops:
     config = recipe.config
-    return TwoViews(
+    return RandomCrops(
         config.image_shape,
         config.num_channels,
         recipe.crop_scale,

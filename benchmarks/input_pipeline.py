@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, view_loader
-from modeling_can.views import TwoViews, random_box
+from modeling_can.views import RandomCrops, random_box
 
 
 SIZE, BATCH_SIZE = 224, 50
@@ -89,8 +89,8 @@ class PillowPipelines:
 PIPELINES = {
     "baseline": PillowPipelines(decode_once=True),
     "baseline, decoded twice": PillowPipelines(decode_once=False),
-    "ours, bicubic": TwoViews((SIZE, SIZE), resample="bicubic"),
-    "ours": TwoViews((SIZE, SIZE)),
+    "ours, bicubic": RandomCrops((SIZE, SIZE), resample="bicubic"),
+    "ours": RandomCrops((SIZE, SIZE)),
 }
 
 
@@ -132,7 +132,7 @@ def augmentation(device: str) -> dict:
 
 def soak(source, num_images) -> list[dict]:
     """Resident memory of a reader in this process over a long stream of small views."""
-    stream = iter(view_loader(ViewStream(source, TwoViews((32, 32)), block_size=256), BATCH_SIZE))
+    stream = iter(view_loader(ViewStream(source, RandomCrops((32, 32)), block_size=256), BATCH_SIZE))
     memory = []
     for step in tqdm(range(num_images // BATCH_SIZE), desc="soak", unit="batch"):
         next(stream)

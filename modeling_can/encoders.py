@@ -247,13 +247,7 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
                 **options,
             )
         except OSError as error:
-            place = (
-                "no model in this folder" if Path(name).is_dir() else "neither a folder nor a model that the Hub gives"
-            )
-            raise ValueError(
-                f"model_name_or_path={name} cannot be loaded: {place} ({str(error).splitlines()[0]}). Without a "
-                f"network, download it first (hf download {name}) or give a folder"
-            ) from error
+            raise _not_found(name, error) from error
         except (KeyError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"model_name_or_path={name} cannot be loaded as {auto_class.__name__}: {error}"
@@ -270,14 +264,28 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
     return model
 
 
-def classifier_class(name: str, trust_remote_code=False):
-    """The class of transformers that puts a classifier on this encoder."""
+def load_config(name: str, trust_remote_code: bool = False):
+    """`AutoConfig.from_pretrained`; raises ValueError if it cannot be found."""
     with _quiet():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    # transformers has no classifier for ViT-MAE; its encoder is a ViT.
-    return (
-        ViTForImageClassification if config.model_type == "vit_mae" else AutoModelForImageClassification
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        except OSError as error:
+            raise _not_found(name, error) from error
+
+
+def _not_found(name: str, error: OSError) -> ValueError:
+    place = "no model in this folder" if Path(name).is_dir() else "no folder, and no model that the Hub gives"
+    return ValueError(
+        f"model_name_or_path={name} cannot be loaded: {place} ({str(error).splitlines()[0]}). Without a network, "
+        f"download it first (hf download {name}) or give a folder"
     )
+
+
+def classifier_class(name: str, trust_remote_code: bool = False):
+    """The class of transformers that puts a classifier on this encoder."""
+    # transformers has no classifier for ViT-MAE; its encoder is a ViT.
+    is_mae = load_config(name, trust_remote_code).model_type == "vit_mae"
+    return ViTForImageClassification if is_mae else AutoModelForImageClassification
 
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:

@@ -237,7 +237,7 @@ def parse_value(name: str, value, annotation):
     if sequence and (isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)):
         items = value.split(",") if isinstance(value, str) else value
         return tuple(parse_value(name, item, typing.get_args(sequence)[0]) for item in items)
-    if sequence and options == [sequence]:
+    if sequence and not set(options) - {sequence, type(None)}:
         return (parse_value(name, value, typing.get_args(sequence)[0]),)
     try:
         if bool in options:

@@ -1,4 +1,4 @@
-"""Two random crops of a picture, from one decoding, as uint8. Runs in the loader's workers."""
+"""Random crops of a picture, from one decoding, as uint8. Runs in the loader's workers."""
 
 import io
 import math
@@ -149,9 +149,9 @@ def random_box(
     return left, upper, left + w, upper + h
 
 
-class TwoViews:
+class RandomCrops:
     """
-    Encoded picture -> two random resized crops.
+    Encoded picture -> random resized crops.
 
     Args:
         image_shape (`(int, int)`): Height and width of a view in pixels.
@@ -159,6 +159,7 @@ class TwoViews:
         scale, ratio: Ranges of `random_box`.
         resample (`str`): `"bilinear"` or `"bicubic"`, with antialiasing, the numbers of Pillow.
         seed (`int`): A picture's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
+        num_views (`int`): How many crops.
         decoding: Keyword arguments of `decode`.
     """
 
@@ -170,15 +171,16 @@ class TwoViews:
         ratio=(3 / 4, 4 / 3),
         resample="bilinear",
         seed=0,
+        num_views=2,
         **decoding,
     ):
         if num_channels not in (1, 3):
             raise ValueError(f"num_channels={num_channels}: pictures are read as RGB (3) or greyscale (1)")
         self.image_shape, self.decoding = image_shape, {"num_channels": num_channels, **decoding}
-        self.scale, self.ratio, self.resample, self.seed = scale, ratio, resample, seed
+        self.scale, self.ratio, self.resample, self.seed, self.num_views = scale, ratio, resample, seed, num_views
 
     def __call__(self, encoded: bytes, epoch: int = 0) -> torch.Tensor:
-        """Returns uint8 of shape `(2, num_channels, height, width)`; raises what `decode` raises."""
+        """Returns uint8 of shape `(num_views, num_channels, height, width)`; raises what `decode` raises."""
         rng = np.random.default_rng((self.seed, epoch, zlib.crc32(encoded)))
         height, width = self.image_shape
         boxes, full_size = [], None
@@ -186,12 +188,12 @@ class TwoViews:
         def draw_boxes(size):
             """The boxes, and how much smaller the picture may be without a box falling short of the view."""
             nonlocal boxes, full_size
-            boxes, full_size = [random_box(size, self.scale, self.ratio, rng) for _ in range(2)], size
+            boxes, full_size = [random_box(size, self.scale, self.ratio, rng) for _ in range(self.num_views)], size
             return min(min((r - l) / width, (b - t) / height) for l, t, r, b in boxes)  # noqa: E741
 
         pixels = torch.from_numpy(decode(encoded, **self.decoding, shrink=draw_boxes)).permute(2, 0, 1)[None]
         across, down = pixels.shape[3] / full_size[0], pixels.shape[2] / full_size[1]
-        views = torch.empty(2, pixels.shape[1], height, width, dtype=torch.uint8)
+        views = torch.empty(self.num_views, pixels.shape[1], height, width, dtype=torch.uint8)
         for view, (left, top, right, bottom) in zip(views, boxes, strict=True):
             rows = slice(round(top * down), max(round(bottom * down), round(top * down) + 1))
             columns = slice(round(left * across), max(round(right * across), round(left * across) + 1))

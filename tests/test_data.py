@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, mean_and_std, view_loader
-from modeling_can.views import BadImage, TwoViews, decode, random_box
+from modeling_can.views import BadImage, RandomCrops, decode, random_box
 
 
 def picture(size=(40, 30), color=(200, 30, 90), mode="RGB", **options) -> bytes:
@@ -246,7 +246,7 @@ def good_and(tmp_path_factory):
         Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(path)
         source = ImageSource(data_files=str(path))
         ledger = path.with_name("bad_samples.jsonl")
-        stream = ViewStream(source, TwoViews((16, 16), min_size=(8, 8)), max_bad_fraction=1.0, ledger=ledger)
+        stream = ViewStream(source, RandomCrops((16, 16), min_size=(8, 8)), max_bad_fraction=1.0, ledger=ledger)
         samples = list(itertools.islice(stream, 4))
         return samples, [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
 
@@ -322,7 +322,7 @@ def test_a_folder_with_bad_files_is_read_and_its_ledger_names_each_once(tmp_path
         (images / name).write_bytes(content)
     source = ImageSource(data_dir=str(images))
     (images / "e.jpg").write_bytes(PHOTO)  # came too late to be listed
-    stream = ViewStream(source, TwoViews((16, 16)), max_bad_fraction=0.8, ledger=tmp_path / "bad_samples.jsonl")
+    stream = ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.8, ledger=tmp_path / "bad_samples.jsonl")
     bad = []
     for batch in itertools.islice(view_loader(stream, 3), 4):
         assert batch["views"].shape == (3, 2, 3, 16, 16)
@@ -332,14 +332,14 @@ def test_a_folder_with_bad_files_is_read_and_its_ledger_names_each_once(tmp_path
     assert sorted(Path(line["path"]).name for line in lines) == ["b.jpg", "c.jpg", "d.png"]
     (images / "a.jpg").unlink()
     with pytest.raises(ValueError, match="no usable image among the 4 rows .* The last bad one: .*"):
-        read(ViewStream(source, TwoViews((16, 16)), max_bad_fraction=0.8), 1)
+        read(ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.8), 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_too_many_bad_images_stop_the_stream(tmp_path, num_workers):
     for i in range(20):
         (tmp_path / f"{i}.jpg").write_bytes(PHOTO if i else b"text")
-    stream = ViewStream(ImageSource(data_dir=str(tmp_path)), TwoViews((16, 16)))
+    stream = ViewStream(ImageSource(data_dir=str(tmp_path)), RandomCrops((16, 16)))
     with pytest.raises(ValueError, match="1 of 20 images .* are bad, more than max_bad_fraction=0.01.*no picture in"):
         list(itertools.islice(view_loader(stream, 4, num_workers), 10))
 
@@ -353,7 +353,7 @@ def test_what_is_wrong_with_one_row_ends_no_stream(tmp_path):
     features = Features({"image": ImageFeature(decode=False)})
     rows = Dataset.from_dict({"image": [path and {"path": path, "bytes": None} for path in paths]}, features=features)
     ledger = tmp_path / "not yet there" / "bad_samples.jsonl"
-    stream = ViewStream(ImageSource(dataset=rows), TwoViews((16, 16)), max_bad_fraction=0.9, ledger=ledger)
+    stream = ViewStream(ImageSource(dataset=rows), RandomCrops((16, 16)), max_bad_fraction=0.9, ledger=ledger)
     samples = list(itertools.islice(stream, 2))
     bad = [reason for sample in samples for reason in sample["bad"]]
     assert sum(reason == "missing" for reason in bad) == 3 and bad.count("empty") >= 2  # rows without a name: each
@@ -383,7 +383,7 @@ def test_null_rows_and_pictures_in_archives(tmp_path):
     rows = {"image": [{"bytes": picture(), "path": None}, None]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     source = ImageSource(data_files=str(tmp_path / "rows.parquet"))
-    stream = ViewStream(source, TwoViews((16, 16)), max_bad_fraction=0.5)
+    stream = ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.5)
     assert {reason for sample in itertools.islice(stream, 3) for reason in sample["bad"]} == {"empty"}
     (tmp_path / "folder").mkdir()
     with zipfile.ZipFile(tmp_path / "folder" / "train.zip", "w") as archive:
@@ -401,7 +401,7 @@ def test_views_are_crops_of_the_picture_that_depend_on_seed_epoch_and_picture_al
     buffer = io.BytesIO()
     Image.fromarray(ramp).save(buffer, "PNG")
     encoded = buffer.getvalue()
-    make = TwoViews((16, 24), scale=(0.2, 0.4), seed=3)
+    make = RandomCrops((16, 24), scale=(0.2, 0.4), seed=3)
     views = make(encoded, epoch=1)
     assert views.shape == (2, 3, 16, 24) and views.dtype == torch.uint8
     assert torch.equal(views, make(encoded, epoch=1))
@@ -417,7 +417,7 @@ def test_large_jpegs_are_decoded_smaller_without_a_visible_difference(orientatio
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = image_file(Image.fromarray(np.stack(waves, 2).astype(np.uint8)), "JPEG", quality=95, exif=exif)
-    make = TwoViews((64, 64))
+    make = RandomCrops((64, 64))
     views = make(encoded).float()
     sizes = []
     monkeypatch.setattr("modeling_can.views.simplejpeg.decode_jpeg", lambda *_, **s: sizes.append(s) or 1 / 0)
@@ -496,7 +496,7 @@ def test_mean_and_std_are_those_of_the_pixels(tmp_path):
     for i in range(8):
         pixels = rng.normal((50, 100, 150), (10, 20, 30), (40, 40, 3)).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    make = TwoViews((40, 40), scale=(1, 1), ratio=(1, 1))
+    make = RandomCrops((40, 40), scale=(1, 1), ratio=(1, 1))
     mean, std = mean_and_std(ViewStream(ImageSource(data_dir=str(tmp_path)), make))
     np.testing.assert_allclose(np.array(mean) * 255, (49.5, 99.5, 149.5), atol=0.7)
     np.testing.assert_allclose(np.array(std) * 255, (10, 20, 30), atol=0.7)

@@ -123,8 +123,8 @@ def dead_head(monkeypatch):
 
 
 def starving(monkeypatch):
-    make = run_pretraining.TwoViews.__call__
-    monkeypatch.setattr(run_pretraining.TwoViews, "__call__", lambda *args: time.sleep(0.004) or make(*args))
+    make = run_pretraining.RandomCrops.__call__
+    monkeypatch.setattr(run_pretraining.RandomCrops, "__call__", lambda *args: time.sleep(0.004) or make(*args))
 
 
 @pytest.mark.parametrize("fault, sentences", [

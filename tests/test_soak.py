@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from modeling_can.data import ImageSource, ViewStream, view_loader
-from modeling_can.views import TwoViews
+from modeling_can.views import RandomCrops
 
 
 @pytest.mark.soak
 def test_memory_is_flat_from_10_000_to_200_000_samples():
-    stream = ViewStream(ImageSource(dataset_name="sample_data"), TwoViews((32, 32)))
+    stream = ViewStream(ImageSource(dataset_name="sample_data"), RandomCrops((32, 32)))
     batches = iter(view_loader(stream, 100))
 
     def resident_after(num_batches):
