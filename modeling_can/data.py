@@ -78,6 +78,7 @@ class ImageSource:
         streaming (`bool`):
             Read while training. `False` first downloads everything of `dataset_name` or `data_files` into the cache
             of `datasets`.
+        extra_columns (`tuple[str, ...]`): Columns to be kept beside the images; `data_dir` has none.
 
     Raises:
         ValueError: if not exactly one source is given, if it holds no images, has no such column, or if fsspec needs
@@ -93,6 +94,7 @@ class ImageSource:
         image_column="image",
         streaming=True,
         dataset=None,
+        extra_columns=(),
     ):
         given = {"dataset_name": dataset_name, "data_dir": data_dir, "data_files": data_files, "dataset": dataset}
         given = {name: value for name, value in given.items() if value is not None and value != ""}
@@ -102,7 +104,8 @@ class ImageSource:
             )
         data_files = data_files if not data_files or isinstance(data_files, str) else list(data_files)
         self.name = str(dataset_name or data_dir or data_files or "the data set")
-        self.image_column = image_column
+        self.image_column, self.extra_columns, self.is_folder = image_column, tuple(extra_columns), bool(data_dir)
+        self.fingerprint = None  # of its files' names, or its number of rows: tells it from others of that name
         self._builder, self._num_images, self.split = None, None, split
         files = data_files if isinstance(data_files, list) else [str(data_files)]
         self.is_remote = dataset is not None or any("://" in file for file in files)
@@ -127,6 +130,7 @@ class ImageSource:
             )
         # Files of a class lie together; a shuffled list mixes them beyond the reach of a block.
         paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
+        self.fingerprint = hash_of(paths)
         features = datasets.Features({self.image_column: datasets.Image(decode=False)})
         return self._undecoded(datasets.Dataset.from_dict({self.image_column: paths}, features=features))
 
@@ -151,8 +155,9 @@ class ImageSource:
             if not streaming:
                 return self._undecoded(datasets.load_dataset(**arguments, split=self.split))
             self._builder = datasets.load_dataset_builder(**arguments)
-            for path in (self._builder.config.data_files or {}).get(self.split, []):
-                refuse_cut_off_tar(str(path))
+            for path in self._files():
+                refuse_cut_off_tar(path)
+            self.fingerprint = hash_of(self._files())
             return self._undecoded(self._builder.as_streaming_dataset(split=self.split))
         except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
             raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
@@ -160,9 +165,10 @@ class ImageSource:
             raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
 
     def _undecoded(self, dataset) -> datasets.IterableDataset:
-        """Only the images, still encoded: a picture that datasets failed to decode would end the stream."""
+        """The images, still encoded: a picture that datasets failed to decode would end the stream."""
         if isinstance(dataset, datasets.Dataset):
             self._num_images = len(dataset)
+            self.fingerprint = self.fingerprint or hash_of([len(dataset)])
             if not len(dataset):
                 raise ValueError(f"{self.name} has no rows")
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
@@ -173,14 +179,17 @@ class ImageSource:
                 "dataset has a shuffle buffer, whose images are lost when reading goes on after a fault or a resume; "
                 "leave out .shuffle(), the images are shuffled here"
             )
-        names = list(dataset.features or next(iter(dataset)))
+        self.column_names = names = list(dataset.features or next(iter(dataset)))
         columns = [name for name in names if name == self.image_column]
         if not columns and self.image_column == "image":
             columns = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]
         if not columns:
             raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {names}")
+        for name in self.extra_columns:
+            if name not in names:
+                raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
         self.image_columns = columns
-        dataset = dataset.select_columns(columns)
+        dataset = dataset.select_columns(list(dict.fromkeys((*columns, *self.extra_columns))))
         for name in columns:
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         return dataset
@@ -192,14 +201,62 @@ class ImageSource:
         splits = self._builder.info.splits
         if splits and self.split in splits and splits[self.split].num_examples:
             return splits[self.split].num_examples
-        files = (self._builder.config.data_files or {}).get(self.split, [])
-        if not files or any(not str(file).endswith(".parquet") for file in files):
+        files = self._files()
+        if not files or any(not file.endswith(".parquet") for file in files):
             return None
         count = 0
         for path in files:
-            with fsspec.open(str(path)) as file:
+            with fsspec.open(path) as file:
                 count += pyarrow.parquet.read_metadata(file).num_rows
         return count
+
+    def _files(self) -> list[str]:
+        return [str(file) for file in (self._builder.config.data_files or {}).get(self.split, [])]
+
+    def blocks(self, rows: datasets.IterableDataset, rows_state: dict | None = None, block_size: int = 1024):
+        """
+        The rows of `dataset` or of a part of it: blocks of at most `block_size`, each a dict of columns, with the
+        state that `rows` is in after it, from which to read on. A connection that fails is opened anew where the block
+        began.
+
+        Raises:
+            OSError: when a shard cannot be read; for a remote one, after several attempts.
+        """
+        num_failures = 0
+        while True:
+            if rows_state is not None:
+                rows.load_state_dict(rows_state)
+            try:
+                # iter(batch_size) is also the one way of reading that does not split among the workers a second time.
+                for block in rows.iter(batch_size=block_size):
+                    rows_state, num_failures = rows.state_dict(), 0
+                    yield block, rows_state
+                return
+            except (*connection_errors(), tarfile.TarError, pyarrow.ArrowException) as error:
+                self._wait_or_give_up(error, num_failures, self.is_remote)
+                num_failures += 1
+
+    def images(self, block: dict) -> list[dict | None]:
+        """For each row of a block `{"bytes": ..., "path": ...}`, either of which may be `None`, or `None`."""
+        columns = [block[name] for name in self.image_columns]
+        return [next(filter(None, row), None) for row in zip(*columns, strict=True)]
+
+    def fetch(self, image: dict | None) -> bytes:
+        """What `read_bytes` says; a connection that fails is tried again, until it is an `OSError`."""
+        for num_failures in itertools.count():
+            try:
+                return read_bytes(image)
+            except connection_errors() as error:
+                self._wait_or_give_up(error, num_failures, is_remote=True)
+
+    def _wait_or_give_up(self, error: Exception, num_failures: int, is_remote: bool):
+        if not is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
+            raise OSError(
+                f"{self.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
+                "Mend the file or remove it from the source, then start again"
+            ) from error
+        logger.warning("%s: %r; trying again in %g s", self.name, error, RETRY_SECONDS[num_failures])
+        time.sleep(RETRY_SECONDS[num_failures])
 
 
 class ViewStream(torch.utils.data.IterableDataset):
@@ -290,7 +347,8 @@ class ViewStream(torch.utils.data.IterableDataset):
             # Shuffles the shards, then deals them, with this very number as the seed, alike on all readers. It must be
             # said to the split set, which starts at epoch 0 (file order) whatever its parent was told.
             rows.set_epoch(1 + self.seed + 1_000_003 * epoch)
-            for images, rows_after in self._blocks(rows, state["rows"]):
+            for block, rows_after in self.source.blocks(rows, state["rows"], self.block_size):
+                images = self.source.images(block)
                 order = np.random.default_rng((self.seed, epoch, reader, state["block"])).permutation(len(images))
                 skipped = min(state["skip"], len(images))
                 state["skip"] -= skipped
@@ -299,87 +357,37 @@ class ViewStream(torch.utils.data.IterableDataset):
                     state["offset"] = offset + 1
                     state["num_seen"] += 1
                     try:
-                        views = self.make_views(self._fetch(image), epoch)
+                        views = self.make_views(self.source.fetch(image), epoch)
                     except BadImage as error:
                         state["num_bad"] += 1
-                        place = f"reader {reader}, {state['num_seen']}" if epoch == 0 else "met before"
-                        line = self._ledger_line(image, error, place)
+                        place = {}
+                        if not image or not (image["path"] or image["bytes"]):  # nothing else tells it from others
+                            place["row"] = f"reader {reader}, {state['num_seen']}" if epoch == 0 else "met before"
+                        line = ledger_line(self.source.name, image, error, **place)
                         if hash(line) not in reported:
                             reported.add(hash(line))
                             bad.append(error.reason)
-                            self._write(line)
+                            append_line(self.ledger, line)
                         if state["num_seen"] >= 1000:
-                            self._refuse_bad(state, line, reader, num_readers)
+                            self._refuse_bad(line, reader, num_readers)
                         continue
                     yield {"views": torch.as_tensor(views), "bad": bad, "image": image_name(image)}
                     bad = []
                 state["num_rows"] += len(images)
                 state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}
             if state["num_seen"] and (epoch == 0 or state["num_bad"] == state["num_seen"]):
-                self._refuse_bad(state, line, reader, num_readers)
+                self._refuse_bad(line, reader, num_readers)
             state |= {"epoch": epoch + 1, "rows": None, "block": 0, "offset": 0, "skip": 0}
             state |= {"pass_length": state["num_rows"], "num_rows": 0}
 
-    def _blocks(self, rows: datasets.IterableDataset, rows_state: dict | None):
-        """Encoded images, block by block, each with the state that the source is in after it."""
-        num_failures = 0
-        while True:
-            if rows_state is not None:
-                rows.load_state_dict(rows_state)
-            try:
-                # iter(batch_size) is also the one way of reading that does not split among the workers a second time.
-                for block in rows.iter(batch_size=self.block_size):
-                    rows_state, num_failures = rows.state_dict(), 0
-                    columns = [block[name] for name in self.source.image_columns]
-                    yield [next(filter(None, row), None) for row in zip(*columns, strict=True)], rows_state
-                return
-            except (*connection_errors(), tarfile.TarError, pyarrow.ArrowException) as error:
-                self._wait_or_give_up(error, num_failures, self.source.is_remote)
-                num_failures += 1
-
-    def _fetch(self, image: dict | None) -> bytes:
-        for num_failures in itertools.count():
-            try:
-                return read_bytes(image)
-            except connection_errors() as error:
-                self._wait_or_give_up(error, num_failures, is_remote=True)
-
-    def _wait_or_give_up(self, error: Exception, num_failures: int, is_remote: bool):
-        if not is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
-            raise OSError(
-                f"{self.source.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
-                "Mend the file or remove it from the source, then start again"
-            ) from error
-        logger.warning("%s: %r; trying again in %g s", self.source.name, error, RETRY_SECONDS[num_failures])
-        time.sleep(RETRY_SECONDS[num_failures])
-
-    def _ledger_line(self, image: dict | None, error: BadImage, place: str) -> str:
-        image = image or {"bytes": None, "path": None}
-        record = {"source": self.source.name, "path": image["path"]}
-        record["sha256"] = hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else None
-        if record["path"] is None and record["sha256"] is None:
-            record["row"] = place  # nothing else tells it from the others
-        return json.dumps({**record, "reason": error.reason, "detail": str(error)})
-
-    def _write(self, line: str):
-        if self.ledger is not None:
-            Path(self.ledger).parent.mkdir(parents=True, exist_ok=True)  # on another machine perhaps not yet there
-            with open(self.ledger, "a") as file:  # in one write, so that the readers' lines do not mix
-                file.write(line + "\n")
-
-    def _refuse_bad(self, state: dict, last: str, reader: int, num_readers: int):
-        num_bad, num_seen = state["num_bad"], state["num_seen"]
+    def _refuse_bad(self, last: str, reader: int, num_readers: int):
+        num_bad, num_seen = self._state["num_bad"], self._state["num_seen"]
         if num_bad == num_seen:
             raise ValueError(
                 f"{self.source.name} has no usable image among the {num_seen} rows of reader {reader} of {num_readers}"
                 f"; use fewer readers, or check that the files are images. The last bad one: {last}"
             )
-        if num_bad > self.max_bad_fraction * num_seen:
-            raise ValueError(
-                f"{num_bad} of {num_seen} images of {self.source.name} are bad, more than max_bad_fraction="
-                f"{self.max_bad_fraction}; mend them ({self.ledger or 'the ledger'} lists them), or raise "
-                f"--max_bad_fraction. The last: {last}"
-            )
+        refuse_bad(self.source.name, num_bad, num_seen, self.max_bad_fraction, last, self.ledger)
 
 
 def image_name(image: dict) -> str:
@@ -452,6 +460,34 @@ def has_shuffle_buffer(dataset: datasets.IterableDataset) -> bool:
             return True
         step = getattr(step, "ex_iterable", None)
     return False
+
+
+def hash_of(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def ledger_line(source_name: str, image: dict | None, error: BadImage, **place) -> str:
+    """What the ledger says of a bad image; `place` where it was met, to tell it from others."""
+    image = image or {"bytes": None, "path": None}
+    record = {"source": source_name, "path": image["path"]}
+    record["sha256"] = hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else None
+    return json.dumps({**record, **place, "reason": error.reason, "detail": str(error)})
+
+
+def append_line(ledger: Path | None, line: str):
+    if ledger is not None:
+        Path(ledger).parent.mkdir(parents=True, exist_ok=True)  # on another machine perhaps not yet there
+        with open(ledger, "a") as file:  # in one write, so that the readers' lines do not mix
+            file.write(line + "\n")
+
+
+def refuse_bad(source_name, num_bad: int, num_seen: int, max_bad_fraction: float, last: str, ledger: Path | None):
+    """`ValueError` where the share of bad images is above the limit; `last` is the ledger's line of one of them."""
+    if num_bad > max_bad_fraction * num_seen:
+        raise ValueError(
+            f"{num_bad} of {num_seen} images of {source_name} are bad, more than max_bad_fraction={max_bad_fraction}; "
+            f"mend them ({ledger or 'the ledger'} lists them), or raise --max_bad_fraction. The last: {last}"
+        )
 
 
 def ledger_lines(ledger: Path | None) -> list[str]:

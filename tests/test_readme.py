@@ -8,20 +8,26 @@ from pathlib import Path
 import pytest
 from conftest import free_port
 from PIL import Image
+from test_run_eval import colours, models  # noqa: F401
 
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-COMMANDS = [
-    line for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines() if "run_pretraining" in line
-]
+LINES = [line for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+COMMANDS = [line for line in LINES if "run_pretraining" in line]
+EVALUATIONS = [line for line in LINES if "run_eval" in line]
 TOY = ("--max_steps 2 --per_device_train_batch_size 4 --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 "
        "--intermediate_size 64 --decoder_hidden_size 16 --decoder_num_hidden_layers 1 --decoder_num_attention_heads 2 "
        "--image_size 32 --patch_size 8 --dataloader_num_workers 0 --probe_dataset_name none")  # fmt: skip
 
 
+TOY_EVALUATION = (
+    "--batch_size 32 --dataloader_num_workers 0 --finetune_num_epochs 1 --finetune_batch_size 16 --shots 1"
+)
+
+
 def test_there_are_commands():
-    assert len(COMMANDS) >= 4
+    assert len(COMMANDS) >= 4 and len(EVALUATIONS) >= 4
 
 
 @pytest.mark.slow
@@ -32,13 +38,28 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
     for index in range(16):
         Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{index}.png")
     command = command.split("#")[0].replace("FOLDER", str(tmp_path / "images"))
-    port = f"--main_process_port {free_port()}"
     if "--config_file" in command:
-        command = command.replace("--num_processes 8", f"--num_processes 2 {port}")
-    else:
-        command = command.replace("accelerate launch", f"accelerate launch --cpu --num_processes 1 {port}")
+        command = command.replace("--num_processes 8", f"--num_processes 2 --main_process_port {free_port()}")
+    said = run(f"{command} {TOY} --output_dir {tmp_path / 'out'}")
+    assert "Model, card and figures" in said or "preflight: ready" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", EVALUATIONS)
+def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colours):  # noqa: F811
+    command = re.sub("out/(can-quickstart|base)", models["can"], command)
+    command = command.replace("FOLDER", colours).replace("shards/*", f"{colours}/train-*")
+    said = run(f"{command} {TOY_EVALUATION} --feature_cache none --output_dir {tmp_path / 'out'}")
+    assert "results.json" in said
+
+
+def run(command: str) -> str:
+    """What a command prints; `accelerate launch` without a configuration as one process on the CPU."""
+    if "--config_file" not in command:
+        one = f"accelerate launch --cpu --num_processes 1 --main_process_port {free_port()}"
+        command = command.replace("accelerate launch", one)
     answer = subprocess.run(
-        f"{command} {TOY} --output_dir {tmp_path / 'out'}",
+        command,
         shell=True,
         cwd=ROOT,
         capture_output=True,
@@ -47,4 +68,4 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "Model, card and figures" in answer.stdout or "preflight: ready" in answer.stdout
+    return answer.stdout

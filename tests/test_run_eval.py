@@ -1,0 +1,430 @@
+"""The script as a user runs it, on small models and tiles: figures, tables, cards, processes, leaks, refusals."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import free_port, tiny_config
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from huggingface_hub import ModelCard
+from test_evaluation import encoded
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+import run_eval
+from modeling_can import CANForPreTraining, evaluation
+
+
+ROOT = Path(__file__).parent.parent
+VIT = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+)
+NAMES = ["red", "green", "blue"]
+
+
+def save(folder: Path, model) -> str:
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(5)
+    names = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+    return {
+        "can": save(folder / "can", CANForPreTraining(tiny_config(image_size=32))),
+        "dinov2": save(folder / "dinov2", Dinov2Model(Dinov2Config(**VIT))),
+        "classifier": save(folder / "classifier", ViTForImageClassification(ViTConfig(**VIT, **names))),
+    }
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> str:
+    """A set of plain pictures of three classes, 90 to learn from and 31 to be tested on, which colour tells apart."""
+    folder = tmp_path_factory.mktemp("sets") / "colours"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for split, num in (("train", 90), ("test", 31)):
+        labels = np.arange(num) % 3
+        shades = 100 * np.eye(3)[labels] + rng.integers(20, 140, (num, 3))
+        images = [{"bytes": encoded(shade), "path": None} for shade in shades]
+        features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+        rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def options(models, colours, out, *names, **flags) -> list[str]:
+    paths = [models[name] for name in names]
+    flags = {"dataset_name": colours, "output_dir": out, "feature_cache": Path(out) / "cache", **flags}
+    return ["--model_name_or_path", *paths, *(f"--{name}={value}" for name, value in flags.items())]
+
+
+@pytest.fixture(scope="module")
+def measured(models, colours, tmp_path_factory):
+    """Two models, all tasks on features, with intervals, baselines and card."""
+    out = tmp_path_factory.mktemp("eval")
+    for name in ("can", "dinov2"):
+        shutil.copytree(models[name], out / name)
+    card = """---
+license: mit
+model-index:
+- name: mine
+  results:
+  - task:
+      type: image-classification
+    dataset:
+      name: elsewhere
+      type: elsewhere
+    metrics:
+    - type: accuracy
+      value: 0.5
+---
+
+# Mine
+
+Text.
+"""
+    (out / "can" / "README.md").write_text(card)
+    copies = {name: str(out / name) for name in ("can", "dinov2")}
+    argv = options(copies, colours, out / "out", "can", "dinov2", task="knn,linear_probe,few_shot,retrieval",
+                   shots="1,5,10%", num_draws=2, update_card="true")  # fmt: skip
+    return out, argv, run_eval.main(argv)
+
+
+def test_models_and_baselines_stand_side_by_side(measured, capsys):
+    out, argv, results = measured
+    assert json.loads((out / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert list(results["results"]) == ["pixels", "untrained", "untrained 2", "can", "dinov2"]
+    for name, figures in results["results"].items():
+        is_model = name in ("can", "dinov2")
+        assert set(figures) == {"knn", "linear_probe", "few_shot"} | ({"retrieval"} if is_model else set())
+        assert list(figures["knn"]) == ["1", "5", "10", "20", "100"]
+        assert list(figures["few_shot"]) == ["1", "5", "10%"]
+        for score in (*figures["knn"].values(), figures["linear_probe"], *figures["few_shot"].values()):
+            low, high = score["interval"]
+            assert 0 <= low <= score["accuracy"] <= high <= 1
+        few = figures["few_shot"]["5"]
+        assert few["accuracy"] == pytest.approx(np.mean(few["draws"]))
+        assert few["std"] == pytest.approx(np.std(few["draws"], ddof=1))
+    assert results["results"]["pixels"]["linear_probe"]["accuracy"] > 0.9  # the colour is the class
+    assert results["data"]["num_train"] == 90 and results["data"]["num_test"] == 31
+    assert results["data"]["class_names"] == NAMES
+    assert {"command", "versions", "git_commit", "machine", "seed", "seconds", "total_seconds"} <= results.keys()
+    table = run_eval.table(results["results"])
+    lines = table.splitlines()
+    assert lines[0].split("  ")[0] == "" and "untrained 2" in lines[0] and len({len(line) for line in lines}) == 1
+    accuracy = results["results"]["can"]["knn"]["20"]["accuracy"]
+    assert f"{100 * accuracy:.1f} ±" in next(line for line in lines if line.startswith("k-NN, k = 20"))
+    for picture in ("evaluation.png", "retrieval-can.png", "retrieval-dinov2.png"):
+        assert (out / "out" / "figures" / picture).stat().st_size > 5000
+
+
+def test_the_card_keeps_what_it_had_and_says_each_result_once(measured):
+    out, argv, results = measured
+    run_eval.main([*argv, "--seed=0"])
+    card = ModelCard.load(out / "can" / "README.md")
+    assert "Text." in card.text and card.data.license == "mit" and card.data.model_name == "mine"
+    elsewhere = [r for r in card.data.eval_results if r.dataset_name == "elsewhere"]
+    assert [r.metric_value for r in elsewhere] == [0.5]
+    ours = {r.metric_name: r for r in card.data.eval_results if r.dataset_name == "colours"}
+    assert len(ours) == len(card.data.eval_results) - 1 == len(run_eval.measures(results["results"]["can"]))
+    assert ours["linear probe"].metric_value == round(results["results"]["can"]["linear_probe"]["accuracy"], 4)
+    assert ours["linear probe"].dataset_split == "test"
+    assert str(out) not in (out / "can" / "README.md").read_text()
+    made = ModelCard.load(out / "dinov2" / "README.md")  # it had none
+    assert made.data.model_name == "dinov2" and made.data.library_name == "transformers"
+
+
+def test_a_second_run_takes_the_features_from_the_cache(measured, monkeypatch):
+    out, argv, results = measured
+    monkeypatch.setattr(evaluation, "extract", None)
+    monkeypatch.setattr(run_eval, "extract", None)  # nothing is extracted
+    assert run_eval.main(argv)["results"] == results["results"]
+    (weights,) = [path for path in (out / "can").glob("*.safetensors")]
+    tensors = __import__("safetensors.torch").torch.load_file(weights)
+    tensors["can.layernorm.bias"] += 1
+    __import__("safetensors.torch").torch.save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(TypeError):  # other weights, other features
+        run_eval.main(argv)
+
+
+@pytest.mark.parametrize("pooling, width", [("cls", 32), ("both", 64)])
+def test_features_are_pooled_as_asked(models, colours, tmp_path, monkeypatch, pooling, width):
+    widths = []
+    original = run_eval.knn_predictions
+
+    def spy(train, *arguments, **options):
+        widths.append(train.shape[1])
+        return original(train, *arguments, **options)
+
+    monkeypatch.setattr(run_eval, "knn_predictions", spy)
+    argv = options(models, colours, tmp_path, "can", task="knn", pooling=pooling)
+    results = run_eval.main(argv)
+    assert widths == [3 * 32 * 32, width, width] and results["pooling"] == pooling
+
+
+def test_another_batch_size_and_loader_workers_change_nothing(models, colours, tmp_path):
+    figures = []
+    for batch_size, workers in ((7, 1), (64, 0)):
+        argv = options(
+            models, colours, tmp_path, "can", task="knn,linear_probe", baselines="none", feature_cache="none"
+        )
+        argv += [f"--batch_size={batch_size}", f"--dataloader_num_workers={workers}"]
+        figures.append(run_eval.main(argv)["results"]["can"])
+    assert figures[0] == figures[1]
+
+
+# --- Robustness and reconstruction -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def robust(models, colours, tmp_path_factory):
+    pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
+    out = tmp_path_factory.mktemp("robust")
+    (out / "sets.yaml").write_text(
+        f"two colours:\n  dataset_name: {colours}\n  class_map: {{red: red, green: 1, blue: null}}\n"
+        f"all of them:\n  dataset_name: {colours}\n"
+    )
+    argv = options(models, colours, out, "can", "classifier", task="robustness", corruptions="noise",
+                   reference_model="untrained", further_sets=out / "sets.yaml")  # fmt: skip
+    return run_eval.main(argv)["results"]
+
+
+def test_robustness_compares_corrupted_with_clean(robust):
+    assert list(robust) == ["untrained", "can", "classifier"]  # pixels were not asked for as a reference
+    for figures in (entry["robustness"] for entry in robust.values()):
+        assert set(figures["by_corruption"]) == {"gaussian_noise", "shot_noise", "impulse_noise"}
+        cells = [x for severities in figures["by_corruption"].values() for x in severities.values()]
+        assert figures["accuracy"] == pytest.approx(np.mean(cells)) and len(cells) == 15
+        assert figures["by_group"]["noise"] == pytest.approx(np.mean(cells))
+        assert figures["relative_drop"] == pytest.approx(1 - figures["accuracy"] / figures["clean"]["accuracy"])
+        assert np.mean([score["accuracy"] for score in figures["by_severity"].values()]) == pytest.approx(
+            np.mean(cells)
+        )
+    assert robust["untrained"]["robustness"]["corruption_error"]["mean"] == pytest.approx(1)
+    assert robust["can"]["robustness"]["corruption_error"]["reference"] == "untrained"
+    assert robust["can"]["robustness"]["head"] == "linear probe"
+    assert robust["classifier"]["robustness"]["head"] == "its own classifier"
+
+
+def test_further_sets_are_judged_among_their_own_classes(robust):
+    figures = robust["can"]["robustness"]["further_sets"]
+    assert (
+        figures["all of them"]["accuracy"] == robust["can"]["robustness"]["clean"]["accuracy"]
+    )  # the test set itself
+    assert figures["two colours"]["num_classes"] == 2 and figures["two colours"]["num_images"] == 21
+    assert figures["two colours"]["accuracy"] >= figures["all of them"]["accuracy"] - 0.15
+
+
+def test_a_classifier_of_other_classes_is_refused():
+    with pytest.raises(ValueError, match="knows LABEL_0, LABEL_1 ..., and the set has red"):
+        run_eval.class_order("x", {0: "LABEL_0", 1: "LABEL_1"}, NAMES)
+    assert run_eval.class_order("x", {0: "blue", 1: "other", 2: "red", 3: "green"}, NAMES) == [2, 3, 0]
+
+
+def test_reconstruction_is_in_decibels_below_the_full_range(models, colours, tmp_path):
+    argv = options(models, colours, tmp_path, "can", task="reconstruction")
+    results = run_eval.main(argv)
+    figures = results["results"]["can"]["reconstruction"]
+    assert set(results["results"]) == {"can"}
+    for name in ("hidden_patches", "mean_colour", "noise_reduction"):
+        low, high = figures[name]["interval"]
+        assert low <= figures[name]["db"] <= high
+    # One colour a picture, whose noised mean stands in for the hidden patches; a fresh decoder is far from that.
+    assert figures["mean_colour"]["db"] > 50 > figures["hidden_patches"]["db"]
+    assert figures["noise_reduction"]["db"] < 0
+    assert Path(figures["picture"]).stat().st_size > 5000
+    again = run_eval.main([*argv, "--batch_size=5"])["results"]["can"]["reconstruction"]
+    assert again["hidden_patches"]["db"] == pytest.approx(figures["hidden_patches"]["db"], abs=1e-4)
+    with pytest.raises(ValueError, match="needs a CAN .* dinov2 is a dinov2"):
+        run_eval.main(options(models, colours, tmp_path, "dinov2", task="reconstruction"))
+
+
+# --- No leak ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_that_is_learnt_or_chosen_depends_on_the_test_labels(models, colours, tmp_path, monkeypatch):
+    """With the test labels planted otherwise, every prediction is the same."""
+    planted = tmp_path / "planted"
+    shutil.copytree(colours, planted)
+    test = load_dataset("parquet", data_files={"test": f"{colours}/test-*.parquet"})["test"]
+    wrong = [(label + 1) % 3 for label in test["label"]]
+    rows = test.remove_columns("label").add_column("label", wrong).cast_column("label", ClassLabel(names=NAMES))
+    rows.to_parquet(planted / "test-00000-of-00001.parquet")
+    predictions = {}
+    original = run_eval.Evaluation.score
+
+    def spy(self, predicted, labels=None):
+        made.append((np.asarray(predicted).tolist(), self.data.test.labels.tolist()))
+        return original(self, predicted, labels)
+
+    monkeypatch.setattr(run_eval.Evaluation, "score", spy)
+    few = run_eval.few_shot_predictions
+    monkeypatch.setattr(
+        run_eval, "few_shot_predictions", lambda *a: [made.append((p.tolist(), [])) or p for p in few(*a)]
+    )
+    for name, folder in {"true": colours, "planted": str(planted)}.items():
+        made = []
+        argv = options(models, folder, tmp_path / name, "can", shots="1,5", num_draws=2, sgd_num_epochs=2,
+                       task="knn,linear_probe,few_shot,linear_probe_sgd,finetune", sgd_batch_size=30,
+                       finetune_num_epochs=1, finetune_batch_size=30)  # fmt: skip
+        run_eval.main(argv)
+        predictions[name] = made
+    assert len(predictions["true"]) > 20
+    for (ours, answers), (theirs, others) in zip(predictions["true"], predictions["planted"], strict=True):
+        assert ours == theirs and (not answers or answers != others)
+
+
+# --- Processes -------------------------------------------------------------------------------------------------------
+
+
+def launch(argv: list[str], num_processes: int) -> dict:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+               "--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", str(free_port())]  # fmt: skip
+    if num_processes == 1:
+        command = [sys.executable]
+    answer = subprocess.run(
+        [*command, str(ROOT / "run_eval.py"), *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr[-3000:]
+    (out,) = [word.split("=")[1] for word in argv if word.startswith("--output_dir")]
+    return json.loads((Path(out) / "results.json").read_text())
+
+
+def test_two_processes_give_the_results_of_one(models, colours, tmp_path):
+    pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
+    results = []
+    for num_processes in (1, 2):
+        argv = options(models, colours, tmp_path / str(num_processes), "can", batch_size=8, baselines="pixels",
+                       task="knn,linear_probe,few_shot,linear_probe_sgd,robustness,reconstruction,retrieval",
+                       shots=5, corruptions="noise", sgd_num_epochs=2, sgd_batch_size=30)  # fmt: skip
+        results.append(launch(argv, num_processes))
+    one, two = results
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    for name in ("retrieval", "reconstruction"):
+        assert one["results"]["can"][name].pop("picture") != two["results"]["can"][name].pop("picture")
+    sgd = [result["results"]["can"].pop("linear_probe_sgd") for result in results]
+    assert one["results"] == two["results"]  # to the last digit; SGD's batches are encoded in halves:
+    assert [head["held_out_accuracy"] for head in sgd[0]["heads"]] == [
+        head["held_out_accuracy"] for head in sgd[1]["heads"]
+    ]
+    assert sgd[0]["accuracy"] == sgd[1]["accuracy"]
+
+
+# --- Fine-tuning and embedding through the script --------------------------------------------------------------------
+
+
+def test_a_fine_tuned_model_is_measured_and_goes_into_the_pipeline(models, colours, tmp_path):
+    from transformers import pipeline
+
+    flags = {"finetune_num_epochs": 40, "finetune_batch_size": 30, "finetune_base_learning_rate": 0.02,
+             "finetune_warmup_ratio": 0.1, "finetune_randaugment_magnitude": 0, "finetune_mixup_alpha": 0,
+             "finetune_random_erasing_probability": 0, "finetune_cutmix_alpha": 0,
+             "finetune_drop_path_rate": 0}  # fmt: skip
+    argv = options(models, colours, tmp_path, "can", task="finetune", **flags)
+    figures = run_eval.main(argv)["results"]["can"]["finetune"]
+    assert figures["accuracy"] > 0.7
+    classify = pipeline("image-classification", model=figures["folder"])
+    test = load_dataset("parquet", data_files=f"{colours}/test-*.parquet")["train"]
+    right = [classify(row["image"])[0]["label"] == NAMES[row["label"]] for row in test]
+    assert np.mean(right) == pytest.approx(figures["accuracy"])
+    measured = {"classifier": figures["folder"]}  # and is measured as any other model, by its own classifier
+    pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
+    argv = options(
+        measured, colours, tmp_path / "b", "classifier", task="robustness", corruptions="noise", baselines="none"
+    )
+    robustness = run_eval.main(argv)["results"]["can"]["robustness"]
+    assert robustness["head"] == "its own classifier"
+    assert robustness["clean"]["accuracy"] == figures["accuracy"]
+    with pytest.raises(ValueError, match="finetuned/can is not empty"):
+        run_eval.main(options(models, colours, tmp_path, "can", task="finetune", **flags))
+
+
+def test_embeddings_are_those_of_the_model(models, colours, tmp_path):
+    argv = ["--model_name_or_path", models["can"], "--task=embed", f"--data_files={colours}/test-*.parquet",
+            f"--output_dir={tmp_path}", "--embedding_dtype=float32", "--pooling=both", "--batch_size=8"]  # fmt: skip
+    results = run_eval.main(argv)
+    assert results["embed"]["num_images"] == 31 and results["embed"]["done"]
+    rows = load_dataset("parquet", data_files=f"{tmp_path}/part-*.parquet")["train"].with_format("numpy")
+    assert rows.column_names == ["id", "label", "embedding"] and rows["embedding"][:].shape == (31, 64)
+    encoder = run_eval.load_encoder(models["can"])
+    test = load_dataset("parquet", data_files=f"{colours}/test-*.parquet")["train"].cast_column(
+        "image", Image(decode=False)
+    )
+    with torch.no_grad():
+        prepared = torch.stack([encoder.preprocessor.decode(row["image"]["bytes"]) for row in test])
+        expected = run_eval.pooled(encoder(encoder.preprocessor.normalise(prepared)), "both", "can")
+    order = np.argsort([int(name.split(":")[1]) for name in rows["id"][:]])
+    np.testing.assert_allclose(rows["embedding"][:][order], expected, atol=1e-5)
+    assert rows["label"][:][order].tolist() == test["label"][:]
+    assert run_eval.main(argv)["embed"]["new_images"] == 0
+
+
+# --- Refusals --------------------------------------------------------------------------------------------------------
+
+
+REFUSED = {
+    "--task=knm": r"task='knm' is not one of knn, ",
+    "--tasks=knn": r"unknown key 'tasks'; did you mean 'task'",
+    "--pooling=max": r"pooling='max' is not one of mean, cls, both",
+    "--baselines=random": r"baselines='random' is not one of pixels, untrained",
+    "--shots=few": r"shots='few' must be a number of images, such as 5, or a share",
+    "--test_size=1.5": r"test_size=1.5 is outside \[0, 1\)",
+    "--batch_size=0": r"batch_size=0 must be at least 1",
+    "--image_size=1,2,3": r"image_size=\(1, 2, 3\) must be one number, or height,width",
+    "--task=embed,knn": r"embed stands alone",
+    "--dataset_name=none": r"give --dataset_name",
+    "--label_column=klass": r"set label_column to one of image, label",
+    "--image_size=33": r"refuses the 3 x 33 x 33 pixels .*--image_size 32,32",
+    "--processor_name_or_path=nobody/nothing": r"nobody/nothing has no image processor",
+    "--finetune_layer_decay=2": r"layer_decay=2",
+}
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_what_the_user_can_mend_is_said_with_the_fix(models, colours, tmp_path, flag):
+    with pytest.raises(ValueError, match=REFUSED[flag]):
+        run_eval.main([*options(models, colours, tmp_path, "can"), flag])
+
+
+def test_more_shots_than_images_are_refused_before_anything_takes_time(models, colours, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_eval.Evaluation, "entries", None)
+    with pytest.raises(ValueError, match="shots=31 wants 31 images of class red, which has 30"):
+        run_eval.main(options(models, colours, tmp_path, "can", task="few_shot", shots="5,31"))
+
+
+def test_the_script_ends_with_one_line_for_an_error(models, tmp_path):
+    command = [sys.executable, str(ROOT / "run_eval.py"), "--model_name_or_path", "nobody/nothing", "--dataset_name",
+               "sample_data", "--output_dir", str(tmp_path)]  # fmt: skip
+    answer = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert re.search(
+        r"^run_eval.py: model_name_or_path=nobody/nothing cannot be loaded: .*hf download", answer.stderr, re.M
+    )
+
+
+def test_every_flag_is_told_by_help(capsys):
+    with pytest.raises(SystemExit):
+        run_eval.main(["--help"])
+    text = capsys.readouterr().out
+    for field in (
+        *run_eval.dataclasses.fields(run_eval.Settings),
+        *run_eval.prefixed(run_eval.FineTuning, "finetune"),
+    ):
+        assert f"--{field.name} " in text
