@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -22,15 +23,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
+from datasets import ClassLabel, Value
 from huggingface_hub import EvalResult
 from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 from transformers import AutoModelForPreTraining
+from transformers.utils import is_peft_available
 
 import modeling_can  # noqa: F401  registers CAN with the Auto classes
 from modeling_can.data import ImageSource
@@ -97,6 +101,7 @@ TASKS = ("knn", "linear_probe", "linear_probe_sgd", "few_shot", "finetune", "rob
          "retrieval", "embed")  # fmt: skip
 FROZEN = ("knn", "linear_probe", "few_shot")  # which the baselines take
 ON_FEATURES = (*FROZEN, "retrieval")  # of the frozen encoder, extracted once
+BASELINES = ("pixels", "untrained")
 QUERIES, SHOWN = 8, 7  # of the retrieval sheet: rows, and neighbours in each
 
 
@@ -121,7 +126,7 @@ class Settings:
     processor_name_or_path: str | None = option(None, "where the image processor is, if not with the model")
     image_size: tuple[int, ...] | None = option(None, "height,width of the model's input, instead of the processor's")
     pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both")
-    baselines: tuple[str, ...] | None = option(("pixels", "untrained"), "to compare with: pixels, untrained; or none")
+    baselines: tuple[str, ...] | None = option(BASELINES, "to compare with: pixels, untrained; or none")
     trust_remote_code: bool = option(False, "run code that comes with a model from the Hub")
 
     # Work
@@ -158,7 +163,7 @@ class Settings:
     def __post_init__(self):
         if not self.model_name_or_path:
             raise ValueError("give --model_name_or_path: folders or Hub ids")
-        known = {"task": TASKS, "baselines": ("pixels", "untrained"), "corruptions": GROUPS}
+        known = {"task": TASKS, "baselines": BASELINES, "corruptions": GROUPS}
         for name, choices in known.items():
             for value in getattr(self, name) or ():
                 if value not in choices:
@@ -171,6 +176,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.test_size < 1:
             raise ValueError(f"test_size={self.test_size} is outside [0, 1)")
+        if not self.sgd_layers or min(self.sgd_layers) < 1:
+            raise ValueError(f"sgd_layers={self.sgd_layers} must be numbers of blocks, at least 1")
         if self.image_size is not None and len(self.image_size) not in (1, 2):
             raise ValueError(f"image_size={self.image_size} must be one number, or height,width")
         for shots in self.shots:
@@ -248,31 +255,65 @@ class Evaluation:
         self.processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
         self.output_dir, self.num_classes = Path(settings.output_dir), len(data.class_names)
         self.accuracy = Accuracy() if self.is_main else None
+        with accelerator.local_main_process_first():
+            further = settings.further_sets if "robustness" in settings.task else None
+            self.further_sets = load_further_sets(further, data.class_names) if further else {}
 
     # --- Entries -----------------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
         """The baselines, then the models."""
         settings, baselines, models = self.settings, [], []
-        paths = list(settings.model_name_or_path)
-        if settings.reference_model and settings.reference_model not in (*paths, *(settings.baselines or ())):
-            paths.append(settings.reference_model)
+        wanted_baselines = {*(settings.baselines or ()), settings.reference_model}
+        paths = [os.path.normpath(path) for path in settings.model_name_or_path]
+        if settings.reference_model not in (None, *BASELINES):
+            paths.append(os.path.normpath(settings.reference_model))
+        paths = list(dict.fromkeys(paths))
         names = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
         for path, name in zip(paths, names, strict=True):
             with self.accelerator.local_main_process_first():  # which downloads it
                 encoder = load_encoder(
                     path, settings.processor_name_or_path, settings.image_shape, settings.trust_remote_code
                 )
-            models.append(self.entry(encoder, name if names.count(name) == 1 else path, path))
+            models.append(self.entry(encoder, path if names.count(name) > 1 or name in BASELINES else name, path))
             fresh = untrained(encoder, settings.seed)
-            if "untrained" in (settings.baselines or ()) and fresh.digest() not in [b.digest for b in baselines]:
+            if "untrained" in wanted_baselines and fresh.digest() not in [b.digest for b in baselines]:
                 number = "" if len(baselines) == 0 else f" {len(baselines) + 1}"
                 baselines.append(self.entry(fresh, f"untrained{number}"))
-        if "pixels" in (settings.baselines or ()):
+        if "pixels" in wanted_baselines:
             preprocessor = models[0].preprocessor
             encode = lambda pictures: {"mean": raw_pixels(preprocessor.normalise(pictures))}  # noqa: E731
             baselines.insert(0, Entry("pixels", preprocessor, encode, "pixels"))
         return baselines + models
+
+    def check(self, entry: Entry, tasks: list[str]):
+        """Raises ValueError for what a task would refuse, before anything takes time."""
+        if "reconstruction" in tasks:
+            config, size = entry.encoder.model.config, entry.preprocessor.image_size
+            if config.model_type != "can" or not config.uses_decoder:
+                raise ValueError(
+                    "the reconstruction task needs a CAN that was trained to reconstruct or to denoise, and "
+                    f"{entry.name} is {'one that was not' if config.model_type == 'can' else f'a {config.model_type}'}"
+                )
+            if size != config.image_shape or not entry.preprocessor.in_two_steps:
+                raise ValueError(
+                    f"the reconstruction task needs the size that {entry.name} was trained at, {config.image_shape}, "
+                    f"and not {size}; leave out --image_size"
+                )
+        if "finetune" in tasks:
+            folder = self.finetuned(entry.name)
+            if folder.exists() and any(folder.iterdir()):
+                raise ValueError(f"{folder} is not empty; give another --output_dir, or remove it")
+            if self.fine_tuning.lora_rank and not is_peft_available():
+                raise ValueError('lora_rank needs a package that is not installed: pip install "modeling-can[lora]"')
+        if "robustness" in tasks:
+            names = [name for names in corruptions_by_group(self.settings.corruptions).values() for name in names]
+            Corrupted(entry.preprocessor, names)
+        if self.settings.update_card and entry.path and not Path(entry.path).is_dir():
+            raise ValueError(
+                f"update_card: {entry.path} is no folder; download the model (hf download {entry.path} --local-dir "
+                "FOLDER), measure that, and upload its README.md"
+            )
 
     def entry(self, encoder: Encoder, name: str, path: str | None = None) -> Entry:
         digest = encoder.digest()
@@ -384,21 +425,22 @@ class Evaluation:
     def linear_probe_sgd(self, entry: Entry) -> dict | None:
         settings, description = self.settings, f"{entry.name}: linear probe, SGD"
         loading = {"num_workers": settings.dataloader_num_workers, "processes": self.processes}
-        probe = linear_probe_sgd(
-            entry.encoder,
-            self.data.train,
-            self.num_classes,
-            settings.sgd_num_epochs,
-            settings.sgd_batch_size,
-            settings.sgd_base_learning_rates,
-            settings.sgd_layers,
-            seed=settings.seed,
-            gather=self.accelerator.gather,
-            progress=partial(self.progress, description=description, unit="step"),
-            **loading,
-        )
-        progress = partial(self.progress, description=description)
-        predictions = probe.predict(self.data.test, batch_size=settings.batch_size, progress=progress, **loading)
+        with self.accelerator.autocast():
+            probe = linear_probe_sgd(
+                entry.encoder,
+                self.data.train,
+                self.num_classes,
+                settings.sgd_num_epochs,
+                settings.sgd_batch_size,
+                settings.sgd_base_learning_rates,
+                settings.sgd_layers,
+                seed=settings.seed,
+                gather=self.accelerator.gather,
+                progress=partial(self.progress, description=description, unit="step"),
+                **loading,
+            )
+            progress = partial(self.progress, description=description)
+            predictions = probe.predict(self.data.test, batch_size=settings.batch_size, progress=progress, **loading)
         if predictions is None:
             return None
         return {**self.score(predictions), **probe.table[probe.chosen], "heads": probe.table}
@@ -417,15 +459,16 @@ class Evaluation:
             settings.dataloader_num_workers,
             settings.trust_remote_code,
         )
-        predictions = class_predictions(
-            model,
-            entry.preprocessor,
-            self.data.test,
-            settings.batch_size,
-            settings.dataloader_num_workers,
-            self.processes,
-            partial(self.progress, description=f"{entry.name}: fine-tuned"),
-        )
+        with self.accelerator.autocast():
+            predictions = class_predictions(
+                model,
+                entry.preprocessor,
+                self.data.test,
+                settings.batch_size,
+                settings.dataloader_num_workers,
+                self.processes,
+                partial(self.progress, description=f"{entry.name}: fine-tuned"),
+            )
         return None if predictions is None else {**self.score(predictions), "folder": str(folder), **facts}
 
     def finetuned(self, name: str) -> Path:
@@ -434,12 +477,22 @@ class Evaluation:
 
     # --- Robustness --------------------------------------------------------------------------------------------------
 
+    def own_classes(self, entry: Entry) -> list[int] | None:
+        """Of a model that was saved with a classifier of our classes, its index of each."""
+        if entry.path is None:
+            return None
+        config = entry.encoder.model.config
+        if not any("ForImageClassification" in name for name in config.architectures or []):
+            return None
+        return class_order(config.id2label, self.data.class_names)
+
     def classifier(self, entry: Entry, train: np.ndarray | None) -> tuple[Callable, str]:
-        """Pictures -> logits `(B, num_classes)`, of the model's own classifier or, if it has none, a linear probe."""
-        if has_classifier(entry):
-            model = load_model(entry.path, classifier_class(entry.path), self.settings.trust_remote_code)
-            order = class_order(entry.name, model.config.id2label, self.data.class_names)
-            model, order = model.eval().to(self.device), torch.tensor(order, device=self.device)
+        """Pictures -> logits `(B, num_classes)`, of the model's own classifier of these classes, or a linear probe."""
+        order = self.own_classes(entry)
+        if order is not None:
+            trust = self.settings.trust_remote_code
+            model = load_model(entry.path, classifier_class(entry.path, trust), trust).eval().to(self.device)
+            order = torch.tensor(order, device=self.device)
 
             def classify(pictures):
                 with self.accelerator.autocast():
@@ -468,8 +521,7 @@ class Evaluation:
         predictions = corrupted_predictions(
             classify, test, corrupted, settings.batch_size, settings.dataloader_num_workers, self.processes, bar
         )
-        further = load_further_sets(settings.further_sets, self.data.class_names) if settings.further_sets else {}
-        further = {name: (logits(other.split), other) for name, other in further.items()}
+        further = {name: (logits(other.split), other) for name, other in self.further_sets.items()}
         if not self.is_main:
             return None
         right = predictions == test.labels[:, None]
@@ -515,16 +567,6 @@ class Evaluation:
     def reconstruction(self, entry: Entry) -> dict | None:
         """In decibels: the error on hidden patches below the full range, and by how much the noise gets weaker."""
         config, preprocessor, seed = entry.encoder.model.config, entry.preprocessor, self.settings.seed
-        if config.model_type != "can" or not config.uses_decoder:
-            raise ValueError(
-                f"the reconstruction task needs a CAN that was trained to reconstruct or to denoise, and {entry.name} "
-                f"is {'one that was not' if config.model_type == 'can' else f'a {config.model_type}'}"
-            )
-        if preprocessor.image_size != config.image_shape or not preprocessor.in_two_steps:
-            raise ValueError(
-                f"the reconstruction task needs the size that {entry.name} was trained at, {config.image_shape}, and "
-                f"not {preprocessor.image_size}; leave out --image_size"
-            )
         model = load_model(entry.path, AutoModelForPreTraining, self.settings.trust_remote_code)
         model.eval().to(self.device)
         mean, std = preprocessor.processor.image_mean, preprocessor.processor.image_std
@@ -549,7 +591,7 @@ class Evaluation:
 
         if "hidden" in made:
             figures["hidden_patches"] = below(1.0, made["hidden"])
-            figures["mean_colour"] = below(1.0, made["mean_colour"])
+            figures["plain"] = below(1.0, made["plain"])
         if "noise" in made:
             figures["noise_reduction"] = below(made["noise"].mean(), made["residual"])
         path = self.output_dir / "figures" / f"reconstruction-{file_name(entry.name)}.png"
@@ -566,23 +608,17 @@ def with_index(preprocessor: Preprocessor, encoded: bytes, index: int) -> tuple[
     return preprocessor.decode(encoded), index
 
 
-def has_classifier(entry: Entry) -> bool:
-    """Whether the model was saved with a classifier."""
-    if entry.path is None:
-        return False
-    return any("ForImageClassification" in name for name in entry.encoder.model.config.architectures or [])
-
-
-def class_order(name: str, id2label: dict[int, str], class_names: list[str]) -> list[int]:
-    """For each of our classes the model's own index; raises ValueError if they are others."""
-    theirs = {label: index for index, label in id2label.items()}
-    if set(class_names) <= set(theirs):
-        return [theirs[label] for label in class_names]
-    raise ValueError(
-        f"the classifier of {name} knows {', '.join(list(theirs)[:5])} ..., and the set has "
-        f"{', '.join(class_names[:5])} ...; give a model without classifier, which gets a linear "
-        "probe, or one whose id2label has these names"
-    )
+def class_order(id2label: dict[int, str], class_names: list[str]) -> list[int] | None:
+    """
+    For each of our classes the model's own index: by name, or as they are if nearly all names agree one by one (in
+    ImageNet there are two cranes); `None` if its classes are others.
+    """
+    theirs = [id2label[index] for index in sorted(id2label)]
+    if len(theirs) == len(class_names) and np.mean([a == b for a, b in zip(theirs, class_names, strict=True)]) > 0.95:
+        return list(range(len(theirs)))
+    if len(set(theirs)) == len(theirs) and set(class_names) <= set(theirs):
+        return [theirs.index(name) for name in class_names]
+    return None
 
 
 def file_name(name: str) -> str:
@@ -632,22 +668,45 @@ def main(argv: list[str] | None = None) -> dict:
             draw_shots(data.train.labels, shots, np.random.default_rng(0), data.class_names)
     evaluation = Evaluation(settings, fine_tuning, accelerator, data)
     entries = evaluation.entries()
-    names = {entry.path: entry.name for entry in entries if entry.path} | {entry.name: entry.name for entry in entries}
-    reference = names[settings.reference_model] if settings.reference_model else None
-    tables, seconds = {entry.name: {} for entry in entries}, {entry.name: {} for entry in entries}
+    names = {entry.path: entry.name for entry in entries if entry.path} | {name: name for name in BASELINES}
+    reference = (
+        settings.reference_model
+        and names[
+            settings.reference_model
+            if settings.reference_model in names
+            else os.path.normpath(settings.reference_model)
+        ]
+    )
+    plan = {entry.name: planned(entry, settings, reference) for entry in entries}
+    for entry in entries:
+        evaluation.check(entry, plan[entry.name])
+    held_out = f"{settings.test_size:g} of {settings.train_split}"
+    results["data"] = {
+        "dataset_name": settings.dataset_name,
+        "config_name": settings.dataset_config_name,
+        "train_split": settings.train_split,
+        "test_split": held_out if settings.test_size else settings.test_split,
+        "num_train": len(data.train),
+        "num_test": len(data.test),
+        "class_names": data.class_names,
+    }
+    results["models"] = {entry.name: {"path": entry.path, "sha256": entry.digest} for entry in entries if entry.path}
+    results |= {"pooling": settings.pooling, "results": {}, "seconds": {}}
     if accelerator.is_main_process:
         print(
             f"{len(data.train):,} images of {len(np.unique(data.train.labels))} classes to learn from, "
-            f"{len(data.test):,} to be tested on ({settings.dataset_name}); {', '.join(tables)}; "
-            f"{accelerator.num_processes} process(es), {accelerator.device}"
+            f"{len(data.test):,} to be tested on ({settings.dataset_name}); "
+            f"{', '.join(name for name in plan if plan[name])}; {accelerator.num_processes} process(es), "
+            f"{accelerator.device}"
         )
+
     for entry in entries:
-        tasks = [task for task in settings.task if wanted(task, entry, settings, reference)]
         train = test = None  # only the main process has them
-        if set(tasks) & set(ON_FEATURES) or ("robustness" in tasks and not has_classifier(entry)):
+        tasks, seconds = plan[entry.name], {}
+        if set(tasks) & set(ON_FEATURES) or ("robustness" in tasks and evaluation.own_classes(entry) is None):
             began = time.perf_counter()
             train, test = (evaluation.features(entry, split) for split in (data.train, data.test))
-            seconds[entry.name]["features"] = time.perf_counter() - began
+            seconds["features"] = time.perf_counter() - began
         for task in tasks:
             began = time.perf_counter()
             if task in ON_FEATURES:
@@ -655,44 +714,55 @@ def main(argv: list[str] | None = None) -> dict:
             else:
                 arguments = (train,) if task == "robustness" else ()
                 figures = getattr(evaluation, task)(entry, *arguments)
-            seconds[entry.name][task] = time.perf_counter() - began
+            seconds[task] = time.perf_counter() - began
             if accelerator.is_main_process:
-                tables[entry.name][task] = figures
-                print(f"{entry.name}: {task} in {seconds[entry.name][task]:.1f} s", flush=True)
-    if not accelerator.is_main_process:
-        accelerator.end_training()
-        return {}
-    if reference and "robustness" in settings.task:
-        theirs = tables[reference]["robustness"]["by_corruption"]
-        for figures in tables.values():
-            if "robustness" in figures:
-                error = corruption_error(figures["robustness"]["by_corruption"], theirs)
-                figures["robustness"]["corruption_error"] = {"reference": reference, **error}
-    results["data"] = {
-        "dataset_name": settings.dataset_name,
-        "config_name": settings.dataset_config_name,
-        "train_split": settings.train_split,
-        "test_split": settings.test_split
-        if not settings.test_size
-        else f"{settings.test_size:g} of {settings.train_split}",
-        "num_train": len(data.train),
-        "num_test": len(data.test),
-        "class_names": data.class_names,
-    }
-    results["models"] = {entry.name: {"path": entry.path, "sha256": entry.digest} for entry in entries if entry.path}
-    results |= {"pooling": settings.pooling, "results": {name: figures for name, figures in tables.items() if figures}}
-    results |= {"seconds": seconds, "total_seconds": time.perf_counter() - started}
-    write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
-    drawn = evaluation_figure(results["results"], output_dir / "figures" / "evaluation.png")
-    print(f"\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
-        f", {output_dir}/figures/evaluation.png" if drawn else ""
-    ))  # fmt: skip
-    if settings.update_card:
-        for entry in entries:
-            if entry.path:
-                update_card(entry.path, card_results(results, entry.name))
+                print(f"{entry.name}: {task} in {seconds[task]:.1f} s", flush=True)
+                results["results"].setdefault(entry.name, {})[task] = figures
+                results["seconds"][entry.name] = seconds
+                results["total_seconds"] = time.perf_counter() - started
+                write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")  # a fault costs one task
+    if accelerator.is_main_process:
+        if reference and "robustness" in settings.task:
+            compare_corruption(results["results"], reference)
+        results["total_seconds"] = time.perf_counter() - started
+        write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+        drawn = evaluation_figure(results["results"], output_dir / "figures" / "evaluation.png")
+        print(f"\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
+            f", {output_dir}/figures/evaluation.png" if drawn else ""
+        ))  # fmt: skip
+        if settings.update_card:
+            for name, model in results["models"].items():
+                update_card(model["path"], card_results(results, name))
     accelerator.end_training()
     return results
+
+
+def planned(entry: Entry, settings: Settings, reference: str | None) -> list[str]:
+    """
+    The tasks of an entry: baselines take those on features; a model or a baseline that was named as the reference
+    takes robustness, and a model no more than that, if it is named nowhere else.
+    """
+    if entry.path is None:
+        kind = entry.name.split()[0]
+        tasks = [task for task in settings.task if task in FROZEN and kind in (settings.baselines or ())]
+    else:
+        is_listed = entry.path in map(os.path.normpath, settings.model_name_or_path)
+        tasks = list(settings.task) if is_listed else []
+    is_reference = entry.name == reference and "robustness" in settings.task
+    return tasks + (["robustness"] if is_reference and "robustness" not in tasks else [])
+
+
+def compare_corruption(results: dict[str, dict], reference: str):
+    """Adds the corruption errors relative to the reference; says why, where there can be none."""
+    theirs = results[reference]["robustness"]["by_corruption"]
+    for figures in results.values():
+        if "robustness" in figures:
+            try:
+                errors = corruption_error(figures["robustness"]["by_corruption"], theirs)
+            except ValueError as error:
+                print(f"no corruption errors: {error}")
+                return
+            figures["robustness"]["corruption_error"] = {"reference": reference, **errors}
 
 
 def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> dict:
@@ -725,7 +795,7 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
         )
 
     label_column, source = settings.label_column, source_with(settings.label_column)
-    if label_column is None and "label" in source.column_names:
+    if label_column is None and isinstance(source.features.get("label"), Value | ClassLabel):
         label_column, source = "label", source_with("label")
     facts = {
         "weights": digest,
@@ -749,99 +819,110 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
         num_processes=accelerator.num_processes,
         max_bad_fraction=settings.max_bad_fraction,
     )
-    own = torch.tensor([figures["new_images"], figures["images_per_second"]], device=accelerator.device)
-    new_images, speed = accelerator.reduce(own, "sum").tolist()
+    own = gather_object([(figures["new_images"], figures["images_per_second"])])
+    new_images, speed = map(sum, zip(*own, strict=True))
     results["model"] = {"path": settings.model_name_or_path[0], "sha256": digest}
-    results["embed"] = {**totals(settings.output_dir), "new_images": int(new_images), "images_per_second": speed}
+    results["embed"] = {**totals(settings.output_dir), "new_images": new_images, "images_per_second": speed}
     if accelerator.is_main_process:
         write(Path(settings.output_dir) / "results.json", json.dumps(results, indent=2) + "\n")
         bad = ", ".join(f"{count} {reason}" for reason, count in results["embed"]["bad"].items())
         print(
             f"{results['embed']['num_images']:,} embeddings in {results['embed']['files']} files, "
-            f"{new_images:,.0f} of them new at {speed:.0f} images/s; bad images: {bad or 'none'}. "
+            f"{new_images:,} of them new at {speed:.0f} images/s; bad images: {bad or 'none'}. "
             f"{settings.output_dir}: part-*.parquet, results.json"
         )
     accelerator.end_training()
     return results
 
 
-def wanted(task: str, entry: Entry, settings: Settings, reference: str | None) -> bool:
-    """Baselines take the tasks on features; a model that is named as reference alone, and a baseline, robustness."""
-    is_reference = task == "robustness" and entry.name == reference
-    if entry.path is None:
-        return task in FROZEN or is_reference
-    return entry.path in settings.model_name_or_path or is_reference
+class Measure(NamedTuple):
+    """
+    A figure to be shown.
+
+    Args:
+        value (`float`): In [0, 1], or in decibels.
+        interval (`(float, float)`, *optional*): 95 %.
+        metric (`str`): As the Hub calls it.
+        spread (`float`, *optional*): What to show behind the value; half the width of the interval, if `None`.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+    metric: str = "accuracy"
+    spread: float | None = None
 
 
-def measures(figures: dict) -> dict[str, tuple[float, tuple[float, float] | None, str]]:
-    """What to show of a model's figures: heading -> value, interval, unit."""
+def measures(figures: dict) -> dict[str, Measure]:
+    """A model's figures by their headings."""
     rows = {}
-    for task, title in {
-        "linear_probe": "linear probe",
-        "linear_probe_sgd": "linear probe, SGD",
-        "finetune": "fine-tuned",
-    }.items():
+    titles = {"linear_probe": "linear probe", "linear_probe_sgd": "linear probe, SGD", "finetune": "fine-tuned"}
+    for task, title in titles.items():
         if task in figures:
-            rows[title] = (figures[task]["accuracy"], figures[task]["interval"], "%")
+            rows[title] = Measure(figures[task]["accuracy"], figures[task]["interval"])
     for k, score in figures.get("knn", {}).items():
-        rows[f"k-NN, k = {k}"] = (score["accuracy"], score["interval"], "%")
+        rows[f"k-NN, k = {k}"] = Measure(score["accuracy"], score["interval"])
     for shots, score in figures.get("few_shot", {}).items():
-        spread = score["std"] or 0.0
-        interval = (score["accuracy"] - spread, score["accuracy"] + spread)
-        rows[f"{shots} of the labels" if "%" in shots else f"{shots} a class"] = (score["accuracy"], interval, "%")
+        title = f"{shots} of the labels" if "%" in shots else f"{shots} a class"
+        rows[title] = Measure(score["accuracy"], score["interval"], spread=score["std"] or 0.0)
     if "retrieval" in figures:
         score = figures["retrieval"]
-        rows[f"of {score['neighbours']} neighbours right"] = (score["precision"], score["interval"], "%")
+        rows[f"of {score['neighbours']} neighbours right"] = Measure(
+            score["precision"], score["interval"], "precision"
+        )
     if "robustness" in figures:
         score = figures["robustness"]
-        rows["corrupted"] = (score["accuracy"], score["interval"], "%")
-        rows["clean, same classifier"] = (score["clean"]["accuracy"], score["clean"]["interval"], "%")
+        rows["corrupted"] = Measure(score["accuracy"], score["interval"])
+        rows["clean, same classifier"] = Measure(score["clean"]["accuracy"], score["clean"]["interval"])
         if "corruption_error" in score:
-            rows["mean corruption error"] = (score["corruption_error"]["mean"], None, "%")
+            rows["mean corruption error"] = Measure(score["corruption_error"]["mean"], None, "mce")
         for name, other in score.get("further_sets", {}).items():
-            rows[name] = (other["accuracy"], other["interval"], "%")
-    for name, title in {"hidden_patches": "hidden patches", "mean_colour": "... of their mean colour",
-                        "noise_reduction": "noise weaker by"}.items():  # fmt: skip
-        if name in figures.get("reconstruction", {}):
-            score = figures["reconstruction"][name]
-            rows[f"{title}, dB"] = (score["db"], score["interval"], "dB")
+            rows[name] = Measure(other["accuracy"], other["interval"])
+    if "reconstruction" in figures:
+        score = figures["reconstruction"]
+        plain = "their own mean" if score["norm_pix_loss"] else "mean colour of the visible"
+        decibels = {"hidden_patches": ("hidden patches", "psnr"), "plain": (f"... {plain}", "psnr"),
+                    "noise_reduction": ("noise weaker by", "noise_reduction")}  # fmt: skip
+        for name, (title, metric) in decibels.items():
+            if name in score:
+                rows[f"{title}, dB"] = Measure(score[name]["db"], score[name]["interval"], metric)
     return rows
 
 
 def card_results(results: dict, name: str) -> list[EvalResult]:
     """A model's figures as entries of the Hub's `model-index`; accuracies in [0, 1]."""
-    data = results["data"]
+    data, pooling = results["data"], results["pooling"]
     where = Path(data["dataset_name"]).name if Path(data["dataset_name"]).exists() else data["dataset_name"]
     return [
         EvalResult(
-            task_type="image-classification" if unit == "%" else "image-to-image",
+            task_type="image-to-image" if heading.endswith("dB") else "image-classification",
             dataset_type=where,
             dataset_name=where,
             dataset_config=data["config_name"],
             dataset_split=data["test_split"],
-            metric_type="accuracy" if unit == "%" else "psnr",
-            metric_name=heading,
-            metric_value=round(value, 4),
-            metric_args={"interval_95": [round(end, 4) for end in interval]} if interval else None,
+            metric_type=measure.metric,
+            metric_name=heading if pooling == "mean" else f"{heading} ({pooling})",
+            metric_value=round(measure.value, 4),
+            metric_args={"interval_95": [round(end, 4) for end in measure.interval]} if measure.interval else None,
         )
-        for heading, (value, interval, unit) in measures(results["results"][name]).items()
+        for heading, measure in measures(results["results"][name]).items()
     ]
 
 
 def table(results: dict[str, dict]) -> str:
-    """The models side by side, accuracies in %, each with half the width of its interval (few-shot: its deviation)."""
+    """The models side by side, shares in %, each with half the width of its interval (few-shot: its deviation)."""
     columns = {name: measures(figures) for name, figures in results.items()}
     headings = list(dict.fromkeys(heading for column in columns.values() for heading in column))
 
-    def cell(measure) -> str:
+    def cell(heading: str, measure: Measure | None) -> str:
         if measure is None:
             return ""
-        value, interval, unit = measure
-        factor = 100 if unit == "%" else 1
-        return f"{factor * value:.1f}" + (f" ±{factor * (interval[1] - interval[0]) / 2:.1f}" if interval else "")
+        factor, spread = 1 if heading.endswith("dB") else 100, measure.spread
+        if spread is None and measure.interval:
+            spread = (measure.interval[1] - measure.interval[0]) / 2
+        return f"{factor * measure.value:.1f}" + (f" ±{factor * spread:.1f}" if spread is not None else "")
 
     rows = [["", *columns]]
-    rows += [[heading, *(cell(column.get(heading)) for column in columns.values())] for heading in headings]
+    rows += [[heading, *(cell(heading, column.get(heading)) for column in columns.values())] for heading in headings]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{text:{'<' if not i else '>'}{widths[i]}}" for i, text in enumerate(row)) for row in rows]
     lines.insert(1, "-" * len(lines[0]))

@@ -179,7 +179,7 @@ class ImageSource:
                 "dataset has a shuffle buffer, whose images are lost when reading goes on after a fault or a resume; "
                 "leave out .shuffle(), the images are shuffled here"
             )
-        self.column_names = names = list(dataset.features or next(iter(dataset)))
+        self.features, names = dataset.features or {}, list(dataset.features or next(iter(dataset)))
         columns = [name for name in names if name == self.image_column]
         if not columns and self.image_column == "image":
             columns = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]

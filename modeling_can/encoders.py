@@ -5,11 +5,11 @@ import copy
 import hashlib
 import inspect
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -40,7 +40,7 @@ class Preprocessor:
 
     def __init__(self, processor, image_size: tuple[int, int] | None = None):
         self.processor, self.num_channels = processor, len(processor.image_mean or (0, 0, 0))
-        self.sizes = {} if image_size is None else _sizes(processor, *image_size)
+        self.sizes = self._sizes(image_size)
         self.in_two_steps = True
         picture = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
         expected = self._process(picture)
@@ -49,6 +49,39 @@ class Preprocessor:
             self.in_two_steps = two_steps.shape == expected.shape and bool((two_steps - expected).abs().max() < 1e-4)
         except Exception:  # whatever another kind of processor makes of it
             self.in_two_steps = False
+
+    def _sizes(self, image_size: tuple[int, int] | None) -> dict:
+        """
+        The processor's options for that size, in the proportions of its own: those with which an upright and a lying
+        picture both come out in it.
+        """
+        name = type(self.processor).__name__
+        if image_size is None:
+            shapes = {self._shape(40, 50, {}), self._shape(50, 40, {})}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"the {name} makes pictures of different sizes, which fit in no batch; give the one to use: "
+                    "--image_size HEIGHT,WIDTH"
+                )
+            return {}
+        (height, width), side, own = image_size, max(image_size), self.processor.to_dict()
+        crop = {"height": height, "width": width}
+        candidates = [{"size": crop}, {"size": {"shortest_edge": side}}]
+        if own.get("do_center_crop"):
+            before = max(own["crop_size"].values())
+            scaled = {key: round(edge * side / before) for key, edge in own["size"].items() if edge}
+            candidates.insert(0, {"size": scaled, "crop_size": crop})
+        for options in candidates:
+            if self._shape(40, 50, options) == self._shape(50, 40, options) == tuple(image_size):
+                return options
+        raise ValueError(f"image_size={image_size}: the {name} cannot make pictures of that size; try a square one")
+
+    def _shape(self, height: int, width: int, sizes: dict) -> tuple[int, ...] | None:
+        picture = np.zeros((height, width, self.num_channels), np.uint8)
+        try:
+            return tuple(self.processor([picture], return_tensors="pt", **sizes)["pixel_values"].shape[-2:])
+        except Exception:  # sizes in words that this one does not know
+            return None
 
     def _process(self, pixels: np.ndarray, **options) -> torch.Tensor:
         return self.processor([pixels], return_tensors="pt", **self.sizes, **options)["pixel_values"][0]
@@ -85,17 +118,9 @@ class Preprocessor:
 
     def facts(self) -> dict:
         """Everything that its result depends on."""
+        versions = {package: version(package) for package in ("modeling-can", "transformers", "pillow", "simplejpeg")}
         numbers = json.loads(self.processor.to_json_string())
-        return {**numbers, **self.sizes, "class": type(self.processor).__name__, "library": transformers.__version__}
-
-
-def _sizes(processor, height: int, width: int) -> dict:
-    """The processor's options for another size, in the proportions of its own."""
-    if not processor.do_center_crop:
-        return {"size": {"height": height, "width": width}}
-    before = max(processor.crop_size["height"], processor.crop_size["width"])
-    size = {name: round(side * max(height, width) / before) for name, side in dict(processor.size).items() if side}
-    return {"size": size, "crop_size": {"height": height, "width": width}}
+        return {**numbers, **self.sizes, "class": type(self.processor).__name__, "versions": versions}
 
 
 class Encoder(nn.Module):
@@ -157,6 +182,8 @@ class Encoder(nn.Module):
     def _pool(self, state: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         if state.ndim == 4:  # (B, d, h, w)
             return {"mean": state.mean(dim=(2, 3))}
+        if not hasattr(self.model.config, "patch_size"):
+            raise ValueError(f"a {type(self.model).__name__} does not tell which of its tokens are patches")
         patch_size = self.model.config.patch_size
         patch_shape = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         num_patches = (pixel_values.shape[-2] // patch_shape[0]) * (pixel_values.shape[-1] // patch_shape[1])
@@ -172,6 +199,8 @@ class Encoder(nn.Module):
             f"{type(self.model).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode()
         )
         for name, tensor in sorted(self.model.state_dict().items()):
+            if name.startswith("pooler."):  # not used, and random where a checkpoint has none
+                continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

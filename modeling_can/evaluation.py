@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow
 import safetensors.numpy
 import scipy.stats
 import torch
+from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -86,16 +88,20 @@ def load_split(
     name = f"{dataset_name}, {split}"
     try:
         rows = datasets.load_dataset(resolve_name(dataset_name), config_name, split=split)
-    except OSError as error:  # no such folder or set, or no network
+    except (DatasetGenerationError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+    except (OSError, RuntimeError) as error:  # no such folder or set, no network, or one that is a script
         raise ValueError(
             f"dataset_name={dataset_name} cannot be loaded: {error}. Give a Hub id, or a folder of parquet shards "
             "(train-*.parquet, test-*.parquet) or of class folders (train/CLASS/*.jpg, test/CLASS/*.jpg)"
         ) from error
     except ValueError as error:
-        raise ValueError(
-            f"{name}: {error} Name other splits with --train_split and --test_split; --test_size 0.2 holds out a "
-            "share of the training split"
-        ) from error
+        advice = ""
+        if "split" in str(error).lower():
+            advice = " Name other splits with --train_split and --test_split; --test_size 0.2 holds out a share"
+        if "config" in str(error).lower():
+            advice = " Name it with --dataset_config_name"
+        raise ValueError(f"{name}: {error}{advice}") from error
     for field, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in rows.column_names:
             raise ValueError(f"{name}: no column {column!r}; set {field} to one of {', '.join(rows.column_names)}")
@@ -114,7 +120,13 @@ def load_split(
         )
     values, indices = np.unique(labels, return_inverse=True)
     names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
-    pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    try:
+        pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    except (TypeError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{name}: image_column={image_column!r} holds {rows.features[image_column]} and no images; set it to one "
+            f"of {', '.join(rows.column_names)}"
+        ) from error
     pictures = pictures if image_column == "image" else pictures.rename_column(image_column, "image")
     return Split(name, pictures, indices.astype(np.int64)), names
 
@@ -163,13 +175,21 @@ def load_labelled(
     return LabelledSet(train, Split(test.name, test.pictures, ours[test.labels]), names)
 
 
+def by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """The indices of every class, each in random order."""
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
 def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random indices of `share` of every class, rounded to whole images, and those of the rest, both sorted."""
-    order = np.random.default_rng(seed).permutation(len(labels))
+    """
+    Random indices of `share` of every class, rounded to whole images but never all of them, and those of the rest;
+    both sorted.
+    """
     chosen = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        own = order[labels[order] == label]
-        chosen[own[: round(share * len(own))]] = True
+    for own in by_class(labels, np.random.default_rng(seed)):
+        chosen[own[: min(round(share * len(own)), len(own) - 1)]] = True
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
 
 
@@ -272,8 +292,14 @@ def cached(folder: Path | None, facts: dict, make: Callable[[], dict | None], pr
         return make()
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = Path(folder) / f"{key}.safetensors"
-    if processes.gather([path.exists()])[0]:
-        return safetensors.numpy.load_file(path) if processes.index == 0 else None
+    arrays = None
+    if processes.index == 0 and path.exists():
+        try:
+            arrays = safetensors.numpy.load_file(path)
+        except SafetensorError as error:  # damaged: made anew
+            logger.warning("%s: %s", path, error)
+    if processes.gather([arrays is not None])[0]:
+        return arrays
     arrays = make()
     if arrays is not None:
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -364,7 +390,7 @@ def linear_probe(
     num_classes: int,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    standardise_by: np.ndarray | None = None,
+    moments: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> LinearClassifier:
     """
     Multinomial logistic regression on standardised features, penalty weight_decay / 2 * |W|^2 beside the mean loss.
@@ -374,9 +400,9 @@ def linear_probe(
 
     Args:
         device: A GPU runs torch's L-BFGS, a CPU scikit-learn's.
-        standardise_by (`np.ndarray`, *optional*): Features whose mean and deviation count, if not these.
+        moments (`(np.ndarray, np.ndarray)`, *optional*): Mean and deviation to standardise by, if not those of these.
     """
-    mean, std = (f(features if standardise_by is None else standardise_by) for f in (_mean, _std))
+    mean, std = moments or mean_and_std(features)
     scaled = (features - mean) / std
     held_out, fit = hold_out(labels, 0.2, seed)
     fit_weights, best, accuracies = _logistic_regression(num_classes, device), 1e-2, {}
@@ -392,12 +418,12 @@ def linear_probe(
     return LinearClassifier(weight, weights[-1] - weight @ mean, best, accuracies.get(best))
 
 
-def _mean(features):
-    return features.mean(axis=0, dtype=np.float64).astype(np.float32)
-
-
-def _std(features):
-    return np.maximum(features.std(axis=0, dtype=np.float64), 1e-6).astype(np.float32)
+def mean_and_std(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every column, in fp32, summed up in fp64 part by part, as all at once would double the memory."""
+    parts = np.array_split(features, -(-len(features) // 65_536))
+    mean = sum(part.sum(axis=0, dtype=np.float64) for part in parts) / len(features)
+    variance = sum(((part - mean) ** 2).sum(axis=0) for part in parts) / len(features)
+    return mean.astype(np.float32), np.maximum(variance**0.5, 1e-6).astype(np.float32)
 
 
 def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.ndarray, float], np.ndarray]:
@@ -465,14 +491,14 @@ def draw_shots(labels: np.ndarray, shots: str, rng: np.random.Generator, names: 
     Raises:
         ValueError: if a class has fewer.
     """
-    chosen, order = [], rng.permutation(len(labels))
-    for label in np.unique(labels):
-        own = order[labels[order] == label]
+    chosen = []
+    for own in by_class(labels, rng):
         wanted = max(1, round(float(shots[:-1]) / 100 * len(own))) if shots.endswith("%") else int(shots)
         if wanted > len(own):
+            label = labels[own[0]]
             raise ValueError(
-                f"shots={shots} wants {wanted} images of class {names[label] if names else label}, which "
-                f"has {len(own)}; give other --shots"
+                f"shots={shots} wants {wanted} images of class {names[label] if names else label}, which has "
+                f"{len(own)}; give other --shots"
             )
         chosen.append(own[:wanted])
     return np.concatenate(chosen)
@@ -492,10 +518,10 @@ def few_shot_predictions(
     What the linear probe predicts with the labels of `shots` images alone, for each of several draws. Features are
     standardised by all training images, which takes no labels.
     """
-    predictions = []
+    predictions, moments = [], mean_and_std(train)
     for draw in range(num_draws):
         chosen = draw_shots(labels, shots, np.random.default_rng((seed, draw)))
-        probe = linear_probe(train[chosen], labels[chosen], num_classes, seed, device, standardise_by=train)
+        probe = linear_probe(train[chosen], labels[chosen], num_classes, seed, device, moments)
         predictions.append(probe.predict(test))
     return predictions
 
@@ -504,7 +530,9 @@ def few_shot_predictions(
 
 
 def bootstrap_interval(scores: np.ndarray, seed: int = 0, num_resamples: int = 1000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `scores`, one an image."""
+    """95 % percentile bootstrap interval of the mean of `scores`, one an image; of a single one, itself."""
+    if len(scores) == 1:
+        return float(scores[0]), float(scores[0])
     result = scipy.stats.bootstrap(
         (np.asarray(scores, dtype=np.float32),),
         np.mean,

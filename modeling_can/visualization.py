@@ -76,11 +76,11 @@ def reconstruction_errors(
         std (`tuple[float, ...]`): By which they were normalised.
 
     Returns:
-        Each `(batch_size,)`. `hidden`: mean squared error on the hidden patches, pixels in [0, 1]; `mean_colour`: that
-        of the visible patches' mean colour in their place (both absent without reconstruction loss). `noise` and
+        Each `(batch_size,)`. `hidden`: mean squared error on the hidden patches, pixels in [0, 1]; `plain`: that of
+        the mean colour of the visible patches in their place (both absent without reconstruction loss). `noise` and
         `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
         noise, in normalised units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
-        with its own true mean and deviation, as in MAE's pictures.
+        with its own true mean and deviation, as in MAE's pictures, and `plain` is each patch's own true mean.
     """
     config, noise, scores = model.config, [], []
     for index in indices:
@@ -96,9 +96,15 @@ def reconstruction_errors(
 
     errors = {}
     if config.reconstruction_loss_weight > 0:
-        colour = torch.where(hidden, 0, pixel_values).sum(dim=(2, 3)) / (~hidden).sum(dim=(2, 3))
+        if config.norm_pix_loss:
+            patches = patchify(pixel_values, config.patch_shape)
+            plain = patches.mean(dim=-1, keepdim=True).expand_as(patches)
+            plain = unpatchify(plain, config.patch_shape, config.grid_shape, config.num_channels)
+        else:
+            plain = torch.where(hidden, 0, pixel_values).sum(dim=(2, 3)) / (~hidden).sum(dim=(2, 3))
+            plain = plain[:, :, None, None]
         errors["hidden"] = mean_square((pictures["reconstruction"] - pixel_values) * std, hidden)
-        errors["mean_colour"] = mean_square((colour[:, :, None, None] - pixel_values) * std, hidden)
+        errors["plain"] = mean_square((plain - pixel_values) * std, hidden)
     if config.denoising_loss_weight > 0:
         errors["noise"] = mean_square(pictures["noise"].nan_to_num(), ~hidden)
         residual = pictures["noise"] - pictures["predicted_noise"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, tiny_model
-from transformers import BertConfig, BertModel, ViTImageProcessorPil
+from transformers import BertConfig, BertModel, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from modeling_can import CANForImageClassification
 from modeling_can.encoders import Preprocessor, load_encoder, load_model, pooled, untrained
@@ -103,6 +103,14 @@ def test_the_digest_is_of_the_weights_not_of_their_place(tmp_path):
     assert load_encoder(str(tmp_path / "b")).digest() != load_encoder(str(tmp_path / "a")).digest()
 
 
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTMAEForPreTraining"])
+def test_the_digest_of_a_model_that_lacks_a_pooler_is_always_the_same(kind, tmp_path):
+    """Its own random one plays no part."""
+    folder = saved(tmp_path, build(kind))
+    first, second = load_encoder(folder), load_encoder(folder)
+    assert first.digest() == second.digest()
+
+
 @pytest.mark.parametrize("kind", ["ViTModel", "ViTMAEForPreTraining"])
 def test_an_untrained_model_has_other_weights_and_knows_its_positions(kind, tmp_path):
     model = build(kind)
@@ -160,6 +168,15 @@ def test_another_size_keeps_the_proportions_and_is_interpolated(tmp_path):
     assert load_encoder(folder).options == {}
 
 
+def test_a_processor_without_crop_gets_a_size_that_it_knows(tmp_path):
+    folder = saved(tmp_path, build("ResNetModel"), size={"height": 32, "width": 32})
+    shortest = ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.875)
+    assert load_encoder(folder, image_size=(64, 48)).preprocessor.image_size == (64, 48)
+    assert Preprocessor(shortest, (32, 32)).image_size == (32, 32)
+    with pytest.raises(ValueError, match=r"image_size=\(32, 48\): the ConvNext.* cannot make pictures of that size"):
+        Preprocessor(shortest, (32, 48))
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +200,19 @@ def test_a_size_that_the_model_refuses_names_the_one_it_takes(tmp_path):
     with pytest.raises(ValueError, match=r"refuses the 3 x 20 x 20 pixels .*--image_size 32,48"):
         load_encoder(folder)
     assert load_encoder(folder, image_size=(32, 48)).options == {}
+
+
+def test_pictures_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match="makes pictures of different sizes.*--image_size HEIGHT,WIDTH"):
+        Preprocessor(processor(size={"shortest_edge": 32}))
+
+
+def test_models_that_do_not_tell_their_patches_are_refused(tmp_path):
+    model = transformers.PvtModel(
+        transformers.PvtConfig(image_size=32, hidden_sizes=[8, 16, 40, 64], depths=[1, 1, 1, 1])
+    )
+    with pytest.raises(ValueError, match="a PvtModel does not tell which of its tokens are patches"):
+        load_encoder(saved(tmp_path, model))
 
 
 def test_greyscale_pictures_for_a_colour_model_are_refused(tmp_path):

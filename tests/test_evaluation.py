@@ -136,6 +136,7 @@ def test_hold_out_takes_its_share_of_every_class():
     assert np.bincount(labels[chosen], minlength=4).tolist() == [20, 10, 1, 0]
     assert sorted([*chosen, *rest]) == list(range(155))
     assert not np.array_equal(chosen, hold_out(labels, 0.2, seed=1)[0])
+    assert np.bincount(labels[hold_out(labels, 0.9, seed=0)[1]]).min() == 1  # never all of a class
 
 
 # --- Few-shot --------------------------------------------------------------------------------------------------------
@@ -187,6 +188,14 @@ def test_the_interval_is_that_of_the_binomial_distribution():
     assert low == pytest.approx(0.25 - 1.96 * np.sqrt(0.25 * 0.75 / 1000), abs=0.004)
     assert high == pytest.approx(0.25 + 1.96 * np.sqrt(0.25 * 0.75 / 1000), abs=0.004)
     assert bootstrap_interval(np.ones(50)) == (1.0, 1.0)
+    assert bootstrap_interval(np.zeros(1)) == (0.0, 0.0)
+
+
+def test_mean_and_deviation_are_those_of_all_parts_together():
+    features = np.random.default_rng(0).normal(1000, 0.1, (70_000, 2)).astype(np.float32)  # two parts, far from zero
+    mean, std = evaluation.mean_and_std(features)
+    np.testing.assert_allclose(mean, features.mean(0, dtype=np.float64), rtol=1e-6)
+    np.testing.assert_allclose(std, features.std(0, dtype=np.float64), rtol=1e-4)
 
 
 # --- Features --------------------------------------------------------------------------------------------------------
@@ -252,6 +261,14 @@ def test_the_cache_knows_what_its_features_depend_on(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     with safetensors.safe_open(next(tmp_path.iterdir()), "np") as file:
         assert "weights" in json.loads(file.metadata()["facts"])
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    cached(tmp_path, {}, lambda: {"x": np.ones(3, np.float32)})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:20])
+    assert cached(tmp_path, {}, lambda: {"x": np.full(1, 2.0)})["x"] == 2
+    assert cached(tmp_path, {}, None)["x"] == 2
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_else(tmp_path, caplog):
@@ -345,3 +362,9 @@ def test_several_labels_an_image_and_sets_that_are_not_there_are_refused(tmp_pat
         load_labelled(str(tmp_path))
     with pytest.raises(ValueError, match="dataset_name=nobody/nothing cannot be loaded: .*class folders"):
         load_labelled("nobody/nothing")
+    write_split(tmp_path, "train", rows([0, 1]))
+    with pytest.raises(ValueError, match="image_column='label' holds .* and no images; set it to one of image, label"):
+        load_labelled(str(tmp_path), image_column="label")
+    (tmp_path / "train-00000.parquet").write_bytes((tmp_path / "train-00000.parquet").read_bytes()[:100])
+    with pytest.raises(ValueError, match="(cannot be read|cannot be loaded): "):
+        load_labelled(str(tmp_path))
