@@ -320,7 +320,7 @@ def test_what_a_kill_left_half_written_does_no_harm(tmp_path):
     embed_until_killed(source, folder, 6, max_bad_fraction=0.5)
     line = (folder / "bad_samples.jsonl").read_text()
     (folder / "bad_samples.jsonl").write_text(line[:-20])
-    names = ["part-000000-000000.parquet.partial", "part-000007-000000.parquet.partial"]
+    names = ["part-000000-000003.parquet.partial", "part-000007-000000.parquet.partial"]
     for name in names:
         (folder / name).write_bytes(b"PAR1")
     result = embed(source, prepare, encode, folder, FACTS, max_bad_fraction=0.5)
