@@ -379,7 +379,7 @@ class Evaluation:
         probe = self.fit_probe(train)
         return {
             **self.score(probe.predict(test)),
-            "weight_decay": probe.weight_decay,
+            "C": probe.inverse_penalty,
             "held_out_accuracy": probe.held_out_accuracy,
         }
 

@@ -30,7 +30,7 @@ from .views import BadImage
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = (1, 5, 10, 20, 100)
-WEIGHT_DECAYS = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of the linear probe, the strongest first
+INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the linear probe, the strongest penalty first
 MAX_ITERATIONS = 100  # for each, from where the one before ended; the held-out images judge an unfinished fit as any
 SHOTS = ("1", "2", "5", "10", "1%", "10%")
 
@@ -371,13 +371,13 @@ class LinearClassifier(NamedTuple):
     Args:
         weight (`np.ndarray` of shape `(num_classes, d)`), bias (`np.ndarray` of shape `(num_classes,)`): On features
             as they are, so that they can become the last layer of a model.
-        weight_decay (`float`): What was chosen.
+        inverse_penalty (`float`): C, which was chosen.
         held_out_accuracy (`float`, *optional*): What it was chosen by, in [0, 1].
     """
 
     weight: np.ndarray
     bias: np.ndarray
-    weight_decay: float
+    inverse_penalty: float
     held_out_accuracy: float | None
 
     def predict(self, features: np.ndarray) -> np.ndarray:
@@ -393,10 +393,10 @@ def linear_probe(
     moments: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> LinearClassifier:
     """
-    Multinomial logistic regression on standardised features, penalty weight_decay / 2 * |W|^2 beside the mean loss.
-    The weight decay is chosen on a fifth of every class, from the strongest on until two weaker ones in a row are
-    worse than the best; then all images are fitted. Where no class has the three images of which one can be held out,
-    it is 0.01.
+    Multinomial logistic regression on standardised features, with the penalty |W|^2 / 2C beside the sum of the losses.
+    C, at most scikit-learn's default of 1, is chosen on a fifth of every class, from the strongest penalty on until
+    two weaker ones in a row are worse than the best; then all images are fitted. Where no class has the three images
+    of which one can be held out, C is 1.
 
     Args:
         device: A GPU runs torch's L-BFGS, a CPU scikit-learn's.
@@ -405,11 +405,11 @@ def linear_probe(
     mean, std = moments or mean_and_std(features)
     scaled = (features - mean) / std
     held_out, fit = hold_out(labels, 0.2, seed)
-    fit_weights, best, accuracies = _logistic_regression(num_classes, device), 1e-2, {}
-    for decay in WEIGHT_DECAYS if len(held_out) else ():
-        weights = fit_weights(scaled[fit], labels[fit], decay)
+    fit_weights, best, accuracies = _logistic_regression(num_classes, device), 1.0, {}
+    for inverse_penalty in INVERSE_PENALTIES if len(held_out) else ():
+        weights = fit_weights(scaled[fit], labels[fit], inverse_penalty)
         predicted = (scaled[held_out] @ weights[:-1] + weights[-1]).argmax(axis=1)
-        accuracies[decay] = float((predicted == labels[held_out]).mean())
+        accuracies[inverse_penalty] = float((predicted == labels[held_out]).mean())
         best = max(accuracies, key=accuracies.get)  # the strongest of equals
         if len(accuracies) >= 3 and max(list(accuracies.values())[-2:]) < accuracies[best]:
             break  # the weakest ones take the longest
@@ -428,8 +428,8 @@ def mean_and_std(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.ndarray, float], np.ndarray]:
     """
-    A function (features, labels, weight decay) -> weights `(d + 1, num_classes)`, bias last, that starts where its
-    last call ended.
+    A function (features, labels, C) -> weights `(d + 1, num_classes)`, bias last, that starts where its last call
+    ended.
     """
     if torch.device(device).type != "cpu":
         return _torch_logistic_regression(num_classes, device)
@@ -438,10 +438,10 @@ def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.n
 
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
 
-    def fit(features, labels, weight_decay):
+    def fit(features, labels, inverse_penalty):
         present = np.unique(labels)
         # Of two classes scikit-learn fits the difference, whose square is twice that of the two halves.
-        model.C = (2 if len(present) == 2 else 1) / (weight_decay * len(features))
+        model.C = 2 * inverse_penalty if len(present) == 2 else inverse_penalty
         with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
             model.fit(features, labels)
         coefficients, bias = model.coef_, model.intercept_
@@ -458,8 +458,9 @@ def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.n
 def _torch_logistic_regression(num_classes: int, device):
     weights = None
 
-    def fit(features, labels, weight_decay):
+    def fit(features, labels, inverse_penalty):
         nonlocal weights
+        decay = 1 / (inverse_penalty * len(features))  # beside the mean of the losses
         features, labels = torch.as_tensor(features, device=device), torch.as_tensor(labels, device=device)
         if weights is None:
             weights = torch.zeros(features.shape[1] + 1, num_classes, device=device, requires_grad=True)
@@ -470,7 +471,7 @@ def _torch_logistic_regression(num_classes: int, device):
         def closure():
             optimizer.zero_grad()
             logits = torch.addmm(weights[-1], features, weights[:-1])
-            loss = nn.functional.cross_entropy(logits, labels) + weight_decay / 2 * weights[:-1].square().sum()
+            loss = nn.functional.cross_entropy(logits, labels) + decay / 2 * weights[:-1].square().sum()
             loss.backward()
             return loss
 

@@ -17,8 +17,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from modeling_can import evaluation
 from modeling_can.evaluation import (
+    INVERSE_PENALTIES,
     NEIGHBOURS,
-    WEIGHT_DECAYS,
     Pictures,
     Processes,
     Split,
@@ -85,7 +85,7 @@ def test_the_probe_of_the_gpu_and_that_of_the_cpu_agree(num_classes, monkeypatch
     monkeypatch.setattr(evaluation.torch, "device", lambda name: Elsewhere(name))
     theirs = linear_probe(train, labels, num_classes, device="cpu")
     monkeypatch.setattr(evaluation.torch, "device", original)
-    assert ours.weight_decay == theirs.weight_decay
+    assert ours.inverse_penalty == theirs.inverse_penalty
     accuracies = [(probe.predict(test) == answers).mean() for probe in (ours, theirs)]
     assert abs(accuracies[0] - accuracies[1]) <= 0.002 and accuracies[0] > 1.3 / num_classes
 
@@ -99,7 +99,7 @@ def test_the_probe_is_the_regularised_optimum_on_standardised_features(num_class
     bias = torch.tensor(probe.bias + probe.weight @ train.mean(0), requires_grad=True)
     logits = torch.from_numpy(scaled) @ weight.T + bias
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-    (loss + probe.weight_decay / 2 * weight.square().sum()).backward()
+    (loss + weight.square().sum() / (2 * probe.inverse_penalty * len(train))).backward()
     assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3  # scikit-learn stops at 1e-4, in float32
 
 
@@ -110,18 +110,18 @@ def test_the_probe_does_not_depend_on_scale_and_shift_of_the_features():
     assert (moved.predict(test * scale - 7) == linear_probe(train, labels, 3).predict(test)).mean() > 0.99
 
 
-def test_the_weight_decay_is_chosen_on_a_held_out_fifth():
+def test_the_penalty_is_chosen_on_a_held_out_fifth():
     train, labels = blobs(300, spread=3.0)
     probe = linear_probe(train, labels, 3, seed=5)
     held_out, fit = hold_out(labels, 0.2, seed=5)
     scaled = (train - train.mean(0)) / train.std(0)
     accuracy = {}
-    for decay in WEIGHT_DECAYS:
-        model = LogisticRegression(C=1 / (decay * len(fit)), max_iter=2000).fit(scaled[fit], labels[fit])
-        accuracy[decay] = model.score(scaled[held_out], labels[held_out])
+    for inverse_penalty in INVERSE_PENALTIES:
+        model = LogisticRegression(C=inverse_penalty, max_iter=2000).fit(scaled[fit], labels[fit])
+        accuracy[inverse_penalty] = model.score(scaled[held_out], labels[held_out])
     assert len(set(accuracy.values())) > 1
     assert probe.held_out_accuracy == pytest.approx(max(accuracy.values()), abs=0.02)
-    assert accuracy[probe.weight_decay] >= max(accuracy.values()) - 0.02
+    assert accuracy[probe.inverse_penalty] >= max(accuracy.values()) - 0.02
 
 
 def test_a_class_without_images_is_never_predicted():
