@@ -102,6 +102,7 @@ TASKS = ("knn", "linear_probe", "linear_probe_sgd", "few_shot", "finetune", "rob
 FROZEN = ("knn", "linear_probe", "few_shot")  # which the baselines take
 ON_FEATURES = (*FROZEN, "retrieval")  # of the frozen encoder, extracted once
 BASELINES = ("pixels", "untrained")
+CAPTION = "in % or dB; ± half the 95 % interval over the test images, of labels a class the deviation of the draws"
 QUERIES, SHOWN = 8, 7  # of the retrieval sheet: rows, and neighbours in each
 
 
@@ -278,8 +279,9 @@ class Evaluation:
             models.append(self.entry(encoder, path if names.count(name) > 1 or name in BASELINES else name, path))
             fresh = untrained(encoder, settings.seed)
             if "untrained" in wanted_baselines and fresh.digest() not in [b.digest for b in baselines]:
-                number = "" if len(baselines) == 0 else f" {len(baselines) + 1}"
-                baselines.append(self.entry(fresh, f"untrained{number}"))
+                baselines.append(self.entry(fresh, f"untrained ({name})"))
+        if len(baselines) == 1:
+            baselines[0].name = "untrained"
         if "pixels" in wanted_baselines:
             preprocessor = models[0].preprocessor
             encode = lambda pictures: {"mean": raw_pixels(preprocessor.normalise(pictures))}  # noqa: E731
@@ -638,6 +640,11 @@ def main(argv: list[str] | None = None) -> dict:
         mixed_precision=mixed_precision(settings.mixed_precision),
         kwargs_handlers=[InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(days=30))],  # they wait
     )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, and each takes itself for the only one; on a CPU "
+            "set ACCELERATE_USE_CPU=true"
+        )
     results = {
         "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
         **run_facts(
@@ -668,7 +675,10 @@ def main(argv: list[str] | None = None) -> dict:
             draw_shots(data.train.labels, shots, np.random.default_rng(0), data.class_names)
     evaluation = Evaluation(settings, fine_tuning, accelerator, data)
     entries = evaluation.entries()
-    names = {entry.path: entry.name for entry in entries if entry.path} | {name: name for name in BASELINES}
+    names = {entry.path: entry.name for entry in entries if entry.path}
+    for entry in reversed(entries):  # of several untrained ones the first
+        if entry.path is None:
+            names["untrained" if entry.encoder else "pixels"] = entry.name
     reference = (
         settings.reference_model
         and names[
@@ -727,12 +737,13 @@ def main(argv: list[str] | None = None) -> dict:
         results["total_seconds"] = time.perf_counter() - started
         write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
         drawn = evaluation_figure(results["results"], output_dir / "figures" / "evaluation.png")
-        print(f"\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
+        print(f"\n{CAPTION}\n\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
             f", {output_dir}/figures/evaluation.png" if drawn else ""
         ))  # fmt: skip
         if settings.update_card:
             for name, model in results["models"].items():
                 update_card(model["path"], card_results(results, name))
+                print(f"Updated: {model['path']}/README.md")
     accelerator.end_training()
     return results
 
@@ -743,7 +754,7 @@ def planned(entry: Entry, settings: Settings, reference: str | None) -> list[str
     takes robustness, and a model no more than that, if it is named nowhere else.
     """
     if entry.path is None:
-        kind = entry.name.split()[0]
+        kind = "untrained" if entry.encoder else "pixels"
         tasks = [task for task in settings.task if task in FROZEN and kind in (settings.baselines or ())]
     else:
         is_listed = entry.path in map(os.path.normpath, settings.model_name_or_path)
@@ -809,7 +820,7 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
         encode,
         settings.output_dir,
         facts,
-        batch_size=settings.batch_size,
+        batch_size=min(settings.batch_size, settings.rows_per_file),
         num_workers=settings.dataloader_num_workers,
         dtype=settings.embedding_dtype,
         rows_per_file=settings.rows_per_file,
@@ -905,6 +916,7 @@ def card_results(results: dict, name: str) -> list[EvalResult]:
             metric_args={"interval_95": [round(end, 4) for end in measure.interval]} if measure.interval else None,
         )
         for heading, measure in measures(results["results"][name]).items()
+        if not heading.startswith("...")  # of a plain guess
     ]
 
 

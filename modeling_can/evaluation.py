@@ -104,7 +104,13 @@ def load_split(
         raise ValueError(f"{name}: {error}{advice}") from error
     for field, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in rows.column_names:
-            raise ValueError(f"{name}: no column {column!r}; set {field} to one of {', '.join(rows.column_names)}")
+            others = [other for other in rows.column_names if other != image_column or field == "image_column"]
+            fix = (
+                f"set {field} to one of {', '.join(others)}"
+                if others
+                else "class folders make one, from two classes on"
+            )
+            raise ValueError(f"{name}: no column {column!r}; {fix}")
     if not len(rows):
         raise ValueError(f"{name} is empty")
 
@@ -232,9 +238,10 @@ class Pictures(torch.utils.data.Dataset):
         try:
             return self.prepare(read_bytes(image), argument)
         except BadImage as error:
+            path = f", {image['path']}," if image and image["path"] else ""
             raise ValueError(
-                f"{self.split.name}: the image of row {index} is {error.reason} ({error}); mend or remove it, as an "
-                "evaluation leaves no image out"
+                f"{self.split.name}: the image of row {index}{path} is {error.reason} ({error}); mend or remove it, "
+                "as an evaluation leaves no image out"
             ) from error
 
 
@@ -262,7 +269,11 @@ def extract(
     ]
     loader = iter(
         torch.utils.data.DataLoader(
-            pictures, batch_sampler=own, num_workers=num_workers, pin_memory=torch.cuda.is_available()
+            pictures,
+            batch_sampler=own,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or starting it would draw a number from the global one
         )
     )
     arrays, num_rows = {}, 0

@@ -217,7 +217,9 @@ def squared(batch: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (7, 2), (30, 0), (64, 1)])
 def test_every_image_comes_once_in_order_whatever_the_batch_size(batch_size, num_workers):
+    state = torch.get_rng_state()
     features = extract(squared, Pictures(split_of(30), first_byte), batch_size, num_workers)
+    assert torch.equal(torch.get_rng_state(), state)  # a probe changes nothing of the training around it
     np.testing.assert_array_equal(features["square"], np.stack([np.arange(30.0) ** 2] * 2, axis=1))
     assert features["square"].dtype == np.float32
 
@@ -338,7 +340,7 @@ def test_a_share_is_held_out_where_there_is_no_test_split(tmp_path):
 
 ERRORS = {
     "no split": (dict(test=None), {}, "--test_split; --test_size 0.2 holds out"),
-    "no label column": ({}, dict(label_column="klass"), "no column 'klass'; set label_column to one of image, label"),
+    "no label column": ({}, dict(label_column="klass"), "no column 'klass'; set label_column to one of label"),
     "no image column": ({}, dict(image_column="photo"), "no column 'photo'; set image_column to one of image, label"),
     "unseen": (dict(train=[0, 0, 1, 1], test=[0, 2]), {}, "1 labels of .*test have no image in .*train: blue"),
     "a single class": (dict(train=[1, 1]), {}, "has a single class, 'green'; a test needs two or more"),

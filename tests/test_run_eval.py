@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ Text.
 def test_models_and_baselines_stand_side_by_side(measured, capsys):
     out, argv, results = measured
     assert json.loads((out / "out" / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert list(results["results"]) == ["pixels", "untrained", "untrained 2", "can", "dinov2"]
+    assert list(results["results"]) == ["pixels", "untrained (can)", "untrained (dinov2)", "can", "dinov2"]
     for name, figures in results["results"].items():
         is_model = name in ("can", "dinov2")
         assert set(figures) == {"knn", "linear_probe", "few_shot"} | ({"retrieval"} if is_model else set())
@@ -121,7 +122,9 @@ def test_models_and_baselines_stand_side_by_side(measured, capsys):
     assert {"command", "versions", "git_commit", "machine", "seed", "seconds", "total_seconds"} <= results.keys()
     table = run_eval.table(results["results"])
     lines = table.splitlines()
-    assert lines[0].split("  ")[0] == "" and "untrained 2" in lines[0] and len({len(line) for line in lines}) == 1
+    assert (
+        lines[0].split("  ")[0] == "" and "untrained (dinov2)" in lines[0] and len({len(line) for line in lines}) == 1
+    )
     accuracy = results["results"]["can"]["knn"]["20"]["accuracy"]
     assert f"{100 * accuracy:.1f} ±" in next(line for line in lines if line.startswith("k-NN, k = 20"))
     for picture in ("evaluation.png", "retrieval-can.png", "retrieval-dinov2.png"):
@@ -218,7 +221,12 @@ def robust(models, colours, tmp_path_factory):
 
 def test_robustness_compares_corrupted_with_clean(robust):
     robust, _ = robust
-    assert list(robust) == ["untrained", "can", "classifier", "other classes"]  # the reference, though no baseline
+    assert list(robust) == [
+        "untrained (can)",
+        "can",
+        "classifier",
+        "other classes",
+    ]  # the reference, though no baseline
     for figures in (entry["robustness"] for entry in robust.values()):
         assert set(figures["by_corruption"]) == {"gaussian_noise", "shot_noise", "impulse_noise"}
         cells = [x for severities in figures["by_corruption"].values() for x in severities.values()]
@@ -228,8 +236,8 @@ def test_robustness_compares_corrupted_with_clean(robust):
         assert np.mean([score["accuracy"] for score in figures["by_severity"].values()]) == pytest.approx(
             np.mean(cells)
         )
-    assert robust["untrained"]["robustness"]["corruption_error"]["mean"] == pytest.approx(1)
-    assert robust["can"]["robustness"]["corruption_error"]["reference"] == "untrained"
+    assert robust["untrained (can)"]["robustness"]["corruption_error"]["mean"] == pytest.approx(1)
+    assert robust["can"]["robustness"]["corruption_error"]["reference"] == "untrained (can)"
     assert robust["can"]["robustness"]["head"] == "linear probe"
     assert robust["classifier"]["robustness"]["head"] == "its own classifier"
     assert robust["other classes"]["robustness"]["head"] == "linear probe"
@@ -412,7 +420,7 @@ REFUSED = {
     "--task=embed,knn": r"embed stands alone",
     "--sgd_layers=0": r"sgd_layers=\(0,\) must be numbers of blocks, at least 1",
     "--dataset_name=none": r"give --dataset_name",
-    "--label_column=klass": r"set label_column to one of image, label",
+    "--label_column=klass": r"set label_column to one of label",
     "--image_size=33": r"refuses the 3 x 33 x 33 pixels .*--image_size 32,32",
     "--processor_name_or_path=nobody/nothing": r"nobody/nothing has no image processor",
     "--finetune_layer_decay=2": r"layer_decay=2",
@@ -472,6 +480,13 @@ def test_a_reference_without_errors_is_told_and_costs_nothing(capsys):
     run_eval.compare_corruption(results, "a")
     assert "no corruption errors: reference_model makes no error under fog" in capsys.readouterr().out
     assert "corruption_error" not in results["b"]["robustness"]
+
+
+def test_processes_that_do_not_know_each_other_are_refused(models, colours, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(run_eval, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match="2 processes were launched, and each .* ACCELERATE_USE_CPU=true"):
+        run_eval.main(options(models, colours, tmp_path, "can"))
 
 
 def test_the_script_ends_with_one_line_for_an_error(models, tmp_path):
