@@ -65,6 +65,7 @@ from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import model_card, run_facts, write
 from modeling_can.losses import contrastive_loss
 from modeling_can.modeling_can import CANLayer
+from modeling_can.push import LAST_CHECKPOINT, STOP_SECONDS, WAIT_SECONDS, Push, unfinished_card
 from modeling_can.recipe import Recipe, parse_arguments
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.training import (
@@ -139,6 +140,10 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     checkpoint = recipe.resume_from_checkpoint and checkpoints.find(recipe.resume_from_checkpoint)
     if accelerator.is_fsdp2:
         keep_sharding_exact(accelerator.state.fsdp_plugin)
+    push = Push(output_dir, recipe.repo_id, recipe.hub_private) if recipe.push_to_hub and is_main else None
+    problem = push and push.check()
+    if problem:
+        print(f"the Hub cannot be used now: {problem}. Training begins, and what it saves is uploaded when it can be")
 
     # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(
@@ -460,8 +465,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         """The logged line with the highest k-NN accuracy, the first of several."""
         return max((line for line in metrics if "knn" in line), key=lambda line: line["knn"], default=None)
 
-    def save(step: int):
-        """After so many steps; called by all processes."""
+    def save(step: int) -> Path:
+        """A checkpoint after so many steps; called by all processes."""
         report_nonfinite()
         weights, optimizer_state = whole_state(model, optimizer.optimizer)
         own = {"loader": loader.state_dict(), "rng": rng_state(), "average": (average.sums, average.num_steps)}
@@ -474,13 +479,31 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             "ledger_bytes": ledger.stat().st_size if ledger.exists() else 0,
         }
         best = best_probe()
-        checkpoints.save(
+        return checkpoints.save(
             step,
             weights,
             {"optimizer": optimizer_state, "progress": position, "recipe": recipe.to_dict()},
             own,
             best and best["step"],
         )
+
+    def push_unfinished(step: int, saved: Path):
+        """The model as a checkpoint has it, in a form that can be loaded, to the Hub; on the main process."""
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.flush()
+
+        def fill(snapshot: Path):
+            transformers_logging.disable_progress_bar()
+            unwrapped.save_pretrained(snapshot, state_dict={})  # all but the weights, which the checkpoint has
+            transformers_logging.enable_progress_bar()
+            processor.save_pretrained(snapshot)
+            write(snapshot / "README.md", unfinished_card(recipe.repo_id.split("/")[-1], step, max_steps))
+
+        also = {"model.safetensors": saved / "model.safetensors"}
+        if recipe.hub_strategy == "checkpoint":
+            also[LAST_CHECKPOINT] = saved
+        push.hand_over(f"Training in progress, step {step}", fill, also)
 
     def draw(step: int, whole: CANForPreTraining | None):
         """What the model reconstructs by now, into the folder and the trackers; `None` on the other processes."""
@@ -521,8 +544,9 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             stopping = stop.wanted() and not is_last
             is_best = probing and best_probe()["step"] == done
             if stopping or ((done % recipe.save_steps == 0 or is_best) and not is_last):
+                saved = None
                 try:
-                    save(done)
+                    saved = save(done)
                 except OSError as error:
                     if stopping:
                         raise
@@ -531,11 +555,15 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                     begun = time.perf_counter()
                     draw(done, in_one_piece())
                     not_training(time.perf_counter() - begun)
+                if saved and push and recipe.hub_strategy != "end":
+                    push_unfinished(done, saved)
             if stopping:
                 bar.close()
                 number = stop.received or signal.SIGTERM  # another process received it
                 if is_main:
                     print(f"stopped by {number.name} after step {done}; go on with --resume_from_checkpoint latest")
+                if push and push.finish(STOP_SECONDS)["error"]:
+                    print(f"{push.repo_id} is not up to date: {push.error}. It will be when the run goes on")
                 accelerator.end_training()
                 sys.exit(130 if number is signal.SIGINT else 0)
     train_seconds = progress["train_seconds"] + time.perf_counter() - train_started
@@ -572,6 +600,14 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         print_summary(output_dir, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if push:  # the other processes need not wait for it
+        newest = recipe.hub_strategy == "checkpoint" and checkpoints.find("latest")
+        push.hand_over(f"End of training, step {max_steps}", also={LAST_CHECKPOINT: newest} if newest else None)
+        print(f"\nwaiting for the upload to {push.repo_id}, at most {duration(WAIT_SECONDS)}; Ctrl-C gives it up")
+        with StopSignals(None, device) as stop:
+            results["hub"] = push.finish(WAIT_SECONDS, stop.wanted)
+        write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+        print_push(push)
     return results
 
 
@@ -888,6 +924,13 @@ def print_summary(output_dir: Path, results: dict):
         "model_cards/can-vit-base-patch16-224/recipe.yaml --data_dir FOLDER\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )
+
+
+def print_push(push: Push):
+    if push.error:
+        print(f"the upload to {push.repo_id} failed: {push.error}\nTo upload the same later:\n  {push.command()}")
+    else:
+        print(f"uploaded to {push.repo_id}, commit {push.commit}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import ImageColor
 
 from .configuration_can import CANConfig
@@ -97,6 +98,12 @@ class Recipe:
     log_with: str | None = option("tensorboard", "trackers, by accelerate's names, comma-separated; or none")
     preflight: bool = option(False, "check data, model and machine in a minute instead of training")
 
+    # The Hub, under transformers' names where it has one
+    push_to_hub: bool = option(False, "upload the output folder to the Hub, with the token of `hf auth login`")
+    hub_model_id: str | None = option(None, "repository, NAME or ORGANISATION/NAME; the output folder's name if none")
+    hub_private: bool = option(False, "the repository is, or is made, private")
+    hub_strategy: str = option("every_save", "end, every_save, or checkpoint: with it also the newest checkpoint")
+
     def __post_init__(self):
         if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
             raise ValueError(
@@ -164,10 +171,23 @@ class Recipe:
             "mixed_precision": ("auto", "no", "bf16"),
             "on_nonfinite": ("stop", "skip"),
             "high_bit_depth": ("full_range", "stretch", "skip"),
+            "hub_strategy": ("end", "every_save", "checkpoint"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+        for name in ("hub_model_id", "hub_private"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} without push_to_hub uploads nothing; add --push_to_hub"
+                )
+        if self.push_to_hub:
+            try:
+                validate_repo_id(self.repo_id)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"hub_model_id={self.repo_id!r}; give --hub_model_id NAME or ORGANISATION/NAME: {error}"
+                ) from error
         try:
             ImageColor.getrgb(self.transparent_background)
         except ValueError as error:
@@ -175,12 +195,19 @@ class Recipe:
                 f"transparent_background={self.transparent_background!r} is no colour; give a name or #rrggbb"
             ) from error
 
+    @property
+    def repo_id(self) -> str:
+        """The repository on the Hub that `push_to_hub` means."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
     def to_dict(self) -> dict:
         """
         All fields, flat, in a form that `Recipe.from_dict` reads back; but `overwrite_output_dir`, or repeating a run
-        would destroy it, `resume_from_checkpoint`, or it would not begin at the beginning, and `preflight`.
+        would destroy it, `resume_from_checkpoint`, or it would not begin at the beginning, `preflight`, and those of
+        the Hub, or who repeats it would upload to the same repository.
         """
-        once = ("overwrite_output_dir", "resume_from_checkpoint", "preflight")
+        once = ("overwrite_output_dir", "resume_from_checkpoint", "preflight", "push_to_hub", "hub_model_id",
+                "hub_private", "hub_strategy")  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in training_fields() if f.name not in once}
         values |= {f.name: getattr(self.config, f.name) for f in model_fields()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -366,7 +366,10 @@ class Checkpoints:
         """Weights, what was shared, and what each process had, in the order of their rank; on the CPU."""
         weights = safetensors.torch.load_file(path / "model.safetensors")
         shared = torch.load(path / "shared.pt", map_location="cpu", weights_only=False)
-        own = [torch.load(file, map_location="cpu", weights_only=False) for file in sorted(path.glob("process-*.pt"))]
+        # Not whatever is there: in a repository on the Hub those of an earlier, larger number of processes stay.
+        num_processes = json.loads((path / "manifest.json").read_text())["num_processes"]
+        files = [path / f"process-{index:05}.pt" for index in range(num_processes)]
+        own = [torch.load(file, map_location="cpu", weights_only=False) for file in files]
         return weights, shared, own
 
 

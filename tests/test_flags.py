@@ -46,8 +46,9 @@ RUNS = {
         "log_with": "tensorboard", "patch_size": 8,
     },
 }  # fmt: skip
-ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile"}  # in most tests; checkpoints;
-# diagnostics; below, as it takes a minute
+ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile",
+             "push_to_hub", "hub_model_id", "hub_private", "hub_strategy"}  # fmt: skip
+# in most tests; checkpoints; diagnostics; below, as it takes a minute; those of the Hub in test_push
 
 
 @pytest.fixture(scope="module")

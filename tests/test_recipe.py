@@ -43,7 +43,7 @@ def test_the_command_line_counts_last():
 
 OTHER = {"model_name_or_path": "e", "probe_image_column": "f",
          "on_nonfinite": "skip", "resume_from_checkpoint": "latest", "transparent_background": "#102030",
-         "high_bit_depth": "stretch",
+         "high_bit_depth": "stretch", "hub_model_id": "me/model", "hub_strategy": "end",
          "dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",
          "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bilinear", "mixed_precision": "bf16",
          "crop_scale": (0.5, 0.75), "crop_ratio": (0.5, 1.0), "blur_sigma": (0.5, 1.0), "hidden_act": "relu",
@@ -67,7 +67,9 @@ def test_every_field_is_a_flag():
             wanted = "other"
         else:
             wanted = value + 1 if isinstance(value, int) else value / 4 + 0.01
-        after = parse(f"--{field.name}={','.join(map(str, wanted)) if isinstance(wanted, tuple) else wanted}")
+        needed = ["--push_to_hub"] if field.name in ("hub_model_id", "hub_private") else []
+        text = ",".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
+        after = parse(f"--{field.name}={text}", *needed)
         holder = after if field in training_fields() else after.config
         assert getattr(holder, field.name) == wanted != value, field.name
 
