@@ -9,6 +9,7 @@ hold up the loop in it. Nothing here raises into a run that has begun; what went
 import atexit
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -263,11 +264,12 @@ def do(job: dict) -> dict:
         return {"repo_id": repo_id, "commit": commit.oid}
     except Exception as error:  # whatever it is, the run has to hear of it
         causes = [error]
-        while causes[-1].__cause__:
+        while causes[-1].__cause__ and not isinstance(causes[-1], HfHubHTTPError):
             causes.append(causes[-1].__cause__)
-        statuses = [cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)]
-        refused = any(400 <= status < 500 and status not in (408, 409, 412, 425, 429) for status in statuses)
-        text = ": ".join(dict.fromkeys(" ".join(str(cause).split()) or type(cause).__name__ for cause in causes))
+        status = causes[-1].response.status_code if isinstance(causes[-1], HfHubHTTPError) else None
+        refused = status is not None and 400 <= status < 500 and status not in (408, 409, 412, 429)
+        text = ": ".join(str(cause) or type(cause).__name__ for cause in causes)
+        text = " ".join(re.sub(r"For more information check: \S+", "", text).split())
         return {
             "error": text.replace(get_token() or "\0", "HF_TOKEN"),
             "is_worth_another_try": not refused and not isinstance(error, OfflineModeIsEnabled),

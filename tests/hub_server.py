@@ -92,7 +92,7 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -197,7 +197,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if kind is None:
                 raise Refusal(404, "", f"this server knows no {self.command} {path}")
             if request.authorization not in (None, f"Bearer {hub.token}"):
-                raise Refusal(401, "", "Invalid credentials in Authorization header")
+                # Indiscreet, more than the Hub is: no client may print this.
+                raise Refusal(401, "", f"Invalid credentials in Authorization header: {request.authorization}")
             with hub.lock:
                 status, headers, answer = getattr(self, kind)(body, **match.groupdict())
         except Refusal as refusal:
