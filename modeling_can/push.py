@@ -268,7 +268,7 @@ def do(job: dict) -> dict:
             causes.append(causes[-1].__cause__)
         status = causes[-1].response.status_code if isinstance(causes[-1], HfHubHTTPError) else None
         refused = status is not None and 400 <= status < 500 and status not in (408, 409, 412, 429)
-        text = ": ".join(str(cause) or type(cause).__name__ for cause in causes)
+        text = ": ".join(dict.fromkeys(str(cause) or type(cause).__name__ for cause in causes))
         text = " ".join(re.sub(r"For more information check: \S+", "", text).split())
         return {
             "error": text.replace(get_token() or "\0", "HF_TOKEN"),
