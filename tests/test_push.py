@@ -62,6 +62,13 @@ def wait_until(condition, seconds: float = 60):
         time.sleep(0.01)
 
 
+def is_running(pid: int) -> bool:
+    try:  # a zombie, which nobody waits for, has no command line
+        return b"push.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
 def messages(hub, repo: str) -> list[str]:
     return [commit.message for commit in hub.repositories[repo].commits[1:]]
 
@@ -264,6 +271,7 @@ def test_the_script_with(hub, tmp_path, capfd, strategy):
             json.loads((out / "config.json").read_text())
         )
         assert {"recipe.yaml", "preprocessor_config.json", "figures/reconstructions.png"} <= commit.files.keys()
+        assert {n for n in commit.files if n.endswith(".py")} == {n for n in names if n.endswith(".py")}
         if strategy == "checkpoint":  # another machine goes on from it, to the same end
             other = tmp_path / f"other-{step}"
             run(hub, other, f"--resume_from_checkpoint={then / 'last-checkpoint'}", "--hub_model_id=org/other")
@@ -314,28 +322,49 @@ def test_a_run_ends_well_whatever_the_hub_does(hub, tmp_path, fault):
 
 @pytest.mark.slow
 def test_a_run_that_is_told_to_stop_does_not_wait_for_the_hub(hub, tmp_path):
-    """And what a killed run leaves behind goes with the next one."""
     hub.hang(600, kind="create")
     out = tmp_path / "out"
-    flags = ["--max_steps=100000", "--resume_from_checkpoint=latest"]
-    process = start(out, *flags)
+    process = start(out, "--max_steps=100000")
     wait_until(lambda: hub.seen("create"))
     process.send_signal(signal.SIGTERM)
     begun = time.monotonic()
     output = process.communicate(timeout=30)[0]
     assert process.returncode == 0 and time.monotonic() - begun < 20, output
     assert "out is not up to date: " in output and not (out / ".push").exists()
-    process, before = start(out, *flags), len(hub.seen("create"))
-    wait_until(lambda: len(hub.seen("create")) > before)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert list((out / ".push").iterdir())
+
+
+ALONE = """
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("push", sys.argv[1])  # not the package, which takes seconds
+push = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(push)
+uploads = push.Push(pathlib.Path(sys.argv[2]), "model")
+uploads.hand_over("first")
+while not uploads.process:
+    pass
+print(uploads.process.pid, flush=True)
+uploads.finish(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_nothing_for_long(hub, folder):
+    """Its upload ends with it, and its snapshot goes with the next one."""
+    hub.hang(600, kind="create")
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE, push.__file__, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    uploader = int(process.stdout.readline())
+    wait_until(lambda: hub.seen("create"))
+    process.kill()
+    process.communicate(timeout=30)
+    wait_until(lambda: not is_running(uploader), 10)
+    (folder / ".push" / "9").mkdir()
     hub.heal()
-    last = max(int(path.name.split("-")[1]) for path in (out / "checkpoints").glob("step-*"))
-    process = start(out, *flags, f"--max_steps={last + 3}")
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "settings that changed since: max_steps" in output, output
-    assert messages(hub, "me/out")[-1] == f"End of training, step {last + 3}" and not (out / ".push").exists()
+    uploads = Push(folder, "model")
+    uploads.hand_over("second")
+    assert not (folder / ".push" / "9").exists()
+    assert uploads.finish(60)["error"] is None and messages(hub, "me/model") == ["second"]
 
 
 ELSEWHERE = """
