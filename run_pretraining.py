@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     push = Push(output_dir, recipe.repo_id, recipe.hub_private) if recipe.push_to_hub and is_main else None
     problem = push and push.check()
     if problem:
-        print(f"the Hub cannot be used now: {problem}. Training begins, and what it saves is uploaded when it can be")
+        print(f"the Hub cannot be used now: {problem}. The run goes on, and uploads what it saves when it can")
 
     # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(

@@ -181,16 +181,19 @@ class Push:
         with self.changed:
             if self.is_closed:
                 return {"error": "given up"}
-            self.process = process = subprocess.Popen(
-                # Without this folder on its path, where e.g. data.py lies
-                [sys.executable, "-P", __file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-                start_new_session=True,  # Ctrl-C is for the run, which decides
-            )
+            try:
+                self.process = process = subprocess.Popen(
+                    # Without this folder on its path, where e.g. data.py lies
+                    [sys.executable, "-P", __file__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    bufsize=0,
+                    env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+                    start_new_session=True,  # Ctrl-C is for the run, which decides
+                )
+            except OSError as error:
+                return {"error": f"the uploading process could not be started: {error}", "is_worth_another_try": True}
         with process:
             try:
                 process.stdin.write(json.dumps({**job, "request_seconds": REQUEST_SECONDS}).encode() + b"\n")
@@ -202,7 +205,7 @@ class Push:
                 process.wait()
             answer = process.stdout.read()
         lost = {"error": f"the uploading process ended with {process.returncode}", "is_worth_another_try": True}
-        return json.loads(answer) if answer else lost
+        return json.loads(answer.splitlines()[-1]) if process.returncode == 0 else lost
 
 
 def put(source: Path, target: Path):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import Commit, HubServer
+from conftest import tiny_model
+from hub_server import Commit, HubServer, Repository
 from huggingface_hub import HfApi, snapshot_download
+from test_parallel import shard
 
 import run_pretraining
 from modeling_can import CANConfig, CANForPreTraining, push
@@ -171,13 +173,21 @@ def test_a_token_that_is_refused_is_not_printed_and_the_command_pushes_later(hub
     assert set(hub.files("me/model")) == PUSHED and hub.repositories["me/model"].private
 
 
+def test_a_public_repository_is_no_place_for_a_private_run(hub, folder):
+    hub.repositories["org/model"] = Repository(False, [Commit("0" * 40, "initial commit", {}, frozenset())])
+    uploads = Push(folder, "org/model", private=True)
+    uploads.hand_over("first")
+    assert "org/model is there already, and it is public" in uploads.finish(60)["error"]
+    assert len(hub.seen("create")) == 1 and not hub.large_files and not messages(hub, "org/model")
+
+
 def test_a_hub_that_hangs_is_given_up(hub, folder):
     hub.hang(600, kind="create")
     uploads = Push(folder, "model")
     uploads.hand_over("first")
     wait_until(lambda: hub.seen("create"))
     begun = time.monotonic()
-    assert "not finished" in uploads.finish(0.1)["error"]
+    assert "not finished" in uploads.finish(600, stop=lambda: True)["error"]
     assert time.monotonic() - begun < 3 and uploads.process.poll() is not None and not uploads.snapshots.exists()
 
 
@@ -296,6 +306,23 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True
     )
+
+
+def save_in_part(rank, world_size, folder):
+    model = shard(tiny_model())
+    if rank == 0:
+        model.save_pretrained(folder, state_dict={})
+
+
+@pytest.mark.slow
+def test_a_sharded_model_saves_all_but_its_weights(run_processes, tmp_path):
+    """On one process, which must not wait for the others."""
+    run_processes(save_in_part, 2, tmp_path / "sharded")
+    tiny_model().save_pretrained(tmp_path / "whole", state_dict={})
+    sharded, whole = (
+        {path.name: path.read_text() for path in (tmp_path / name).iterdir()} for name in ("sharded", "whole")
+    )
+    assert sharded == whole and "config.json" in whole and "model.safetensors" not in whole
 
 
 @pytest.mark.slow
