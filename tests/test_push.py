@@ -150,13 +150,13 @@ def test_a_snapshot_is_what_the_folder_was_then(hub, folder):
 
 def test_a_hub_that_recovers(hub, folder, monkeypatch):
     monkeypatch.setattr(push, "REQUEST_SECONDS", 0.5)
-    hub.fail(503, times=1, kind="create")
+    hub.fail(429, times=1, kind="create")
     hub.hang(30, times=1, kind="commit")
     uploads = Push(folder, "org/model")
     uploads.hand_over("first")
     answer = uploads.finish(60)
     assert answer["error"] is None and set(hub.files("org/model")) == PUSHED
-    assert [request.status for request in hub.seen("create")] == [503, 200, 409]
+    assert [request.status for request in hub.seen("create")] == [429, 200, 409]
     assert not hub.repositories["org/model"].private and messages(hub, "org/model") == ["first"]
 
 
