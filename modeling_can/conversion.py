@@ -310,6 +310,18 @@ def read_checkpoint(
     path = Path(name_or_path)
     if path.suffix in FILES and not path.is_dir():
         return _read_file(path, {}, num_attention_heads, decoder_num_attention_heads)
+    source, config = _read_config(name_or_path)
+    if source is None:
+        try:
+            file = Path(cached_file(name_or_path, "model.safetensors"))
+        except OSError as error:
+            raise _unreadable(name_or_path, error) from error
+        return _read_file(file, config, num_attention_heads, decoder_num_attention_heads)
+    return Checkpoint(source, config, _read_weights(name_or_path, source))
+
+
+def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:
+    """The kind of a folder or Hub id, and its configuration; of timm's ViTs `None` and its arguments."""
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except OSError as error:
@@ -318,21 +330,16 @@ def read_checkpoint(
         raise _unreadable(
             name_or_path, OSError("it has no config.json; of a run's checkpoints, resume_from_checkpoint takes care")
         )
-    if "architecture" in values and values.get("model_type") in (None, "timm_wrapper"):
-        try:
-            file = Path(cached_file(name_or_path, "model.safetensors"))
-        except OSError as error:
-            raise _unreadable(name_or_path, error) from error
-        return _read_file(file, values.get("model_args", {}), num_attention_heads, decoder_num_attention_heads)
     model_type = values.get("model_type")
+    if "architecture" in values and model_type in (None, "timm_wrapper"):
+        return None, values.get("model_args", {})
     if model_type not in SOURCES:
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has model_type={model_type!r} in its config.json; CAN can start "
             f"from {', '.join(SOURCES)}, or timm's ViTs"
         )
     source = SOURCES[model_type]
-    config = source.model_class.config_class.from_dict(values)
-    return Checkpoint(source, config, _read_weights(name_or_path, source))
+    return source, source.model_class.config_class.from_dict(values)
 
 
 def _read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
@@ -545,10 +552,7 @@ def to_can(name_or_path: str, num_attention_heads: int | None = None) -> CANPreT
         ValueError: as `warm_start`.
     """
     checkpoint = read_checkpoint(name_or_path, num_attention_heads)
-    config = checkpoint.config
-    _refuse_gates(name_or_path, config)
-    if not isinstance(config, CANConfig):
-        config = CANConfig(**{field: _value(config, field) for field in (*ENCODER_FIELDS, "image_size")})
+    config = _as_can(name_or_path, checkpoint.config)
     model = CANForPreTraining(config)
     _copy(checkpoint, model, name_or_path)
     if "CANForImageClassification" not in (config.architectures or []):
@@ -560,6 +564,18 @@ def to_can(name_or_path: str, num_attention_heads: int | None = None) -> CANPreT
         raise ValueError(f"{name_or_path} lacks its classifier, or has one of another number of classes")
     classifier.classifier.load_state_dict({key: weights[f"classifier.{key}"] for key in ("weight", "bias")})
     return classifier.eval()
+
+
+def can_config(name_or_path: str) -> CANConfig:
+    """What `to_can` makes of the config.json of a CAN, ViT, ViT-MAE or DINOv2; raises ValueError as that."""
+    return _as_can(name_or_path, _read_config(name_or_path)[1])
+
+
+def _as_can(name_or_path: str, config: PreTrainedConfig) -> CANConfig:
+    _refuse_gates(name_or_path, config)
+    if isinstance(config, CANConfig):
+        return config
+    return CANConfig(**{field: _value(config, field) for field in (*ENCODER_FIELDS, "image_size")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,17 +602,7 @@ def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov
             which DINOv2 cannot have; `to_vit` can.
     """
     config = model.config
-    rows, columns = config.grid_shape
-    if rows != columns:
-        raise ValueError(
-            f"image_size={config.image_size} with patch_size={config.patch_size} makes a grid of {rows} x {columns} "
-            "patches, and DINOv2's positions need a square one; export to vit, timm or onnx"
-        )
-    if config.intermediate_size % config.hidden_size:
-        raise ValueError(
-            f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={config.hidden_size}, as "
-            "DINOv2 needs it; export to vit, timm or onnx"
-        )
+    check_dinov2(config)
     if head is None and isinstance(model, CANForImageClassification):
         head = nn.Linear(2 * config.hidden_size, config.num_labels)
         head.weight.data = nn.functional.pad(model.classifier.weight.detach(), (config.hidden_size, 0))
@@ -623,6 +629,21 @@ def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov
 
     _check_equal(model, ours, theirs, lambda twin, pixels, other_size: twin(pixels)[0], all_sizes=True)
     return theirs
+
+
+def check_dinov2(config: CANConfig):
+    """Raises ValueError for an encoder that DINOv2's class cannot be; see `to_dinov2`."""
+    rows, columns = config.grid_shape
+    if rows != columns:
+        raise ValueError(
+            f"image_size={config.image_size} with patch_size={config.patch_size} makes a grid of {rows} x {columns} "
+            "patches, and DINOv2's positions need a square one; export to vit, timm or onnx"
+        )
+    if config.intermediate_size % config.hidden_size:
+        raise ValueError(
+            f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={config.hidden_size}, as "
+            "DINOv2 needs it; export to vit, timm or onnx"
+        )
 
 
 def to_vit(model: CANPreTrainedModel) -> ViTModel:

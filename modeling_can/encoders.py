@@ -116,6 +116,10 @@ class Preprocessor:
         """Height and width that the model gets of a square picture."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
 
+    def save_pretrained(self, folder: Path):
+        """The processor, for pictures of this size."""
+        type(self.processor).from_dict({**self.processor.to_dict(), **self.sizes}).save_pretrained(folder)
+
     def facts(self) -> dict:
         """Everything that its result depends on."""
         versions = {package: version(package) for package in ("modeling-can", "transformers", "pillow", "simplejpeg")}

@@ -5,15 +5,19 @@ results, so that no number in it was typed.
 
 import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data import SAMPLE_DATA
 from .recipe import Recipe
+
+
+CLASSIFIER_TEMPLATE = Path(__file__).parent / "classifier_template.md"
 
 
 def write(path: Path, text: str):
@@ -155,3 +159,45 @@ patch {config.patch_size}, image {config.image_size} |
 ![losses](figures/curves.png)
 {"![reconstructions](figures/reconstructions.png)" if config.uses_decoder else ""}
 """
+
+
+def classifier_card(
+    name: str, results: dict, figures: dict, examples: dict[str, str], eval_results: list[EvalResult]
+) -> str:
+    """
+    The card of a classifier that `run_eval.py --export_classifier` writes.
+
+    Args:
+        name (`str`): Of its folder.
+        results (`dict`): The evaluation, as in `results.json`.
+        figures (`dict`): What the classifier scores there, where its encoder is from, what kind of head it has.
+        examples (`dict[str, str]`): Pictures in the folder -> their classes.
+        eval_results (`list[EvalResult]`): Its entries in `model-index`.
+    """
+    data = results["data"]
+    short = {name: Path(name).resolve().name if Path(name).exists() else name
+             for name in (figures["source"], data["dataset_name"])}  # fmt: skip
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["can", "self-supervised-learning"],
+        widget=[{"src": path, "example_title": label} for path, label in examples.items()],
+        model_name=name,
+        eval_results=eval_results,
+    )
+    return str(
+        ModelCard.from_template(
+            card_data,
+            CLASSIFIER_TEMPLATE,
+            name=name,
+            figures=figures,
+            examples=examples,
+            data=data,
+            data_name=short[data["dataset_name"]],
+            source=short[figures["source"]],
+            classes=data["class_names"],
+            machine=results["machine"],
+            software=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
+            command=shlex.join(results["command"]),
+        )
+    )
