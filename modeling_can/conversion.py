@@ -53,6 +53,8 @@ from transformers import (
 from transformers.utils import cached_file
 
 from .configuration_can import CANConfig
+from .encoders import quiet
+from .hub import EXPORTS, export_card
 from .modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel, resize_positions
 
 
@@ -737,6 +739,7 @@ def to_onnx(model: CANPreTrainedModel, path: Path):
         import onnxscript  # noqa: F401  which torch needs
     except ImportError as error:
         raise ValueError(f'{error.name} is not installed: pip install "modeling-can[onnx]"') from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no word about torchvision, which is not needed
     twin = copy.deepcopy(model if isinstance(model, CANForImageClassification) else model.base_model).float().eval()
     names = ["logits"] if isinstance(twin, CANForImageClassification) else ["last_hidden_state", "pooler_output"]
 
@@ -825,11 +828,12 @@ def _check_equal(
 
 def convert(source: str, target: str, folder: Path, num_attention_heads: int | None = None) -> CANPreTrainedModel:
     """
-    Writes the encoder of `source` into a new folder, all or nothing, with the image processor that came with it.
+    Writes the encoder of `source` into a new folder, all or nothing, with the image processor that came with it and a
+    card.
 
     Args:
         source (`str`), num_attention_heads (`int`, *optional*): As in `to_can`.
-        target (`str`): can, dinov2, vit, timm or onnx.
+        target (`str`): One of `hub.EXPORTS`.
         folder (`Path`): Must not exist, or be empty.
 
     Returns:
@@ -858,6 +862,9 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
             {"can": lambda model: model, "dinov2": to_dinov2, "vit": to_vit}[target](model).save_pretrained(partial)
         if processor and target != "timm":
             (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        is_classifier = isinstance(model, CANForImageClassification) and target != "vit"
+        card = export_card(folder.resolve().name, target, source, model.config, is_classifier)
+        (partial / "README.md").write_text(card)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
@@ -889,12 +896,13 @@ def main(argv: list[str] | None = None):
         prog="python -m modeling_can.conversion", description="Weights from other models and for them."
     )
     parser.add_argument("source", help="folder, Hub id or file of weights: CAN, ViT-MAE, ViT, DINOv2, timm, MAE")
-    parser.add_argument("--to", choices=("can", "dinov2", "vit", "timm", "onnx"), required=True, dest="target")
+    parser.add_argument("--to", choices=EXPORTS, required=True, dest="target")
     parser.add_argument("folder", type=Path, help="to be made")
     parser.add_argument("--num_attention_heads", type=int, help="of a file, if it has not 64 numbers to a head")
     arguments = parser.parse_args(argv)
     try:
-        model = convert(**vars(arguments))
+        with quiet():
+            model = convert(**vars(arguments))
     except ValueError as error:
         sys.exit(f"modeling_can.conversion: {error}")
     num_parameters, kind = model.num_parameters() / 1e6, type(model).__name__

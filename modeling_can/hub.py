@@ -12,12 +12,22 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from .data import SAMPLE_DATA
 from .recipe import Recipe
 
 
-CLASSIFIER_TEMPLATE = Path(__file__).parent / "classifier_template.md"
+CLASSIFIER_TEMPLATE, EXPORT_TEMPLATE = (
+    Path(__file__).parent / f"{name}_template.md" for name in ("classifier", "export")
+)
+EXPORTS = {
+    "can": "CAN's own class",
+    "dinov2": "transformers' DINOv2, with no code to trust",
+    "vit": "transformers' ViT, with no code to trust",
+    "timm": "timm's `VisionTransformer`",
+    "onnx": "an ONNX graph for batches of any size",
+}
 
 
 def write(path: Path, text: str):
@@ -199,5 +209,40 @@ def classifier_card(
             machine=results["machine"],
             software=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
             command=shlex.join(results["command"]),
+        )
+    )
+
+
+def export_card(name: str, target: str, source: str, config: PreTrainedConfig, is_classifier: bool) -> str:
+    """
+    The card of what `modeling_can.conversion` writes.
+
+    Args:
+        name (`str`): Of its folder.
+        target (`str`): Which of `EXPORTS` it is.
+        source (`str`): The folder, file or Hub id that it was made of.
+        config (`CANConfig`): Of the encoder.
+        is_classifier (`bool`): Whether it has a classifier.
+    """
+    is_local = Path(source).exists()
+    card_data = ModelCardData(
+        library_name={"timm": "timm", "onnx": "onnx"}.get(target, "transformers"),
+        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        base_model=None if is_local else source,
+    )
+    checked = ", which compared its outputs with the source's on random pixels: equal to 1e-5"
+    return str(
+        ModelCard.from_template(
+            card_data,
+            EXPORT_TEMPLATE,
+            name=name,
+            target=target,
+            source=Path(source).resolve().name if is_local else source,
+            described=EXPORTS[target],
+            config=config,
+            is_classifier=is_classifier,
+            model_class="ViTModel" if target == "vit" else "AutoModel",
+            trust=", trust_remote_code=True" if target == "can" else "",
+            check=checked if target in ("dinov2", "vit", "onnx") else "",
         )
     )

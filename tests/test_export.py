@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import inputs, tiny_model
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_conversion import SQUARE, can, dinov2, pixels_of, randomised, tokens, vit, vit_mae
@@ -197,6 +199,7 @@ def test_joining_is_the_inverse_of_splitting():
 def test_onnx_gives_the_same_for_every_size_of_batch(model_class, tmp_path):
     model = can(model_class)
     model.save_pretrained(tmp_path / "can")
+    ViTImageProcessor(size={"height": 32, "width": 48}).save_pretrained(tmp_path / "can")
     convert(str(tmp_path / "can"), "onnx", tmp_path / "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
     for batch_size in (1, 5):
@@ -213,6 +216,8 @@ def test_onnx_gives_the_same_for_every_size_of_batch(model_class, tmp_path):
         assert outputs.keys() == ({"logits"} if "logits" in expected else {"last_hidden_state", "pooler_output"})
         for name, output in outputs.items():
             equal(torch.from_numpy(output), expected[name])
+    names = run_the_cards_snippet(tmp_path / "onnx")
+    assert names["embedding"].shape == (1, 32) if model_class is CANModel else names["logits"].shape == (1, 2)
 
 
 # --- From files of MAE's and CAN's authors ---------------------------------------------------------------------------
@@ -443,22 +448,55 @@ def source(tmp_path) -> Path:
     return tmp_path / "source"
 
 
+def run_the_cards_snippet(folder: Path) -> dict:
+    """The names that it leaves, after running in the folder with a picture there."""
+    Image.effect_noise((50, 40), 60).convert("RGB").save(folder / "photo.jpg")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag and "None" not in card.content and "{{" not in card.content
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names, before = {}, os.getcwd()
+    os.chdir(folder)
+    try:
+        exec(snippet, names)
+    finally:
+        os.chdir(before)
+    return names
+
+
 @pytest.mark.parametrize("target", ["can", "dinov2", "vit"])
 def test_the_command_writes_what_pipelines_load(source, target, tmp_path, capsys):
     main([str(source), "--to", target, str(tmp_path / "out")])
-    assert "config.json, model.safetensors, preprocessor_config.json" in capsys.readouterr().out
+    assert "README.md, config.json, model.safetensors, preprocessor_config.json" in capsys.readouterr().out
     picture = Image.effect_noise((50, 40), 60).convert("RGB")
     extracted = pipeline("image-feature-extraction", model=str(tmp_path / "out"))(picture)
     pixels = ViTImageProcessor.from_pretrained(source)(picture, return_tensors="pt")["pixel_values"]
     expected = features(AutoModel.from_pretrained(source), pixels)
     equal(torch.tensor(extracted), expected)
+    names = run_the_cards_snippet(tmp_path / "out")
+    assert names["embedding"].shape == (1, 32)
+    equal(
+        names["embedding"], features(AutoModel.from_pretrained(source), names["inputs"]["pixel_values"])[:, 1:].mean(1)
+    )
+
+
+def test_the_command_takes_a_classifier_along(source, tmp_path):
+    model = can(CANForImageClassification, **SQUARE)
+    model.save_pretrained(source)
+    for target in ("can", "dinov2", "timm"):
+        main([str(source), "--to", target, str(tmp_path / target)])
+        if target != "timm":
+            assert len(run_the_cards_snippet(tmp_path / target)["answers"]) == 2
+    assert load_file(tmp_path / "timm" / "model.safetensors").keys() >= {"head.weight", "head.bias"}
+    back = AutoModelForImageClassification.from_pretrained(tmp_path / "can")
+    with torch.no_grad():
+        equal(back(pixels_of(32, 32)).logits, model(pixels_of(32, 32)).logits)
 
 
 def test_the_command_gives_timm_its_preprocessing(source, tmp_path):
     main([str(source), "--to", "timm", str(tmp_path / "out")])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pretrained_cfg"]["mean"] == [0.1] * 3 and config["pretrained_cfg"]["crop_pct"] == 32 / 36
-    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json", "model.safetensors"]
     assert load_file(tmp_path / "out" / "model.safetensors")["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
 
 
