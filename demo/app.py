@@ -4,7 +4,7 @@ What a pre-trained CAN sees, fills in and takes for noise, in a browser:
     python demo/app.py                                              # the quickstart's model, out/can-quickstart
     python demo/app.py --model_name_or_path FOLDER_OR_HUB_ID
 
-Nothing leaves the machine. Port and address: the environment variables GRADIO_SERVER_PORT and GRADIO_SERVER_NAME.
+Nothing is sent anywhere. Port and address: the environment variables GRADIO_SERVER_PORT and GRADIO_SERVER_NAME.
 """
 
 import os
@@ -193,8 +193,9 @@ def build(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
     visible = {"noise": sigma_max > 0, "predicted_noise": config.denoising_loss_weight > 0}
 
     def show(encoded, mask_ratio, noise_level, seed):
-        if seed is None:
-            raise gr.Error("The seed is empty; give a whole number.", print_exception=False)
+        seed = seed or 0  # of a field that is empty, while a number is typed
+        if not 0 <= seed < 2**32:
+            raise gr.Error(f"The seed is {seed}; give a whole number from 0 to {2**32 - 1}.", print_exception=False)
         pictures, words = demo(encoded, mask_ratio, noise_level, seed)
         return [pictures[name] for name in titles] + [words]
 
@@ -229,7 +230,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
                         info=f"in training 0 to {sigma_max:g}", visible=sigma_max > 0, elem_id="noise_level",
                     )  # fmt: skip
                     with gr.Row(equal_height=True):
-                        seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=90, elem_id="seed")
+                        seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed")
                         again = gr.Button("New mask\nand noise", size="sm", min_width=130, elem_id="again")
             with gr.Column(scale=3, min_width=280):
                 outputs, names = {}, list(titles)
@@ -264,18 +265,23 @@ def main(argv: list[str] | None = None):
         default=os.environ.get("MODEL_NAME_OR_PATH", QUICKSTART),  # a Space gives no arguments, but has variables
         help="folder or Hub id of a pre-trained CAN (default: $MODEL_NAME_OR_PATH, else %(default)s)",
     )
-    demo = Demo(parser.parse_args(argv).model_name_or_path)
+    name = parser.parse_args(argv).model_name_or_path
+    demo = Demo(name)
     with tempfile.TemporaryDirectory() as folder:
-        build(demo, write_examples(Path(folder))).launch(
+        page = build(demo, write_examples(Path(folder)))
+        _, address, _ = page.launch(
             server_name="0.0.0.0" if "SPACE_ID" in os.environ else None,  # None: this machine alone
             share=False,
             ssr_mode=False,  # the same page, whether or not there is a Node
-            quiet=True,
+            quiet=True,  # about sharing
+            prevent_thread_lock=True,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=CSS,
             footer_links=[],
             max_file_size="50mb",
         )
+        print(f"{name} is shown at {address} until Ctrl-C", flush=True)
+        page.block_thread()
 
 
 if __name__ == "__main__":
