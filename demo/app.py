@@ -222,8 +222,8 @@ def build(demo: Demo, examples: list[tuple[str, str]]) -> gr.Blocks:
                 )  # fmt: skip
                 with gr.Group():
                     mask_ratio = gr.Slider(
-                        0, 0.95, config.mask_ratio, step=0.05, label="Mask ratio", elem_id="mask_ratio",
-                        info=f"of the {config.num_patches} patches",
+                        0, max(0.95, config.mask_ratio), config.mask_ratio, step=0.05, label="Mask ratio",
+                        elem_id="mask_ratio", info=f"of the {config.num_patches} patches",
                     )  # fmt: skip
                     noise_level = gr.Slider(
                         0, sigma_max or 1, sigma_max, step=(sigma_max or 1) / 50, label="Noise level",

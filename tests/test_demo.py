@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MAE, SIMCLR, tiny_model
+from gradio.components import Component
 from huggingface_hub import metadata_load
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -134,8 +135,9 @@ def test_mask_ratio_hides_that_share_and_more_hides_more(demo):
         ({**MAE, "norm_pix_loss": True}, "not trained to predict it"),
         (DENOISER, "not trained to fill them in"),
         ({"num_channels": 1}, "below the full range"),
+        ({"mask_ratio": 0.97}, "below the full range"),
     ],
-    ids=["norm_pix_loss", "mae", "denoiser", "greyscale"],
+    ids=["norm_pix_loss", "mae", "denoiser", "greyscale", "one patch"],
 )
 def test_every_kind_of_model_is_shown(changes, said, tmp_path):
     grey = {"image_mean": [0.4], "image_std": [0.2]} if "num_channels" in changes else {}
@@ -145,9 +147,11 @@ def test_every_kind_of_model_is_shown(changes, said, tmp_path):
     assert all(values.shape == (224, 336, 4) and values.dtype == np.uint8 for values in shown.values())
     assert not grey or all((values[..., 0] == values[..., 2]).all() for values in shown.values())
     page = build(demo, write_examples(tmp_path))
-    visible = {block.elem_id: block.visible for block in page.blocks.values() if getattr(block, "elem_id", None)}
-    assert visible["noise_level"] == visible["noise"] == (demo.config.noise_std_max > 0)
-    assert visible["predicted_noise"] == (demo.config.denoising_loss_weight > 0)
+    blocks = {block.elem_id: block for block in page.blocks.values() if isinstance(block, Component)}
+    assert blocks["noise_level"].visible == blocks["noise"].visible == (demo.config.noise_std_max > 0)
+    assert blocks["predicted_noise"].visible == (demo.config.denoising_loss_weight > 0)
+    for name, value in (("mask_ratio", demo.config.mask_ratio), ("noise_level", demo.config.noise_std_max)):
+        assert blocks[name].preprocess(blocks[name].value) == value  # gradio refuses what is out of a slider's range
 
 
 def test_odd_pictures_are_shown_as_what_they_are(demo):
