@@ -116,6 +116,10 @@ class Preprocessor:
         """Height and width that the model gets of a square picture."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
 
+    def save_pretrained(self, folder: Path):
+        """The processor, for pictures of this size."""
+        type(self.processor).from_dict({**self.processor.to_dict(), **self.sizes}).save_pretrained(folder)
+
     def facts(self) -> dict:
         """Everything that its result depends on."""
         versions = {package: version(package) for package in ("modeling-can", "transformers", "pillow", "simplejpeg")}
@@ -243,7 +247,7 @@ def load_encoder(
 
 def load_preprocessor(name: str, image_size: tuple[int, int] | None = None, trust_remote_code=False) -> Preprocessor:
     """Raises ValueError where there is none."""
-    with _quiet():
+    with quiet():
         try:
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
@@ -265,7 +269,7 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
         ValueError: if it cannot be found, is of no kind that `auto_class` knows, or has weights missing or of another
             shape, which would stay random without a word.
     """
-    with _quiet():
+    with quiet():
         try:
             model, info = auto_class.from_pretrained(
                 name,
@@ -295,7 +299,7 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
 
 def load_config(name: str, trust_remote_code: bool = False):
     """`AutoConfig.from_pretrained`; raises ValueError if it cannot be found."""
-    with _quiet():
+    with quiet():
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         except OSError as error:
@@ -330,7 +334,7 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """No words of transformers about a torchvision that this project does without, or weights that are not used."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

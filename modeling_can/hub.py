@@ -1,6 +1,6 @@
 """
 What a run leaves for others to read: where and with what it ran, and the model card, written from its recipe and its
-results, so that no number in it was typed. What the card says is in `card_template.md`.
+results, so that no number in it was typed. What the cards say is in the templates beside this file.
 """
 
 import os
@@ -13,16 +13,26 @@ from pathlib import Path
 import datasets
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from .data import SAMPLE_DATA, resolve_name
 from .diagnostics import duration
 from .recipe import Recipe
 
 
-TEMPLATE = Path(__file__).parent / "card_template.md"
+CARD_TEMPLATE, CLASSIFIER_TEMPLATE, EXPORT_TEMPLATE = (
+    Path(__file__).parent / f"{name}_template.md" for name in ("card", "classifier", "export")
+)
 EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
 PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as run_eval.py calls them
 EXAMPLES = ("chelsea", "coffee", "rocket")  # photographs of the bundled tiles
+EXPORTS = {
+    "can": "CAN's own class",
+    "dinov2": "transformers' DINOv2, with no code to trust",
+    "vit": "transformers' ViT, with no code to trust",
+    "timm": "timm's `VisionTransformer`",
+    "onnx": "an ONNX graph for batches of any size",
+}
 
 
 def write(path: Path, text: str):
@@ -128,7 +138,7 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         launch = f"accelerate launch --config_file launch/ddp.yaml --num_processes {processes}"
     card = ModelCard.from_template(
         data,
-        TEMPLATE,
+        CARD_TEMPLATE,
         name=name,
         recipe=recipe,
         config=config,
@@ -226,3 +236,80 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
         "software": software + (f"; commit {results['git_commit']}" if results["git_commit"] else ""),
         "losses at the end": ", ".join(losses) or "not finite",
     }
+
+
+def classifier_card(
+    name: str, results: dict, figures: dict, examples: dict[str, str], eval_results: list[EvalResult]
+) -> str:
+    """
+    The card of a classifier that `run_eval.py --export_classifier` writes.
+
+    Args:
+        name (`str`): Of its folder.
+        results (`dict`): The evaluation, as in `results.json`.
+        figures (`dict`): What the classifier scores there, where its encoder is from, what kind of head it has.
+        examples (`dict[str, str]`): Pictures in the folder -> their classes.
+        eval_results (`list[EvalResult]`): Its entries in `model-index`.
+    """
+    data = results["data"]
+    short = {name: Path(name).resolve().name if Path(name).exists() else name
+             for name in (figures["source"], data["dataset_name"])}  # fmt: skip
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["can", "self-supervised-learning"],
+        widget=[{"src": path, "example_title": label} for path, label in examples.items()],
+        model_name=name,
+        eval_results=eval_results,
+    )
+    return str(
+        ModelCard.from_template(
+            card_data,
+            CLASSIFIER_TEMPLATE,
+            name=name,
+            figures=figures,
+            examples=examples,
+            data=data,
+            data_name=short[data["dataset_name"]],
+            source=short[figures["source"]],
+            classes=data["class_names"],
+            machine=results["machine"],
+            software=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
+            command=shlex.join(results["command"]),
+        )
+    )
+
+
+def export_card(name: str, target: str, source: str, config: PreTrainedConfig, is_classifier: bool) -> str:
+    """
+    The card of what `modeling_can.conversion` writes.
+
+    Args:
+        name (`str`): Of its folder.
+        target (`str`): Which of `EXPORTS` it is.
+        source (`str`): The folder, file or Hub id that it was made of.
+        config (`CANConfig`): Of the encoder.
+        is_classifier (`bool`): Whether it has a classifier.
+    """
+    is_local = Path(source).exists()
+    card_data = ModelCardData(
+        library_name={"timm": "timm", "onnx": "onnx"}.get(target, "transformers"),
+        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        base_model=None if is_local else source,
+    )
+    checked = ", which compared its outputs with the source's on random pixels: equal to 1e-5"
+    return str(
+        ModelCard.from_template(
+            card_data,
+            EXPORT_TEMPLATE,
+            name=name,
+            target=target,
+            source=Path(source).resolve().name if is_local else source,
+            described=EXPORTS[target],
+            config=config,
+            is_classifier=is_classifier,
+            model_class="ViTModel" if target == "vit" else "AutoModel",
+            trust=", trust_remote_code=True" if target == "can" else "",
+            check=checked if target in ("dinov2", "vit", "onnx") else "",
+        )
+    )
