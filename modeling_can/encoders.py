@@ -193,7 +193,7 @@ class Encoder(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of architecture and weights."""
-        passing = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
+        passing = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id", "auto_map")
         facts = {key: value for key, value in self.model.config.to_dict().items() if key not in passing}
         digest = hashlib.sha256(
             f"{type(self.model).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode()
