@@ -41,6 +41,7 @@ def test_the_output_folder_is_complete(finished):
     folder, results = finished
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "recipe.yaml",
                 "metrics.jsonl", "results.json", "figures", "tensorboard"}  # fmt: skip
+    expected |= {"configuration_can.py", "losses.py", "modeling_can.py"}  # the code that loads it without the package
     assert {path.name for path in folder.iterdir()} == expected
     assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "reconstructions.png"}
     for figure in (folder / "figures").iterdir():
