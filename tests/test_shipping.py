@@ -1,12 +1,15 @@
 """The code that travels with the weights, and what loading does with folders that are incomplete or hostile."""
 
+import base64
 import filecmp
+import http.server
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -107,21 +110,28 @@ def test_a_subclass_never_names_code_that_is_not_there(tmp_path, monkeypatch):
 
 # --- Without the package ---------------------------------------------------------------------------------------------
 
+
+def run_in(folder: Path, code: str, **variables):
+    """Python code in a process of its own, with this folder's `home` as the only cache and a closed standard input."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
+    environment |= {"HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1", **variables}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=folder, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+
+
 STRANGER = """
 import json, sys
 from pathlib import Path
 
-class NoPackage:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_can":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, NoPackage())
+sys.modules["modeling_can"] = None  # cannot be imported
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-work = Path(sys.argv[1])
+work = Path.cwd()
 answers, outputs, batch = {}, {}, load_file(work / "batch.safetensors")
 for name, options in {"asked": {}, "refused": {"trust_remote_code": False}}.items():
     try:
@@ -152,7 +162,7 @@ run("someone/can", "hub")
 config = AutoConfig.from_pretrained(work / "config", trust_remote_code=True)
 answers["from config"] = type(AutoModel.from_config(config, trust_remote_code=True)).__name__
 config.save_pretrained(work / "again" / "CANConfig")
-answers["package"] = "modeling_can" in sys.modules
+answers["package"] = sys.modules["modeling_can"] is not None
 save_file(outputs, work / "outputs.safetensors")
 (work / "answers.json").write_text(json.dumps(answers))
 """
@@ -175,13 +185,7 @@ def stranger(tmp_path_factory):
     batch = inputs(model.config)
     save_file(batch, work / "batch.safetensors")
     save_file(classifier.classifier.state_dict(), work / "classifier.safetensors")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHONPATH"))}
-    environment |= {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(work)], env=environment, cwd=work, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr
+    run_in(work, STRANGER, HF_HUB_OFFLINE="1")
     with torch.no_grad():
         expected = {
             "encoder": model.can(batch["pixel_values"][:, 0]),
@@ -214,6 +218,87 @@ def test_without_leave_nothing_of_it_is_run(stranger):
     assert answers["modules"] == []
     for name in ("asked", "refused"):  # closed standard input: an error, and no wait for an answer
         assert "pass the argument `trust_remote_code=True`" in answers[name]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the Hub's protocol that pushing a model and loading it need."""
+
+    protocol_version = "HTTP/1.1"
+    repositories = {}
+    commit = "0" * 40
+
+    def log_message(self, *arguments):
+        pass
+
+    def answer(self, body, status: int = 200, **headers):
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), "X-Repo-Commit": self.commit, **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        _, _, *path = self.path.strip("/").split("/")
+        if path == ["create"]:
+            name = "{organization}/{name}".format(**json.loads(body))
+            self.repositories[name] = {}
+            return self.answer({"url": f"http://{self.headers['Host']}/{name}"})
+        if "preupload" in path:
+            files = [{"path": file["path"], "shouldIgnore": False} for file in json.loads(body)["files"]]
+            return self.answer({"files": [file | {"uploadMode": "regular"} for file in files]})
+        if "commit" in path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
+            self.repositories["/".join(path[:2])] |= {name: base64.b64decode(text) for name, text in files.items()}
+            url = f"http://{self.headers['Host']}/{'/'.join(path[:2])}/commit/{self.commit}"
+            return self.answer({"success": True, "commitUrl": url, "commitOid": self.commit})
+        self.answer({"errors": [], "warnings": []})  # the model card is in order
+
+    def do_GET(self):
+        path = self.path.strip("/").split("/")
+        if path[0] == "api":
+            return self.answer({"id": "/".join(path[2:4]), "sha": self.commit})
+        content = self.repositories["/".join(path[:2])].get(path[-1])
+        if content is None:
+            return self.answer(b"", 404, **{"X-Error-Code": "EntryNotFound"})
+        self.answer(content, ETag=f'"{path[-1]}"')
+
+    do_HEAD = do_GET
+
+
+PUSH = """
+import sys
+sys.modules["modeling_can"] = None  # cannot be imported
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+
+model = AutoModelForPreTraining.from_pretrained("can.v1", trust_remote_code=True)
+model.push_to_hub("me/pushed")
+model.save_pretrained("saved_model", push_to_hub=True, repo_id="me/saved")
+model.config.push_to_hub("me/configuration")
+model.config.save_pretrained("saved_configuration", push_to_hub=True, repo_id="me/saved_configuration")
+for kind in (AutoModel, AutoModelForImageClassification, AutoModelForPreTraining):
+    assert kind.from_pretrained("me/pushed", trust_remote_code=True).num_parameters() > 0
+"""
+
+
+@pytest.mark.slow
+def test_a_push_takes_it_along(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "can.v1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            run_in(tmp_path, PUSH, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_TOKEN="hf_none")
+        finally:
+            server.shutdown()
+    assert sorted(Hub.repositories) == ["me/configuration", "me/pushed", "me/saved", "me/saved_configuration"]
+    for name, files in Hub.repositories.items():
+        for file in SHIPPED:
+            assert files[file] == (PACKAGE / file).read_bytes(), (name, file)
+        assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP, name
+        assert ("model.safetensors" in files) == (name in ("me/pushed", "me/saved")), name
 
 
 # --- Loud loading ----------------------------------------------------------------------------------------------------
