@@ -134,7 +134,7 @@ class CANConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_objective()
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
         As in transformers, for a model's configuration too. The files that define CAN go into the folder, and its
         `config.json` names all their classes, so that every Auto class loads it without this package
@@ -147,7 +147,7 @@ class CANConfig(PreTrainedConfig):
             key: name for key, name in named.items() if Path(save_directory, f"{name.split('.')[0]}.py").exists()
         }
         self.auto_map = {**(AUTO_MAP if type(self) is CANConfig else {}), **shipped}
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def image_shape(self) -> tuple[int, int]:
