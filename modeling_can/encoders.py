@@ -317,7 +317,8 @@ def _not_found(name: str, error: OSError) -> ValueError:
     if "model.safetensors" in reason:
         return ValueError(
             f"model_name_or_path={name} has no weights in safetensors. A pickle (pytorch_model.bin) could run code, "
-            "and is not opened here; to write one anew: python -m modeling_can.conversion"
+            "and is not opened here; of a kind that CAN can start from, it can be written anew: python -m "
+            f"modeling_can.conversion {name} --to can FOLDER"
         )
     place = "no model in this folder" if Path(name).is_dir() else "no folder, and no model that the Hub gives"
     return ValueError(
