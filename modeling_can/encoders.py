@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -197,7 +198,15 @@ class Encoder(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of architecture and weights."""
-        passing = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
+        passing = (
+            "_name_or_path",
+            "transformers_version",
+            "architectures",
+            "dtype",
+            "id2label",
+            "label2id",
+            "auto_map",
+        )
         facts = {key: value for key, value in self.model.config.to_dict().items() if key not in passing}
         digest = hashlib.sha256(
             f"{type(self.model).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode()
@@ -260,14 +269,14 @@ def load_preprocessor(name: str, image_size: tuple[int, int] | None = None, trus
 
 def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, ...] = (), **options) -> nn.Module:
     """
-    `auto_class.from_pretrained`, in fp32.
+    `auto_class.from_pretrained`, in fp32, from safetensors alone: a pickle could run code.
 
     Args:
         new (`tuple[str, ...]`): Beginnings of the names of weights that may be missing.
 
     Raises:
-        ValueError: if it cannot be found, is of no kind that `auto_class` knows, or has weights missing or of another
-            shape, which would stay random without a word.
+        ValueError: if it cannot be found, is of no kind that `auto_class` knows, has its weights in a pickle, or has
+            weights missing or of another shape, which would stay random without a word.
     """
     with quiet():
         try:
@@ -276,12 +285,13 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be told which
                 trust_remote_code=trust_remote_code,
+                use_safetensors=True,
                 dtype=torch.float32,
                 **options,
             )
         except OSError as error:
             raise _not_found(name, error) from error
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"model_name_or_path={name} cannot be loaded as {auto_class.__name__}: {error}"
             ) from error
@@ -307,10 +317,17 @@ def load_config(name: str, trust_remote_code: bool = False):
 
 
 def _not_found(name: str, error: OSError) -> ValueError:
+    reason = str(error).splitlines()[0]
+    if "model.safetensors" in reason:
+        return ValueError(
+            f"model_name_or_path={name} has no weights in safetensors. A pickle (pytorch_model.bin) could run code, "
+            "and is not opened here; of a kind that CAN can start from, it can be written anew: python -m "
+            f"modeling_can.conversion {name} --to can FOLDER"
+        )
     place = "no model in this folder" if Path(name).is_dir() else "no folder, and no model that the Hub gives"
     return ValueError(
-        f"model_name_or_path={name} cannot be loaded: {place} ({str(error).splitlines()[0]}). Without a network, "
-        f"download it first (hf download {name}) or give a folder"
+        f"model_name_or_path={name} cannot be loaded: {place} ({reason}). Without a network, download it first (hf "
+        f"download {name}) or give a folder"
     )
 
 

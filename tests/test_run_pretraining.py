@@ -42,6 +42,7 @@ def test_the_output_folder_is_complete(finished):
     folder, results = finished
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "recipe.yaml",
                 "metrics.jsonl", "results.json", "figures", "tensorboard"}  # fmt: skip
+    expected |= {"configuration_can.py", "losses.py", "modeling_can.py"}  # the code that loads it without the package
     assert {path.name for path in folder.iterdir()} == expected
     figures = {path.name: min(Image.open(path).size) for path in (folder / "figures").iterdir()}
     examples = {name for name in figures if name.startswith("example-")}
