@@ -857,7 +857,9 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
             (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         elif target == "onnx":
             to_onnx(model, partial / "model.onnx")
-            model.config.to_json_file(partial / "config.json")
+            values = model.config.to_dict()
+            values.pop("auto_map", None)  # which names files of code; a graph needs none
+            (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         else:
             {"can": lambda model: model, "dinov2": to_dinov2, "vit": to_vit}[target](model).save_pretrained(partial)
         if processor and target != "timm":

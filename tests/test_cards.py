@@ -281,8 +281,6 @@ def test_the_snippets_run(tmp_path, monkeypatch, name, num_snippets):
 @pytest.mark.slow
 def test_the_snippets_run_where_this_package_is_not_installed(tmp_path):
     snippets = shipped(tmp_path / "shipped", "sample data, probed")
-    if "auto_map" not in json.loads((tmp_path / "shipped" / "config.json").read_text()):
-        pytest.skip("saved models do not carry their code yet")
     blocked = """
 import sys
 class Blocked:
