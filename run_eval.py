@@ -4,6 +4,7 @@ Measures vision encoders: any that transformers can load, on any labelled set th
     python run_eval.py --model_name_or_path out/can-quickstart --dataset_name sample_data --output_dir out/eval
     python run_eval.py --model_name_or_path MINE OTHERS --task knn,linear_probe,few_shot --dataset_name FOLDER ...
     accelerate launch run_eval.py --model_name_or_path MINE --task finetune --dataset_name FOLDER ...
+    python run_eval.py --model_name_or_path MINE --task linear_probe --dataset_name FOLDER --export_classifier DIR
     accelerate launch run_eval.py --model_name_or_path MINE --task embed --data_files 'shards/*.parquet' ...
 
 Tasks: knn, linear_probe, linear_probe_sgd, few_shot, finetune, robustness, reconstruction, retrieval; and embed, which
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -32,11 +34,13 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Value
 from huggingface_hub import EvalResult
 from huggingface_hub.constants import HF_HOME
+from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForPreTraining
+from transformers import AutoModelForImageClassification, AutoModelForPreTraining
 from transformers.utils import is_peft_available
 
 import modeling_can  # noqa: F401  registers CAN with the Auto classes
+from modeling_can.conversion import can_config, check_dinov2, to_can, to_dinov2
 from modeling_can.data import ImageSource
 from modeling_can.embedding import embed, totals
 from modeling_can.encoders import (
@@ -74,7 +78,7 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.hub import run_facts, update_card, write
+from modeling_can.hub import classifier_card, run_facts, update_card, write
 from modeling_can.metrics import Accuracy
 from modeling_can.recipe import option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
@@ -89,6 +93,7 @@ from modeling_can.robustness import (
     load_further_sets,
 )
 from modeling_can.training import mixed_precision
+from modeling_can.views import decode
 from modeling_can.visualization import (
     evaluation_figure,
     reconstruction_errors,
@@ -103,6 +108,7 @@ FROZEN = ("knn", "linear_probe", "few_shot")  # which the baselines take
 ON_FEATURES = (*FROZEN, "retrieval")  # of the frozen encoder, extracted once
 BASELINES = ("pixels", "untrained")
 CAPTION = "in % or dB; ± half the 95 % interval over the test images, of labels a class the deviation of the draws"
+NUM_EXAMPLES = 3  # pictures beside an exported classifier
 QUERIES, SHOWN = 8, 7  # of the retrieval sheet: rows, and neighbours in each
 
 
@@ -136,6 +142,7 @@ class Settings:
     mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
     feature_cache: str | None = option(f"{HF_HOME}/modeling-can/features", "folder of extracted features, or none")
     seed: int = option(0, "of splits, draws, intervals, noise and training")
+    export_classifier: str | None = option(None, "new folder for the probe or fine-tuned model, to classify with")
     update_card: bool = option(False, "merge the results into the README.md of each model folder")
 
     # linear_probe_sgd
@@ -187,7 +194,12 @@ class Settings:
         if "embed" in self.task:
             if len(self.task) > 1 or len(self.model_name_or_path) > 1:
                 raise ValueError(f"embed stands alone, with one model; got task={','.join(self.task)}")
-        elif not self.dataset_name:
+        if self.export_classifier:
+            if not {"linear_probe", "finetune"} & set(self.task):
+                raise ValueError(f"export_classifier needs --task linear_probe or finetune; got {','.join(self.task)}")
+            if len(self.model_name_or_path) > 1:
+                raise ValueError("export_classifier takes one model; give one --model_name_or_path")
+        if "embed" not in self.task and not self.dataset_name:
             raise ValueError("give --dataset_name: Hub id, folder of parquet shards or class folders, or sample_data")
 
     @property
@@ -256,6 +268,7 @@ class Evaluation:
         self.processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
         self.output_dir, self.num_classes = Path(settings.output_dir), len(data.class_names)
         self.accuracy = Accuracy() if self.is_main else None
+        self.probes: dict[str, LinearClassifier] = {}  # by the name of the entry
         with accelerator.local_main_process_first():
             further = settings.further_sets if "robustness" in settings.task else None
             self.further_sets = load_further_sets(further, data.class_names) if further else {}
@@ -308,6 +321,12 @@ class Evaluation:
                 raise ValueError(f"{folder} is not empty; give another --output_dir, or remove it")
             if self.fine_tuning.lora_rank and not is_peft_available():
                 raise ValueError('lora_rank needs a package that is not installed: pip install "modeling-can[lora]"')
+        if self.settings.export_classifier and entry.path:
+            folder = Path(self.settings.export_classifier)
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(f"export_classifier={folder} is not empty; give a new folder")
+            if "finetune" not in tasks or entry.encoder.model.config.model_type == "can":
+                check_dinov2(can_config(entry.path))
         if "robustness" in tasks:
             names = [name for names in corruptions_by_group(self.settings.corruptions).values() for name in names]
             Corrupted(entry.preprocessor, names)
@@ -378,7 +397,7 @@ class Evaluation:
         return {str(k): self.score(predicted) for k, predicted in predictions.items()}
 
     def linear_probe(self, entry: Entry, train: np.ndarray, test: np.ndarray) -> dict:
-        probe = self.fit_probe(train)
+        self.probes[entry.name] = probe = self.fit_probe(train)
         return {
             **self.score(probe.predict(test)),
             "C": probe.inverse_penalty,
@@ -476,6 +495,46 @@ class Evaluation:
     def finetuned(self, name: str) -> Path:
         """Where the fine-tuned model goes."""
         return self.output_dir / "finetuned" / file_name(name)
+
+    # --- A classifier to use -----------------------------------------------------------------------------------------
+
+    def export(self, entry: Entry, results: dict) -> dict:
+        """
+        Writes the fine-tuned model, or else the encoder with the probe on it, as a model that transformers loads by
+        itself, with processor, card and example pictures; all or nothing. Returns what it scores on the test images.
+        """
+        settings, data, folder = self.settings, self.data, Path(self.settings.export_classifier)
+        if "finetune" in settings.task:
+            path = str(self.finetuned(entry.name))
+            is_ours = entry.encoder.model.config.model_type == "can"
+            model = to_dinov2(to_can(path)) if is_ours else load_model(path, AutoModelForImageClassification)
+        else:
+            encoder, probe = to_can(entry.path).base_model, self.probes[entry.name]
+            encoder.config.id2label = dict(enumerate(data.class_names))
+            encoder.config.label2id = {name: index for index, name in enumerate(data.class_names)}
+            model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
+        predictions = class_predictions(model.to(self.device), entry.preprocessor, data.test, settings.batch_size,
+                                        settings.dataloader_num_workers)  # fmt: skip
+        figures = {**self.score(predictions), "folder": str(folder)}
+        figures |= {"source": entry.path, "head": "fine-tuned" if "finetune" in settings.task else "linear probe"}
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "examples").mkdir(parents=True)
+        model.save_pretrained(partial)
+        entry.preprocessor.save_pretrained(partial)
+        examples = {}
+        for number, label in enumerate(np.unique(data.test.labels)[:NUM_EXAMPLES], start=1):
+            row = int(np.flatnonzero(data.test.labels == label)[0])
+            picture = Image.fromarray(decode(data.test.read(row), entry.preprocessor.num_channels).squeeze())
+            examples[f"examples/{number}.jpg"] = data.class_names[label]
+            picture.save(partial / f"examples/{number}.jpg", quality=95)
+        name = folder.resolve().name
+        card = classifier_card(name, results, figures, examples, card_results(results, {"exported": figures}))
+        write(partial / "README.md", card)
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        os.replace(partial, folder)
+        return figures
 
     # --- Robustness --------------------------------------------------------------------------------------------------
 
@@ -623,6 +682,17 @@ def class_order(id2label: dict[int, str], class_names: list[str]) -> list[int] |
     return None
 
 
+def on_class_token_and_mean(probe: LinearClassifier, pooling: str) -> torch.nn.Linear:
+    """A probe of either or both as a layer on the class token and, beside it, the mean of the patch tokens."""
+    weight = torch.from_numpy(probe.weight).float()
+    width = weight.shape[1]
+    padding = {"mean": (width, 0), "cls": (0, width), "both": (0, 0)}[pooling]
+    weight = torch.nn.functional.pad(weight, padding)
+    head = torch.nn.Linear(weight.shape[1], len(weight))
+    head.load_state_dict({"weight": weight, "bias": torch.from_numpy(probe.bias).float()})
+    return head
+
+
 def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
@@ -732,6 +802,9 @@ def main(argv: list[str] | None = None) -> dict:
                 results["total_seconds"] = time.perf_counter() - started
                 write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")  # a fault costs one task
     if accelerator.is_main_process:
+        if settings.export_classifier:
+            entry = next(entry for entry in entries if entry.path == os.path.normpath(settings.model_name_or_path[0]))
+            results["results"][entry.name]["exported"] = evaluation.export(entry, results)
         if reference and "robustness" in settings.task:
             compare_corruption(results["results"], reference)
         results["total_seconds"] = time.perf_counter() - started
@@ -740,9 +813,15 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"\n{CAPTION}\n\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
             f", {output_dir}/figures/evaluation.png" if drawn else ""
         ))  # fmt: skip
+        if settings.export_classifier:
+            folder = settings.export_classifier
+            print(
+                f"A classifier for the image-classification pipeline: {folder}. Of the test images, {folder}/examples "
+                f"holds up to {NUM_EXAMPLES}: remove those that are not yours to show before you publish it"
+            )
         if settings.update_card:
             for name, model in results["models"].items():
-                update_card(model["path"], card_results(results, name))
+                update_card(model["path"], card_results(results, results["results"][name]))
                 print(f"Updated: {model['path']}/README.md")
     accelerator.end_training()
     return results
@@ -866,7 +945,8 @@ class Measure(NamedTuple):
 def measures(figures: dict) -> dict[str, Measure]:
     """A model's figures by their headings."""
     rows = {}
-    titles = {"linear_probe": "linear probe", "linear_probe_sgd": "linear probe, SGD", "finetune": "fine-tuned"}
+    titles = {"linear_probe": "linear probe", "linear_probe_sgd": "linear probe, SGD", "finetune": "fine-tuned",
+              "exported": "exported classifier"}  # fmt: skip
     for task, title in titles.items():
         if task in figures:
             rows[title] = Measure(figures[task]["accuracy"], figures[task]["interval"])
@@ -899,7 +979,7 @@ def measures(figures: dict) -> dict[str, Measure]:
     return rows
 
 
-def card_results(results: dict, name: str) -> list[EvalResult]:
+def card_results(results: dict, figures: dict) -> list[EvalResult]:
     """A model's figures as entries of the Hub's `model-index`; accuracies in [0, 1]."""
     data, pooling = results["data"], results["pooling"]
     where = Path(data["dataset_name"]).name if Path(data["dataset_name"]).exists() else data["dataset_name"]
@@ -915,7 +995,7 @@ def card_results(results: dict, name: str) -> list[EvalResult]:
             metric_value=round(measure.value, 4),
             metric_args={"interval_95": [round(end, 4) for end in measure.interval]} if measure.interval else None,
         )
-        for heading, measure in measures(results["results"][name]).items()
+        for heading, measure in measures(figures).items()
         if not heading.startswith("...")  # of a plain guess
     ]
 

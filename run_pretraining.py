@@ -57,12 +57,13 @@ from modeling_can.diagnostics import (
     embedding_health,
     embedding_spread,
     findings,
+    training_flops,
     trivial_losses,
     verdict,
 )
 from modeling_can.encoders import Preprocessor
 from modeling_can.evaluation import Probe, raw_pixels
-from modeling_can.hub import model_card, run_facts, write
+from modeling_can.hub import run_facts, write, write_card
 from modeling_can.losses import contrastive_loss
 from modeling_can.modeling_can import CANLayer
 from modeling_can.push import LAST_CHECKPOINT, STOP_SECONDS, WAIT_SECONDS, Push, unfinished_card
@@ -580,8 +581,10 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         results["probe"] = probe_results
     whole = in_one_piece()
     if is_main:
-        last, best = metrics[-1], best_probe()
+        last, best, flops = metrics[-1], best_probe(), training_flops(config)
         results |= {
+            "flops_per_image": flops,
+            "train_flops": flops * max_steps * global_batch_size,
             "final_losses": {name: last[name] for name in last if name.endswith("loss")},
             "health": judge(verdict),
             "images_per_second": max_steps * global_batch_size / train_seconds,
@@ -595,7 +598,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             results["best_probe"] = {"step": best["step"], "knn": best["knn"]}
         draw(max_steps, whole)
         curves(metrics, output_dir / "figures" / "curves.png")
-        write(output_dir / "README.md", model_card(recipe, results, name=output_dir.resolve().name))
+        write_card(output_dir, recipe, results)
         write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")  # last: it marks the run as finished
         print_summary(output_dir, results)
     accelerator.wait_for_everyone()
@@ -919,6 +922,7 @@ def print_summary(output_dir: Path, results: dict):
         f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
         "Next:\n"
         f"  look at                 {output_dir}/figures/reconstructions.png and curves.png\n"
+        f"  measure it              python run_eval.py --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
         "  your own images         python run_pretraining.py --data_dir FOLDER --output_dir out-mine\n"
         "  a full-size encoder     accelerate launch run_pretraining.py "
         "model_cards/can-vit-base-patch16-224/recipe.yaml --data_dir FOLDER\n"

@@ -30,11 +30,11 @@ from pathlib import Path
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_can import CANForPreTraining
+from modeling_can.diagnostics import training_flops
 from modeling_can.modeling_can import sincos_positions
 from modeling_can.recipe import parse_arguments
 from modeling_can.training import parameter_groups
@@ -134,18 +134,6 @@ def record_products(model, batch):
     return recorder.products
 
 
-def gflop_per_image(config) -> float:
-    """Forward and backward of both views of an image with CAN, on the meta device with eager attention."""
-    batch_size = 2
-    with torch.device("meta"):
-        model = CANForPreTraining(config)
-        pixels = torch.empty(batch_size, 2, 3, *config.image_shape)
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        model(pixels).loss.backward()
-    return counter.get_total_flops() / batch_size / 1e9
-
-
 def timed(function, device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -200,7 +188,7 @@ def main():
                 seconds[name][part] += rounds
 
     results = {name: {"num_products": num_products[name]} for name in MODELS}
-    results["CAN"]["gflop_per_image"] = gflop_per_image(preset(arguments.size))
+    results["CAN"]["gflop_per_image"] = training_flops(preset(arguments.size)) / 1e9
     for name, result in results.items():
         step, products = (statistics.median(seconds[name][part]) for part in ("step", "products"))
         result |= {

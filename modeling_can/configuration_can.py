@@ -2,10 +2,24 @@
 
 import difflib
 from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+
+
+if TYPE_CHECKING:  # never runs: transformers reads it, and so ships the models with every configuration
+    from .modeling_can import CANModel  # noqa: F401
+
+# transformers' own map would name only the class that is saved; one folder serves all of them.
+AUTO_MAP = {
+    "AutoConfig": "configuration_can.CANConfig",
+    "AutoModel": "modeling_can.CANModel",
+    "AutoModelForPreTraining": "modeling_can.CANForPreTraining",
+    "AutoModelForImageClassification": "modeling_can.CANForImageClassification",
+}
 
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
@@ -120,6 +134,21 @@ class CANConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_objective()
 
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        As in transformers, for a model's configuration too. The files that define CAN go into the folder, and its
+        `config.json` names all their classes, so that every Auto class loads it without this package
+        (`trust_remote_code=True`).
+        """
+        # A subclass that is registered to be shipped has put its name and its file there before. What the folder
+        # that this was loaded from named besides does not come along.
+        named = vars(self).get("auto_map") or {}
+        shipped = {
+            key: name for key, name in named.items() if Path(save_directory, f"{name.split('.')[0]}.py").exists()
+        }
+        self.auto_map = {**(AUTO_MAP if type(self) is CANConfig else {}), **shipped}
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
     @property
     def image_shape(self) -> tuple[int, int]:
         """(height, width) of an image in pixels."""
@@ -220,5 +249,7 @@ class CANConfig(PreTrainedConfig):
                 "raise noise_std_max or set denoising_loss_weight=0"
             )
 
+
+CANConfig.register_for_auto_class()
 
 __all__ = ["CANConfig"]

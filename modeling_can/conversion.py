@@ -1,30 +1,64 @@
 """
-Weights from other models: `warm_start` continues from a CAN, ViT-MAE, ViT or DINOv2 checkpoint.
+Weights from other models and for them.
 
-Their encoders are ours under other names, with these differences:
+- `warm_start` continues from a CAN, ViT-MAE, ViT or DINOv2 checkpoint, or from a file of weights under timm's names:
+  timm's own, those of MAE's and CAN's authors.
+- `to_can` makes such weights an encoder of ours.
+- `to_dinov2`, `to_vit`, `to_timm`, `to_onnx` make an encoder of ours one that needs no code of ours:
+
+    python -m modeling_can.conversion SOURCE --to can|dinov2|vit|timm|onnx OUT
+
+The encoders are the same under other names, with these differences:
 - Their patch projection is a convolution over (channel, row, column), ours a linear layer over (row, column, channel).
 - DINOv2 multiplies the output of attention and of MLP by learnt vectors (layer scale). They are folded into the last
-  linear layer of each.
+  linear layer of each, and are one in what we write.
+- timm keeps the projections to queries, keys and values in one matrix.
 - Positions belong to the source's patch grid. They are resized to ours and, learnt or not, go into our frozen table,
   with the class token's row as it is.
+- DINOv2's classifier reads the class token and, beside it, the mean of the patch tokens, ours the mean alone.
+
+Weights are read from and written to safetensors. What there is in other files alone is a pickle, which could execute
+anything; only here is it read, by `torch.load(weights_only=True)`, and a warning says so.
 """
 
+import argparse
+import copy
+import json
+import logging
+import math
+import os
+import pickle
 import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
     Dinov2Model,
     ImageProcessingMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    ViTConfig,
     ViTMAEForPreTraining,
     ViTModel,
 )
+from transformers.utils import cached_file
 
 from .configuration_can import CANConfig
-from .modeling_can import CANForPreTraining, resize_positions
+from .encoders import quiet
+from .hub import EXPORTS, export_card
+from .modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel, resize_positions
+
+
+logger = logging.getLogger(__name__)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,6 +93,40 @@ VIT_MAE = {
     "decoder.head": "decoder.decoder_pred",
 }
 CAN = {part: part for part in ("can", "projection_head", "decoder")}
+TIMM = {
+    "can.embeddings.cls_token": "cls_token",
+    "can.embeddings.position_embeddings": "pos_embed",
+    "can.embeddings.patch_embeddings": "patch_embed.proj",
+    "can.layers.{}.layernorm_before": "blocks.{}.norm1",
+    "can.layers.{}.attention.q_proj": "blocks.{}.attn.q",  # of "blocks.{}.attn.qkv", which `split_qkv` splits
+    "can.layers.{}.attention.k_proj": "blocks.{}.attn.k",
+    "can.layers.{}.attention.v_proj": "blocks.{}.attn.v",
+    "can.layers.{}.attention.o_proj": "blocks.{}.attn.proj",
+    "can.layers.{}.layernorm_after": "blocks.{}.norm2",
+    "can.layers.{}.mlp": "blocks.{}.mlp",
+    "can.layernorm": "norm",
+}
+TIMM_LAYER_SCALE = {
+    "can.layers.{}.attention.o_proj": "blocks.{}.ls1.gamma",
+    "can.layers.{}.mlp.fc2": "blocks.{}.ls2.gamma",
+}
+# Further parts of facebookresearch/mae and, with the head, of shlokk/mae-contrastive. That one contrasts the mean of
+# all tokens, the class token included, and tells the noise level to the encoder's tokens, by layers that ours has not.
+MAE_FILE = {
+    **TIMM,
+    "projection_head.fc1": "projection_head.0",
+    "projection_head.fc2": "projection_head.2",
+    "decoder.embed": "decoder_embed",
+    "decoder.mask_token": "mask_token",
+    "decoder.position_embeddings": "decoder_pos_embed",
+    **{
+        ours.replace("can.layers", "decoder.layers"): theirs.replace("blocks", "decoder_blocks")
+        for ours, theirs in TIMM.items()
+        if "layers" in ours
+    },
+    "decoder.layernorm": "decoder_norm",
+    "decoder.head": "decoder_pred",
+}
 # What DINOv2's class in transformers 5.17 calls the parts of its attention; later ones use ViT's names.
 _EARLIER_NAMES = {
     "attention.attention.query": "attention.q_proj",
@@ -71,12 +139,21 @@ _EARLIER_NAMES = {
 class Source(NamedTuple):
     """A kind of checkpoint: the class that reads it, our names -> its names, our linear layers -> its layer scales."""
 
-    model_class: type[PreTrainedModel]
+    model_class: type[PreTrainedModel] | None  # None: a file of weights
     names: dict[str, str]
     layer_scales: dict[str, str] = {}
     remarks: tuple[str, ...] = ()
 
 
+class Checkpoint(NamedTuple):
+    """A source that was read: its kind, its configuration, and its weights in fp32 by its names."""
+
+    source: Source
+    config: PreTrainedConfig
+    weights: dict[str, torch.Tensor]
+
+
+FILES = (".safetensors", ".pth", ".pt", ".bin")
 SOURCES = {
     "can": Source(CANForPreTraining, CAN),
     "vit_mae": Source(ViTMAEForPreTraining, VIT_MAE),
@@ -140,12 +217,16 @@ def current_name(key: str) -> str:
 
 def warm_start(model: CANForPreTraining, name_or_path: str) -> tuple[list[str], list[str]]:
     """
-    Copies what fits from a CAN, ViT-MAE, ViT or DINOv2 checkpoint into the parameters and position tables of `model`,
-    in place and in their dtype. The encoder then gives the source's features; what was trainable stays so.
+    Copies what fits from a CAN, ViT-MAE, ViT or DINOv2 checkpoint, or a file under timm's names, into the parameters
+    and position tables of `model`, in place and in their dtype. The encoder then gives the source's features; what was
+    trainable stays so.
 
     Args:
         model (`CANForPreTraining`): Left as it was where an error is raised.
-        name_or_path (`str`): A folder written by `save_pretrained`, or the id of a model on the Hub.
+        name_or_path (`str`):
+            A folder written by `save_pretrained`, the id of a model on the Hub (timm's too), or a file (`.pth`,
+            `.safetensors`) of timm's, MAE's or CAN's authors. A file does not tell its numbers of attention heads:
+            they are taken to be those of `model`.
 
     Returns:
         `tuple[list[str], list[str]]`: The parts that were taken and the parts that keep their new weights, as text.
@@ -154,9 +235,14 @@ def warm_start(model: CANForPreTraining, name_or_path: str) -> tuple[list[str], 
         ValueError: for a checkpoint that cannot be read, is of another kind, has another encoder than `model`, or
             lacks some of it. The message names the fix.
     """
-    source, config = _read_config(name_or_path)
-    _check_encoder(name_or_path, config, model.config)
-    theirs = _read_weights(name_or_path, source)
+    heads = model.config.num_attention_heads, model.config.decoder_num_attention_heads
+    checkpoint = read_checkpoint(name_or_path, *heads)
+    _check_encoder(name_or_path, checkpoint.config, model.config)
+    return _copy(checkpoint, model, name_or_path)
+
+
+def _copy(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path: str) -> tuple[list[str], list[str]]:
+    source, config, theirs = checkpoint
     own = model.state_dict()  # shares memory with the model
     weights, taken, new = {}, [], []
     for part, pattern, fields in PARTS:
@@ -194,6 +280,8 @@ def warm_start(model: CANForPreTraining, name_or_path: str) -> tuple[list[str], 
 
 def normalisation(name_or_path: str) -> tuple[list[float], list[float]] | None:
     """Mean and deviation that the images of a checkpoint were normalised with; `None` if it does not say."""
+    if Path(name_or_path).is_file():
+        return None
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
     except OSError:
@@ -203,7 +291,39 @@ def normalisation(name_or_path: str) -> tuple[list[float], list[float]] | None:
     return values["image_mean"], values["image_std"]
 
 
-def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig]:
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(
+    name_or_path: str, num_attention_heads: int | None = None, decoder_num_attention_heads: int = 16
+) -> Checkpoint:
+    """
+    Args:
+        name_or_path (`str`): As in `warm_start`.
+        num_attention_heads (`int`, *optional*):
+            Of a file, which does not tell; `None`: as the published ViTs have, 64 numbers each (ViT-H: 16 heads).
+        decoder_num_attention_heads (`int`): Likewise; the default is MAE's.
+
+    Raises:
+        ValueError: for what cannot be read or is of another kind; the message names the fix.
+    """
+    path = Path(name_or_path)
+    if path.suffix in FILES and not path.is_dir():
+        return _read_file(path, {}, num_attention_heads, decoder_num_attention_heads)
+    source, config = _read_config(name_or_path)
+    if source is None:
+        try:
+            file = Path(cached_file(name_or_path, "model.safetensors"))
+        except OSError as error:
+            raise _unreadable(name_or_path, error) from error
+        return _read_file(file, config, num_attention_heads, decoder_num_attention_heads)
+    return Checkpoint(source, config, _read_weights(name_or_path, source))
+
+
+def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:
+    """The kind of a folder or Hub id, and its configuration; of timm's ViTs `None` and its arguments."""
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except OSError as error:
@@ -213,10 +333,12 @@ def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig]:
             name_or_path, OSError("it has no config.json; of a run's checkpoints, resume_from_checkpoint takes care")
         )
     model_type = values.get("model_type")
+    if "architecture" in values and model_type in (None, "timm_wrapper"):
+        return None, values.get("model_args", {})
     if model_type not in SOURCES:
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has model_type={model_type!r} in its config.json; CAN can start "
-            f"from {', '.join(SOURCES)}"
+            f"from {', '.join(SOURCES)}, or timm's ViTs"
         )
     source = SOURCES[model_type]
     return source, source.model_class.config_class.from_dict(values)
@@ -224,30 +346,135 @@ def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig]:
 
 def _read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
     """What is truly in the file, in fp32 under the source's names: no tensor that transformers has drawn instead."""
-    try:
-        model, info = source.model_class.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+
+    def read(**options):
+        return source.model_class.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    except (OSError, SafetensorError) as error:
+
+    try:
+        try:
+            model, info = read(use_safetensors=True)
+        except OSError:  # there are none
+            model, info = read(use_safetensors=False)  # weights_only, as everything that transformers opens
+            _warn_of_pickle(name_or_path)
+    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         raise _unreadable(name_or_path, error) from error
     drawn = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
     return {current_name(key): tensor for key, tensor in model.state_dict().items() if key not in drawn}
+
+
+def _warn_of_pickle(name):
+    logger.warning("%s has no safetensors: its tensors were read from a pickle, with weights_only=True", name)
+
+
+def _read_file(path: Path, model_args: dict, num_heads: int | None, num_decoder_heads: int) -> Checkpoint:
+    """A file of weights under timm's names; its sizes are those of its tensors, or timm's `model_args`."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in which MAE keeps its flags
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            _warn_of_pickle(path)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise _unreadable(str(path), error) from error
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    state = {key.removeprefix("module."): tensor.float() for key, tensor in state.items()}
+    if not {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
+        raise ValueError(
+            f"model_name_or_path={str(path)!r} holds no ViT under timm's names, such as blocks.0.attn.qkv.weight, but "
+            f"{', '.join(list(state)[:3])}; give a file of timm's, MAE's or CAN's authors, or a folder with a config"
+        )
+    foreign = [key for key in state if re.match(r"norm_pre|reg_token|blocks\..*\.(q_norm|k_norm|w12|gate)", key)]
+    if foreign:
+        raise ValueError(f"model_name_or_path={str(path)!r} has parts that CAN's encoder has not: {foreign[0]}")
+
+    width, channels, *patch = state["patch_embed.proj.weight"].shape
+    num_patches, side = state["pos_embed"].shape[1] - 1, math.isqrt(state["pos_embed"].shape[1] - 1)
+    image_size = model_args.get("img_size", (side * patch[0], side * patch[1]))
+    if math.prod(pixels // each for pixels, each in zip(_pair(image_size), patch, strict=True)) != num_patches:
+        raise ValueError(
+            f"model_name_or_path={str(path)!r} has positions of {num_patches} patches, which is no square"
+        )
+    num_heads = num_heads or model_args.get("num_heads") or (16 if width == 1280 else width // 64)
+    if not num_heads or width % num_heads:
+        raise ValueError(
+            f"model_name_or_path={str(path)!r} is {width} wide and does not tell its number of attention heads; say "
+            "it: --num_attention_heads"
+        )
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": _num_blocks(state, "blocks"),
+        "num_attention_heads": num_heads,
+        "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]),
+        "image_size": image_size,
+        "patch_size": tuple(patch),
+        "num_channels": channels,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "hidden_act": model_args.get("act_layer", "gelu"),
+    }
+    if "decoder_blocks.0.mlp.fc1.weight" in state:
+        sizes["decoder_hidden_size"] = len(state["decoder_embed.weight"])
+        sizes["decoder_num_hidden_layers"] = _num_blocks(state, "decoder_blocks")
+        sizes["decoder_num_attention_heads"] = num_decoder_heads
+        sizes["decoder_intermediate_size"] = len(state["decoder_blocks.0.mlp.fc1.weight"])
+    if "projection_head.2.weight" in state:
+        sizes["projection_size"], sizes["projection_hidden_size"] = state["projection_head.2.weight"].shape
+    has_scales = "blocks.0.ls1.gamma" in state
+    remarks = ("layer scale folded into the output projections",) if has_scales else ()
+    source = Source(None, MAE_FILE, TIMM_LAYER_SCALE if has_scales else {}, remarks)
+    return Checkpoint(source, CANConfig(**sizes), split_qkv(state))
+
+
+def _num_blocks(state: dict, name: str) -> int:
+    return 1 + max(int(match[1]) for key in state if (match := re.match(rf"{name}\.(\d+)\.", key)))
+
+
+def split_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """timm's `...attn.qkv` as three tensors, `...attn.q`, `...attn.k`, `...attn.v`; `join_qkv` is the inverse."""
+    split = {}
+    for key, tensor in state.items():
+        if ".attn.qkv." in key:
+            split |= {
+                key.replace(".qkv.", f".{part}."): third for part, third in zip("qkv", tensor.chunk(3), strict=True)
+            }
+        else:
+            split[key] = tensor
+    return split
+
+
+def join_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    joined = {}
+    for key, tensor in state.items():
+        if ".attn.q." in key:
+            parts = [state[key.replace(".q.", f".{part}.")] for part in "qkv"]
+            joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif not re.search(r"\.attn\.[kv]\.", key):
+            joined[key] = tensor
+    return joined
 
 
 def _unreadable(name_or_path: str, error: Exception) -> ValueError:
     reason = str(error).partition("\n")[0]
     return ValueError(
         f"model_name_or_path={name_or_path!r} cannot be read ({reason}); give a folder written by save_pretrained, or "
-        "the id of a model on the Hub, which needs a network or an earlier download"
+        "the id of a model on the Hub, which needs a network or an earlier download; or a file of weights"
     )
 
 
-def _check_encoder(name_or_path: str, config: PreTrainedConfig, own_config: CANConfig):
+def _refuse_gates(name_or_path: str, config: PreTrainedConfig):
     if config.model_type == "dinov2" and config.use_swiglu_ffn:
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has use_swiglu_ffn=True, but CAN's MLPs have no gate; give a "
             "DINOv2 without SwiGLU, such as facebook/dinov2-large"
         )
+
+
+def _check_encoder(name_or_path: str, config: PreTrainedConfig, own_config: CANConfig):
+    _refuse_gates(name_or_path, config)
     if differences := _differences(config, own_config, ENCODER_FIELDS):
         flags = " ".join(f"--{name} {_as_word(theirs)}" for name, (theirs, _) in differences.items())
         raise ValueError(
@@ -309,3 +536,385 @@ def _fit_positions(
     if not table[:, 1:].any():  # as in a ViT-MAE that transformers 5 has built from a config
         remarks.append("positions are all zero, so that it cannot tell where a patch lies")
     return resize_positions(table, grid, own_grid), remarks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Import: any of the sources as our encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_can(name_or_path: str, num_attention_heads: int | None = None) -> CANPreTrainedModel:
+    """
+    The encoder of any source that `warm_start` takes, in fp32; of a `CANForImageClassification` the whole model.
+
+    Args:
+        name_or_path (`str`), num_attention_heads (`int`, *optional*): As in `read_checkpoint`.
+
+    Raises:
+        ValueError: as `warm_start`.
+    """
+    checkpoint = read_checkpoint(name_or_path, num_attention_heads)
+    config = _as_can(name_or_path, checkpoint.config)
+    model = CANForPreTraining(config)
+    _copy(checkpoint, model, name_or_path)
+    if "CANForImageClassification" not in (config.architectures or []):
+        return model.can.eval()
+    classifier = CANForImageClassification(config)
+    classifier.can = model.can
+    weights = _read_weights(name_or_path, Source(CANForImageClassification, CAN))
+    if not {"classifier.weight", "classifier.bias"} <= weights.keys():
+        raise ValueError(f"{name_or_path} lacks its classifier, or has one of another number of classes")
+    classifier.classifier.load_state_dict({key: weights[f"classifier.{key}"] for key in ("weight", "bias")})
+    return classifier.eval()
+
+
+def can_config(name_or_path: str) -> CANConfig:
+    """What `to_can` makes of the config.json of a CAN, ViT, ViT-MAE or DINOv2; raises ValueError as that."""
+    return _as_can(name_or_path, _read_config(name_or_path)[1])
+
+
+def _as_can(name_or_path: str, config: PreTrainedConfig) -> CANConfig:
+    _refuse_gates(name_or_path, config)
+    if isinstance(config, CANConfig):
+        return config
+    return CANConfig(**{field: _value(config, field) for field in (*ENCODER_FIELDS, "image_size")})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export: our encoder as models that need none of our code
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov2Model | Dinov2ForImageClassification:
+    """
+    The same encoder as transformers' DINOv2, which loads it as `Dinov2Model`, `Dinov2Backbone` and, with a classifier,
+    `Dinov2ForImageClassification`. Dropout and stochastic depth, which DINOv2 has in other places, are left at 0.
+
+    Args:
+        model (`CANPreTrainedModel`): Any of our models; the classifier of a `CANForImageClassification` goes along.
+        head (`nn.Linear` from `2 * hidden_size` numbers, *optional*):
+            A classifier of the class token and, beside it, the mean of the patch tokens. Its classes are those of
+            `model.config.id2label`.
+
+    Returns:
+        The model in evaluation mode, in the dtype of `model`, checked against it on random pixels of three sizes.
+
+    Raises:
+        ValueError: for a grid of patches that is not square, or an MLP whose width is no multiple of the encoder's,
+            which DINOv2 cannot have; `to_vit` can.
+    """
+    config = model.config
+    check_dinov2(config)
+    if head is None and isinstance(model, CANForImageClassification):
+        head = nn.Linear(2 * config.hidden_size, config.num_labels)
+        head.weight.data = nn.functional.pad(model.classifier.weight.detach(), (config.hidden_size, 0))
+        head.bias.data = model.classifier.bias.detach()
+    model_class = Dinov2Model if head is None else Dinov2ForImageClassification
+    theirs = model_class(
+        Dinov2Config(**_shared_fields(config), mlp_ratio=config.intermediate_size // config.hidden_size)
+    )
+    weights = {
+        key: torch.ones_like(tensor) if key.endswith("lambda1") else torch.zeros_like(tensor)  # of the mask token
+        for key, tensor in theirs.base_model.state_dict().items()
+    }
+    weights = {current_name(key): tensor for key, tensor in weights.items()} | encoder_weights(model, DINOV2)
+    _load(theirs.base_model, weights)
+    if head is not None:
+        theirs.classifier.load_state_dict(head.state_dict())
+    theirs = theirs.to(model.dtype).eval()
+
+    def ours(encoder: CANModel, pixels: torch.Tensor, other_size: bool) -> torch.Tensor:
+        tokens = encoder(pixels, interpolate_pos_encoding=other_size).last_hidden_state
+        if head is None:
+            return tokens
+        return copy.deepcopy(head).to(tokens)(torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1))
+
+    _check_equal(model, ours, theirs, lambda twin, pixels, other_size: twin(pixels)[0], all_sizes=True)
+    return theirs
+
+
+def check_dinov2(config: CANConfig):
+    """Raises ValueError for an encoder that DINOv2's class cannot be; see `to_dinov2`."""
+    rows, columns = config.grid_shape
+    if rows != columns:
+        raise ValueError(
+            f"image_size={config.image_size} with patch_size={config.patch_size} makes a grid of {rows} x {columns} "
+            "patches, and DINOv2's positions need a square one; export to vit, timm or onnx"
+        )
+    if config.intermediate_size % config.hidden_size:
+        raise ValueError(
+            f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={config.hidden_size}, as "
+            "DINOv2 needs it; export to vit, timm or onnx"
+        )
+
+
+def to_vit(model: CANPreTrainedModel) -> ViTModel:
+    """
+    The same encoder as transformers' `ViTModel`, without its pooler. Any grid will do at the trained size; other sizes
+    (`interpolate_pos_encoding=True`) need a square grid of square patches, with this class.
+
+    Args:
+        model (`CANPreTrainedModel`): Any of our models; a classifier is left out, as ViT's reads the class token.
+
+    Returns:
+        The model in evaluation mode, in the dtype of `model`, checked against it on random pixels.
+    """
+    config = model.config
+    theirs = ViTModel(
+        ViTConfig(**_shared_fields(config), intermediate_size=config.intermediate_size), add_pooling_layer=False
+    )
+    _load(theirs, encoder_weights(model, VIT))
+    theirs = theirs.to(model.dtype).eval()
+
+    def tokens(encoder: CANModel | ViTModel, pixels: torch.Tensor, other_size: bool) -> torch.Tensor:
+        return encoder(pixels, interpolate_pos_encoding=other_size).last_hidden_state
+
+    is_square = config.grid_shape[0] == config.grid_shape[1] and config.patch_shape[0] == config.patch_shape[1]
+    _check_equal(model, tokens, theirs, tokens, all_sizes=is_square)
+    return theirs
+
+
+def to_timm(model: CANPreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
+    """
+    The same encoder, with the classifier if there is one, as timm's `VisionTransformer` has it.
+
+    Returns:
+        Its state dict, and the `config.json` with which `timm.create_model("local-dir:FOLDER")` builds it. Pooling is
+        the mean of the patch tokens after the final norm.
+
+    Raises:
+        ValueError: for another `layer_norm_eps` than timm's 1e-6.
+    """
+    config = model.config
+    if config.layer_norm_eps != 1e-6:
+        raise ValueError(f"layer_norm_eps={config.layer_norm_eps}, but timm's ViT has 1e-6; export to vit or onnx")
+    state = join_qkv(encoder_weights(model, TIMM))
+    num_classes = 0
+    if isinstance(model, CANForImageClassification):
+        num_classes = config.num_labels
+        state |= {f"head.{name}": tensor for name, tensor in model.classifier.state_dict().items()}
+    arguments = {
+        "img_size": list(config.image_shape),
+        "patch_size": list(config.patch_shape),
+        "in_chans": config.num_channels,
+        "embed_dim": config.hidden_size,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": config.intermediate_size / config.hidden_size,
+        "qkv_bias": config.qkv_bias,
+        "act_layer": config.hidden_act,
+        "global_pool": "avg",
+        "fc_norm": False,  # or timm would normalise after pooling
+        "num_classes": num_classes,
+    }
+    description = {
+        "architecture": "vit_base_patch16_224",  # the class; the sizes are those below
+        "num_classes": num_classes,
+        "num_features": config.hidden_size,
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [config.num_channels, *config.image_shape],
+            "num_classes": num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    if num_classes:
+        description["pretrained_cfg"]["label_names"] = [config.id2label[index] for index in range(num_classes)]
+    return state, description
+
+
+def to_onnx(model: CANPreTrainedModel, path: Path):
+    """
+    Writes the encoder, or the classifier, in fp32 for pictures of the trained size in batches of any size, and checks
+    it in onnxruntime. Input `pixel_values`; outputs `last_hidden_state` and `pooler_output`, or `logits`.
+
+    Raises:
+        ValueError: if the packages of the extra `onnx` are missing.
+        AssertionError: if onnxruntime computes anything else.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  which torch needs
+    except ImportError as error:
+        raise ValueError(f'{error.name} is not installed: pip install "modeling-can[onnx]"') from error
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no word about torchvision, which is not needed
+    twin = copy.deepcopy(model if isinstance(model, CANForImageClassification) else model.base_model).float().eval()
+    names = ["logits"] if isinstance(twin, CANForImageClassification) else ["last_hidden_state", "pooler_output"]
+
+    class Outputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twin = twin
+
+        def forward(self, pixel_values):
+            output = self.twin(pixel_values)
+            return tuple(output[name] for name in names)
+
+    config, outputs = model.config, Outputs().eval()
+    pixels = torch.randn(3, config.num_channels, *config.image_shape, generator=torch.Generator().manual_seed(0))
+    torch.onnx.export(
+        outputs,
+        (pixels[:2],),
+        path,
+        input_names=["pixel_values"],
+        output_names=names,
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch_size")}},
+        external_data=sum(p.numel() for p in twin.parameters()) > 4e8,  # a file of the format holds 2 GB
+        dynamo=True,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for batch in (pixels[:1], pixels):
+        with torch.no_grad():
+            expected = outputs(batch)
+        for name, ours, theirs in zip(
+            names, expected, session.run(names, {"pixel_values": batch.numpy()}), strict=True
+        ):
+            error = (torch.from_numpy(theirs) - ours).abs().max().item()
+            assert error <= 1e-5 * max(1, ours.abs().max().item()), f"{name} differs by {error:.1e} in onnxruntime"
+
+
+def encoder_weights(model: CANPreTrainedModel, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors of the encoder under the names of a table, in the layout of a ViT whose patches are convolved."""
+    weights, config = {}, model.config
+    for name, tensor in model.base_model.state_dict().items():
+        if name == "embeddings.patch_embeddings.weight":  # the inverse of `_in_our_layout`
+            tensor = tensor.unflatten(1, (*config.patch_shape, config.num_channels)).permute(0, 3, 1, 2)
+        weights[their_name(f"can.{name}", names)] = tensor.detach().contiguous()
+    return weights
+
+
+def _shared_fields(config: CANConfig) -> dict:
+    """What the configurations of ViT and DINOv2 have in common with ours."""
+    fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps",
+              "num_channels", "qkv_bias", "initializer_range", "id2label", "label2id", "problem_type")  # fmt: skip
+    sizes = {name: _pair(getattr(config, name)) for name in ("image_size", "patch_size")}
+    # An int where it can be one: ViT divides by it.
+    sizes = {name: size[0] if size[0] == size[1] else list(size) for name, size in sizes.items()}
+    return {**{name: getattr(config, name) for name in fields}, **sizes}
+
+
+def _load(theirs: PreTrainedModel, weights: dict[str, torch.Tensor]):
+    """All of their tensors, by whatever names the installed transformers has for them."""
+    theirs.load_state_dict({key: weights[current_name(key)] for key in theirs.state_dict()})
+
+
+@torch.no_grad()
+def _check_equal(
+    model: CANPreTrainedModel, ours: Callable, theirs: PreTrainedModel, exported: Callable, all_sizes: bool
+):
+    """
+    Raises AssertionError unless both give the same to 1e-5, on random pixels of the trained size and of others. In
+    fp64, in which rounding, that deep encoders amplify, does not hide an error of the conversion, nor looks like one.
+    """
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    encoder, twin = copy.deepcopy(model.base_model).cpu().double().eval(), copy.deepcopy(theirs).cpu().double().eval()
+    (rows, columns), (height, width) = config.grid_shape, config.patch_shape
+    grids = [(rows, columns)] + [(rows + 1, columns + 2), (max(1, rows // 2), columns)] * all_sizes
+    for grid in grids:
+        shape = (2, config.num_channels, grid[0] * height, grid[1] * width)
+        pixels = torch.randn(shape, generator=generator).double()
+        other_size = grid != config.grid_shape
+        error = (ours(encoder, pixels, other_size) - exported(twin, pixels, other_size)).abs().max()
+        assert error <= 1e-5, f"the export differs by {error:.1e} at {shape[2]} x {shape[3]} pixels"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def convert(source: str, target: str, folder: Path, num_attention_heads: int | None = None) -> CANPreTrainedModel:
+    """
+    Writes the encoder of `source` into a new folder, all or nothing, with the image processor that came with it and a
+    card.
+
+    Args:
+        source (`str`), num_attention_heads (`int`, *optional*): As in `to_can`.
+        target (`str`): One of `hub.EXPORTS`.
+        folder (`Path`): Must not exist, or be empty.
+
+    Returns:
+        The encoder, as ours.
+
+    Raises:
+        ValueError: for a folder with something in it, and as `to_can` and the function of the target.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+    model = to_can(source, num_attention_heads)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        processor = {} if Path(source).is_file() else _processor(source)
+        if target == "timm":
+            state, description = to_timm(model)
+            description["pretrained_cfg"] |= _timm_preprocessing(processor)
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / "model.safetensors")
+            (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        elif target == "onnx":
+            to_onnx(model, partial / "model.onnx")
+            values = model.config.to_dict()
+            values.pop("auto_map", None)  # which names files of code; a graph needs none
+            (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        else:
+            {"can": lambda model: model, "dinov2": to_dinov2, "vit": to_vit}[target](model).save_pretrained(partial)
+        if processor and target != "timm":
+            (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        is_classifier = isinstance(model, CANForImageClassification) and target != "vit"
+        card = export_card(folder.resolve().name, target, source, model.config, is_classifier)
+        (partial / "README.md").write_text(card)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return model
+
+
+def _processor(source: str) -> dict:
+    """What is in the source's preprocessor_config.json; nothing if it has none."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(source)[0]
+    except OSError:
+        return {}
+
+
+def _timm_preprocessing(processor: dict) -> dict:
+    """timm's words for what a processor that resizes the shortest edge, crops the centre and normalises does."""
+    named = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    named["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"))
+    edge, crop = (processor.get(key) or {} for key in ("size", "crop_size"))
+    if "shortest_edge" in edge and crop:
+        named["crop_pct"] = max(crop.values()) / edge["shortest_edge"]
+    return {key: value for key, value in named.items() if value is not None}
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_can.conversion", description="Weights from other models and for them."
+    )
+    parser.add_argument("source", help="folder, Hub id or file of weights: CAN, ViT-MAE, ViT, DINOv2, timm, MAE")
+    parser.add_argument("--to", choices=EXPORTS, required=True, dest="target")
+    parser.add_argument("folder", type=Path, help="to be made")
+    parser.add_argument("--num_attention_heads", type=int, help="of a file, if it has not 64 numbers to a head")
+    arguments = parser.parse_args(argv)
+    try:
+        with quiet():
+            model = convert(**vars(arguments))
+    except ValueError as error:
+        sys.exit(f"modeling_can.conversion: {error}")
+    num_parameters, kind = model.num_parameters() / 1e6, type(model).__name__
+    print(
+        f"{arguments.source} -> {arguments.folder} ({arguments.target}): {kind}, {num_parameters:.2f} M parameters; "
+        + ", ".join(sorted(path.name for path in arguments.folder.iterdir()))
+    )
+    if not (arguments.folder / "preprocessor_config.json").exists() and arguments.target != "timm":
+        print("no image processor came with it: normalise pictures as those that it was trained on")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,12 @@
 """
-Does it work? Measures of a run's health, the plain sentences that they add up to, and the checks before it starts.
+Does it work, and what does it cost? Measures of a run's health, the plain sentences that they add up to, the checks
+before it starts, and its arithmetic.
 
 Legend: B images, N images that are contrasted with each other (over micro-batches and processes), d embedding width,
 P pixels per patch.
 """
 
+import copy
 import math
 import shutil
 from collections.abc import Callable, Iterable
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .configuration_can import CANConfig
 from .losses import normalize_patches
-from .modeling_can import patchify
+from .modeling_can import CANForPreTraining, patchify
 
 
 TERMS = {"contrastive": "C", "reconstruction": "A", "denoising": "N"}
@@ -279,6 +282,30 @@ def check_disk(folder: Path, num_checkpoints: int, parameters: Iterable[nn.Param
     if free < needed:
         return f"{folder} has {free / 1e9:.1f} GB free, checkpoints need {needed / 1e9:.1f}; lower save_total_limit"
     return None
+
+
+# --- Arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def training_flops(config: CANConfig) -> float:
+    """
+    FLOPs of forward and backward of both views of an image. What is computed twice (gradient checkpointing, gradient
+    caching) counts once; the comparison of the embeddings, which grows with the batch, does not count.
+    """
+    batch_size = 2
+    config = copy.deepcopy(config)  # the attention that is set below is no business of the caller's model
+    with torch.device("meta"):
+        model = CANForPreTraining(config)
+        pixel_values = torch.empty(batch_size, 2, config.num_channels, *config.image_shape)
+        # In the place of the contrastive loss, which would gather embeddings from the other processes.
+        image_embeds_grad = torch.empty(batch_size, 2, config.projection_size)
+    model.set_attn_implementation("eager")  # the counter does not see the products inside sdpa on a CPU
+    with FlopCounterMode(display=False) as counter:
+        model(pixel_values, image_embeds_grad=image_embeds_grad).loss.backward()
+    return counter.get_total_flops() / batch_size
+
+
+# --- Words -----------------------------------------------------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:

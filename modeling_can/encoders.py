@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -116,6 +117,10 @@ class Preprocessor:
         """Height and width that the model gets of a square picture."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
 
+    def save_pretrained(self, folder: Path):
+        """The processor, for pictures of this size."""
+        type(self.processor).from_dict({**self.processor.to_dict(), **self.sizes}).save_pretrained(folder)
+
     def facts(self) -> dict:
         """Everything that its result depends on."""
         versions = {package: version(package) for package in ("modeling-can", "transformers", "pillow", "simplejpeg")}
@@ -193,7 +198,15 @@ class Encoder(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of architecture and weights."""
-        passing = ("_name_or_path", "transformers_version", "architectures", "dtype", "id2label", "label2id")
+        passing = (
+            "_name_or_path",
+            "transformers_version",
+            "architectures",
+            "dtype",
+            "id2label",
+            "label2id",
+            "auto_map",
+        )
         facts = {key: value for key, value in self.model.config.to_dict().items() if key not in passing}
         digest = hashlib.sha256(
             f"{type(self.model).__name__} {json.dumps(facts, sort_keys=True, default=str)}".encode()
@@ -243,7 +256,7 @@ def load_encoder(
 
 def load_preprocessor(name: str, image_size: tuple[int, int] | None = None, trust_remote_code=False) -> Preprocessor:
     """Raises ValueError where there is none."""
-    with _quiet():
+    with quiet():
         try:
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
@@ -256,28 +269,29 @@ def load_preprocessor(name: str, image_size: tuple[int, int] | None = None, trus
 
 def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, ...] = (), **options) -> nn.Module:
     """
-    `auto_class.from_pretrained`, in fp32.
+    `auto_class.from_pretrained`, in fp32, from safetensors alone: a pickle could run code.
 
     Args:
         new (`tuple[str, ...]`): Beginnings of the names of weights that may be missing.
 
     Raises:
-        ValueError: if it cannot be found, is of no kind that `auto_class` knows, or has weights missing or of another
-            shape, which would stay random without a word.
+        ValueError: if it cannot be found, is of no kind that `auto_class` knows, has its weights in a pickle, or has
+            weights missing or of another shape, which would stay random without a word.
     """
-    with _quiet():
+    with quiet():
         try:
             model, info = auto_class.from_pretrained(
                 name,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be told which
                 trust_remote_code=trust_remote_code,
+                use_safetensors=True,
                 dtype=torch.float32,
                 **options,
             )
         except OSError as error:
             raise _not_found(name, error) from error
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"model_name_or_path={name} cannot be loaded as {auto_class.__name__}: {error}"
             ) from error
@@ -295,7 +309,7 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
 
 def load_config(name: str, trust_remote_code: bool = False):
     """`AutoConfig.from_pretrained`; raises ValueError if it cannot be found."""
-    with _quiet():
+    with quiet():
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         except OSError as error:
@@ -303,10 +317,17 @@ def load_config(name: str, trust_remote_code: bool = False):
 
 
 def _not_found(name: str, error: OSError) -> ValueError:
+    reason = str(error).splitlines()[0]
+    if "model.safetensors" in reason:
+        return ValueError(
+            f"model_name_or_path={name} has no weights in safetensors. A pickle (pytorch_model.bin) could run code, "
+            "and is not opened here; of a kind that CAN can start from, it can be written anew: python -m "
+            f"modeling_can.conversion {name} --to can FOLDER"
+        )
     place = "no model in this folder" if Path(name).is_dir() else "no folder, and no model that the Hub gives"
     return ValueError(
-        f"model_name_or_path={name} cannot be loaded: {place} ({str(error).splitlines()[0]}). Without a network, "
-        f"download it first (hf download {name}) or give a folder"
+        f"model_name_or_path={name} cannot be loaded: {place} ({reason}). Without a network, download it first (hf "
+        f"download {name}) or give a folder"
     )
 
 
@@ -330,7 +351,7 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """No words of transformers about a torchvision that this project does without, or weights that are not used."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

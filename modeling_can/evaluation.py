@@ -573,8 +573,11 @@ class Probe:
         self.set = load_labelled(dataset_name, image_column=image_column, label_column=label_column)
         self.preprocessor = preprocessor
 
-    def measure(self, embed: Callable[[torch.Tensor], torch.Tensor], linear: bool = True) -> dict[str, float]:
-        """k-NN (k = 20) and, unless `linear` is off, linear-probe accuracy of what `embed` makes of pixels."""
+    def measure(self, embed: Callable[[torch.Tensor], torch.Tensor], linear: bool = True) -> dict:
+        """
+        k-NN (k = 20) and, unless `linear` is off, linear-probe accuracy of what `embed` makes of pixels, as `knn` and
+        `linear_probe`; beside each its 95 % interval, as `knn_interval`; and `num_test`, the number of test images.
+        """
 
         def features(split: Split) -> np.ndarray:
             pictures = Pictures(split, self.preprocessor.decode)
@@ -585,4 +588,8 @@ class Probe:
         predictions = {"knn": knn_predictions(train, labels, test, num_classes, ks=(20,))[20]}
         if linear:
             predictions["linear_probe"] = linear_probe(train, labels, num_classes).predict(test)
-        return {name: float((predicted == self.set.test.labels).mean()) for name, predicted in predictions.items()}
+        figures = {"num_test": len(self.set.test)}
+        for name, predicted in predictions.items():
+            right = predicted == self.set.test.labels
+            figures |= {name: float(right.mean()), f"{name}_interval": list(bootstrap_interval(right))}
+        return figures

@@ -706,8 +706,7 @@ def save(model: nn.Module, preprocessor: Preprocessor, output_dir: Path, is_main
         model = model.merge_and_unload()
     if is_main:
         model.save_pretrained(partial)
-        processor = preprocessor.processor
-        type(processor).from_dict({**processor.to_dict(), **preprocessor.sizes}).save_pretrained(partial)
+        preprocessor.save_pretrained(partial)
         if output_dir.exists():
             output_dir.rmdir()  # it is empty
         os.replace(partial, output_dir)

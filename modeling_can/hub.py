@@ -1,19 +1,38 @@
 """
 What a run leaves for others to read: where and with what it ran, and the model card, written from its recipe and its
-results, so that no number in it was typed.
+results, so that no number in it was typed. What the cards say is in the templates beside this file.
 """
 
 import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import datasets
 import torch
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
-from .data import SAMPLE_DATA
+from .data import SAMPLE_DATA, resolve_name
+from .diagnostics import duration
 from .recipe import Recipe
+
+
+CARD_TEMPLATE, CLASSIFIER_TEMPLATE, EXPORT_TEMPLATE = (
+    Path(__file__).parent / f"{name}_template.md" for name in ("card", "classifier", "export")
+)
+EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
+PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as run_eval.py calls them
+EXAMPLES = ("chelsea", "coffee", "rocket")  # photographs of the bundled tiles
+EXPORTS = {
+    "can": "CAN's own class",
+    "dinov2": "transformers' DINOv2, with no code to trust",
+    "vit": "transformers' ViT, with no code to trust",
+    "timm": "timm's `VisionTransformer`",
+    "onnx": "an ONNX graph for batches of any size",
+}
 
 
 def write(path: Path, text: str):
@@ -43,8 +62,8 @@ def _git_commit() -> str | None:
 
 def update_card(folder: str, results: list[EvalResult]):
     """
-    Merges results into the `model-index` of a model folder's README.md: one of the same task, data and metric is
-    replaced, the others stay. A card is made where there is none.
+    Merges results into the `model-index` of a model folder's README.md, and shows all of that as a table in its text:
+    a result of the same task, data and metric is replaced, the others stay. A card is made where there is none.
 
     Raises:
         ValueError: if it is no folder.
@@ -64,94 +83,233 @@ def update_card(folder: str, results: list[EvalResult]):
     new = {identity(result) for result in results}
     card.data.model_name = card.data.model_name or name
     card.data.eval_results = [r for r in card.data.eval_results or [] if identity(r) not in new] + results
+    begin, end = EVALUATION
+    if begin not in card.text or end not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n## Evaluation\n\n{begin}\n{end}\n"
+    before, after = card.text.split(begin)[0], card.text.split(end)[-1]
+    card.text = f"{before}{begin}\n{evaluation_table(card.data.eval_results)}\n{end}{after}"
     write(path, str(card))
 
 
-def probe_table(results: dict) -> str:
-    """Markdown table of k-NN and linear probe for raw pixels, untrained and trained encoder, in per cent."""
-    lines = ["| features | k-NN | linear probe |", "|---|---|---|"]
-    for name, accuracy in results["probe"].items():
-        lines.append(f"| {name} | {100 * accuracy['knn']:.1f} | {100 * accuracy['linear_probe']:.1f} |")
+def evaluation_table(results: list[EvalResult]) -> str:
+    """What a `model-index` holds, as a table in Markdown; values as they stand there."""
+    lines = [
+        "All results in this card's `model-index`, in brackets their 95 % intervals over the test images; accuracies "
+        "are between 0 and 1.\n",
+        "| data | split | measure | value |",
+        "|---|---|---|---|",
+    ]
+    for result in results:
+        interval = (result.metric_args or {}).get("interval_95")
+        value = f"{result.metric_value}" + (f" ({interval[0]} to {interval[1]})" if interval else "")
+        measure = result.metric_name or result.metric_type
+        lines.append(f"| {result.dataset_name} | {result.dataset_split or 'not named'} | {measure} | {value} |")
     return "\n".join(lines)
 
 
-def model_card(recipe: Recipe, results: dict, name: str) -> str:
-    """README.md of an output folder: front matter for the Hub, use, results, objective, training, pictures."""
-    config = recipe.config
+def write_card(folder: Path, recipe: Recipe, results: dict):
+    """
+    README.md of an output folder, and the example pictures that it names; its figures must have been drawn.
+
+    Args:
+        results (`dict`): As in `results.json`, whose figures are the only ones in the card beside the recipe's.
+    """
+    name, config, processes = folder.resolve().name, recipe.config, results["num_processes"]
+    is_sample, is_probed = recipe.dataset_name == SAMPLE_DATA, "probe" in results
     source = recipe.dataset_name or recipe.data_dir or recipe.data_files
-    probe = ""
-    if "probe" in results:
-        probe = (
-            f"## Results\n\nTop-1 accuracy in % on the test split of `{recipe.probe_dataset_name}`: weighted k-NN "
-            f"(k = 20, cosine, temperature 0.07) and linear probe on the mean of the patch tokens.\n\n"
-            f"{probe_table(results)}\n\n"
+    source = ", ".join(source) if isinstance(source, list | tuple) else source
+    named = f"`{source}`" if source else "a data set built in Python"
+    count = f"{results['num_images']:,} images" if results["num_images"] else "images, whose number was not known,"
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        # Of weights from other people's images or weights only their trainer can say under which licence they are.
+        license="apache-2.0" if is_sample and not recipe.model_name_or_path else None,
+        tags=["can", "self-supervised-learning", "masked-image-modeling", "contrastive-learning"],
+        datasets=None if is_sample else hub_id(recipe.dataset_name),
+        base_model=hub_id(recipe.model_name_or_path),
+        # Nobody else's pictures are shown. The Hub takes them where it has a widget for the pipeline tag.
+        widget=write_examples(folder) if is_sample else None,
+        model_name=name if is_probed else None,  # a word of model-index
+        eval_results=probe_results(recipe, results) if is_probed else None,
+    )
+    launch = "python"
+    if processes > 1:
+        launch = f"accelerate launch --config_file launch/ddp.yaml --num_processes {processes}"
+    card = ModelCard.from_template(
+        data,
+        CARD_TEMPLATE,
+        name=name,
+        recipe=recipe,
+        config=config,
+        results=results,
+        is_sample=is_sample,
+        source=source,
+        images=f"{count} of {named}",
+        start=f", from the weights of `{recipe.model_name_or_path}`," if recipe.model_name_or_path else "",
+        probe_rows=probe_rows(results) if is_probed else None,
+        evaluation="\n".join(EVALUATION),
+        training_rows=training_rows(recipe, results, f"{count} of {named}").items(),
+        command=shlex.join(results["command"]),
+        launch=launch,
+    )
+    write(folder / "README.md", f"{card}\n")
+
+
+def hub_id(name: str | None) -> str | None:
+    """A name that was loaded, if it is one of the Hub's and no local path."""
+    return None if name is None or Path(name).exists() else name
+
+
+def write_examples(folder: Path) -> list[dict]:
+    """Some of the bundled test tiles, as pictures in `figures`, and the entries for the card's `widget`."""
+    tiles, examples = datasets.load_dataset(resolve_name(SAMPLE_DATA), split="test"), []
+    names = tiles.features["label"].names
+    for photograph in EXAMPLES:
+        path = f"figures/example-{photograph}.png"
+        tiles[tiles["label"][:].index(names.index(photograph))]["image"].save(folder / path)
+        examples.append({"src": path, "example_title": photograph})
+    return examples
+
+
+def probe_results(recipe: Recipe, results: dict) -> list[EvalResult]:
+    """The trained encoder's figures as entries of `model-index`."""
+    where, figures = recipe.probe_dataset_name, results["probe"]["CAN, pre-trained"]
+    where = Path(where).name if Path(where).exists() else where
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=where,
+            dataset_name=where,
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name=title,
+            metric_value=round(figures[probe], 4),
+            metric_args={
+                "interval_95": [round(end, 4) for end in figures[f"{probe}_interval"]],
+                "num_test_images": figures["num_test"],
+            },
         )
-    # Of weights from other people's images only their trainer can say under which licence they are.
-    licence = "license: apache-2.0\n" if recipe.dataset_name == SAMPLE_DATA else ""
-    processes = results["num_processes"]
-    launch = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
-    losses = {
+        for probe, title in PROBES.items()
+    ]
+
+
+def probe_rows(results: dict) -> list[list[str]]:
+    """For raw pixels, untrained and trained encoder: k-NN and linear probe in per cent, with their intervals."""
+
+    def cell(figures: dict, probe: str) -> str:
+        low, high = figures[f"{probe}_interval"]
+        return f"{100 * figures[probe]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+    return [[name, *(cell(figures, probe) for probe in PROBES)] for name, figures in results["probe"].items()]
+
+
+def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
+    """The facts of a run, by what they are."""
+    config, processes = recipe.config, results["num_processes"]
+    bad = ", ".join(f"{count:,} {reason}" for reason, count in results["bad_samples"].items())
+    weights = {
         "contrastive": config.contrastive_loss_weight,
         "reconstruction": config.reconstruction_loss_weight,
         "denoising": config.denoising_loss_weight,
     }
-    health = "\n".join(f"- {sentence}" for sentence in results["health"])
-    return f"""---
-library_name: transformers
-pipeline_tag: image-feature-extraction
-{licence}tags:
-- can
-- self-supervised-learning
-- masked-image-modeling
-- contrastive-learning
----
+    precision = "fp32" if results["mixed_precision"] == "no" else results["mixed_precision"]
+    software = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
+    losses = [f"{name.removesuffix('_loss')} {value:.4f}" for name, value in results["final_losses"].items()]
+    return {
+        "data": images,
+        "bad images passed over": bad or "none",
+        "encoder": f"width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
+        f"heads, patches of {config.patch_shape[0]} x {config.patch_shape[1]}",
+        "loss weights": ", ".join(f"{term} {weight}" for term, weight in weights.items()),
+        "mask ratio, largest noise": f"{config.mask_ratio}, {config.noise_std_max}",
+        "steps x global batch": f"{results['num_steps']:,} x {results['global_batch_size']:,}",
+        "steps left out, as not finite": f"{results['nonfinite_steps']:,}",
+        "learning rate at its peak": f"{results['learning_rate']:.3g}",
+        "not trained, as its weight is 0": ", ".join(results["frozen"]) or "nothing",
+        "seed": f"{recipe.seed}",
+        "hardware": f"{results['machine']}, {processes} process{'es' if processes > 1 else ''}, {precision}",
+        "time": f"{duration(results['train_seconds'])} of training, {duration(results['total_seconds'])} in all; "
+        f"{results['images_per_second']:.0f} images a second",
+        "arithmetic": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "
+        "for both views of an image".replace("e+0", "e").replace("e+", "e"),
+        "software": software + (f"; commit {results['git_commit']}" if results["git_commit"] else ""),
+        "losses at the end": ", ".join(losses) or "not finite",
+    }
 
-# {name}
 
-A vision encoder pre-trained with CAN (contrastive learning, masked autoencoding and noise prediction in one ViT,
-[arXiv 2210.16870](https://arxiv.org/abs/2210.16870)) on `{source}`. This folder holds the full pre-training model,
-decoder included.
+def classifier_card(
+    name: str, results: dict, figures: dict, examples: dict[str, str], eval_results: list[EvalResult]
+) -> str:
+    """
+    The card of a classifier that `run_eval.py --export_classifier` writes.
 
-## Use
+    Args:
+        name (`str`): Of its folder.
+        results (`dict`): The evaluation, as in `results.json`.
+        figures (`dict`): What the classifier scores there, where its encoder is from, what kind of head it has.
+        examples (`dict[str, str]`): Pictures in the folder -> their classes.
+        eval_results (`list[EvalResult]`): Its entries in `model-index`.
+    """
+    data = results["data"]
+    short = {name: Path(name).resolve().name if Path(name).exists() else name
+             for name in (figures["source"], data["dataset_name"])}  # fmt: skip
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["can", "self-supervised-learning"],
+        widget=[{"src": path, "example_title": label} for path, label in examples.items()],
+        model_name=name,
+        eval_results=eval_results,
+    )
+    return str(
+        ModelCard.from_template(
+            card_data,
+            CLASSIFIER_TEMPLATE,
+            name=name,
+            figures=figures,
+            examples=examples,
+            data=data,
+            data_name=short[data["dataset_name"]],
+            source=short[figures["source"]],
+            classes=data["class_names"],
+            machine=results["machine"],
+            software=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
+            command=shlex.join(results["command"]),
+        )
+    )
 
-```python
-import modeling_can  # registers CAN with the Auto classes
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
 
-folder = "."  # or wherever this folder lies
-processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
-inputs = processor(Image.open("photo.jpg"), return_tensors="pt")
-with torch.no_grad():
-    embedding = model(**inputs).pooler_output  # (1, {config.hidden_size})
-```
+def export_card(name: str, target: str, source: str, config: PreTrainedConfig, is_classifier: bool) -> str:
+    """
+    The card of what `modeling_can.conversion` writes.
 
-{probe}## Training
-
-| | |
-|---|---|
-| encoder | width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} heads, \
-patch {config.patch_size}, image {config.image_size} |
-| loss weights | {", ".join(f"{term} {weight}" for term, weight in losses.items())} |
-| mask ratio, largest noise | {config.mask_ratio}, {config.noise_std_max} |
-| steps x global batch | {results["num_steps"]} x {results["global_batch_size"]} |
-| learning rate at its peak | {results["learning_rate"]:.3g} |
-| seed | {recipe.seed} |
-| time | {results["train_seconds"]:.0f} s on {results["machine"]}, {results["num_processes"]} process(es) |
-| bad images passed over | {", ".join(f"{count} {reason}" for reason, count in results["bad_samples"].items()) or 0} |
-| final losses | {", ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in results["final_losses"].items())} |
-
-## Health
-
-{health}
-
-`recipe.yaml` is the exact input and `results.json` the exact output of the run. To repeat it:
-
-```bash
-{launch} run_pretraining.py recipe.yaml --output_dir NEW
-```
-
-![losses](figures/curves.png)
-{"![reconstructions](figures/reconstructions.png)" if config.uses_decoder else ""}
-"""
+    Args:
+        name (`str`): Of its folder.
+        target (`str`): Which of `EXPORTS` it is.
+        source (`str`): The folder, file or Hub id that it was made of.
+        config (`CANConfig`): Of the encoder.
+        is_classifier (`bool`): Whether it has a classifier.
+    """
+    is_local = Path(source).exists()
+    card_data = ModelCardData(
+        library_name={"timm": "timm", "onnx": "onnx"}.get(target, "transformers"),
+        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        base_model=None if is_local else source,
+    )
+    checked = ", which compared its outputs with the source's on random pixels: equal to 1e-5"
+    return str(
+        ModelCard.from_template(
+            card_data,
+            EXPORT_TEMPLATE,
+            name=name,
+            target=target,
+            source=Path(source).resolve().name if is_local else source,
+            described=EXPORTS[target],
+            config=config,
+            is_classifier=is_classifier,
+            model_class="ViTModel" if target == "vit" else "AutoModel",
+            trust=", trust_remote_code=True" if target == "can" else "",
+            check=checked if target in ("dinov2", "vit", "onnx") else "",
+        )
+    )

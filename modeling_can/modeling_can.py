@@ -666,6 +666,7 @@ class CANForPreTraining(CANPreTrainedModel):
             mask_ratio=self.config.mask_ratio,
             masking_scores=None if masking_scores is None else masking_scores.flatten(0, 1),
             interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,  # whatever the configuration says
             **kwargs,
         )
         return encoded, lambda tensor: tensor.unflatten(0, pixel_values.shape[:2])
@@ -746,7 +747,7 @@ class CANForImageClassification(CANPreTrainedModel):
                 `(batch_size,)` class indices, or `(batch_size, num_labels)` targets, as `config.problem_type` says.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.
         """
-        encoded = self.can(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        encoded = self.can(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(encoded.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(

@@ -69,7 +69,7 @@ class Recipe:
     num_train_samples: int | None = option(None, "images to see")
 
     # Start
-    model_name_or_path: str | None = option(None, "weights to begin with: a CAN, ViT-MAE, ViT or DINOv2")
+    model_name_or_path: str | None = option(None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, timm, .pth")
 
     # Optimisation
     per_device_train_batch_size: int = option(128, "images of one step on one process")

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from .configuration_can import CANConfig  # noqa: E402
 from .modeling_can import CANForPreTraining, patchify, unpatchify  # noqa: E402
 
 
@@ -21,6 +22,7 @@ def reconstruct(
     noise_level: float | None = None,
     pixel_noise: torch.Tensor | None = None,
     masking_scores: torch.Tensor | None = None,
+    mask_ratio: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """
     One view of each image through noise, mask and decoder.
@@ -30,6 +32,7 @@ def reconstruct(
         noise_level (`float`, *optional*): sigma; `noise_std_max` if `None`.
         pixel_noise (`torch.Tensor` of the same shape, *optional*): e, drawn from N(0, I) if `None`.
         masking_scores (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Drawn from U[0, 1].
+        mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); the model's own if `None`.
 
     Returns:
         Tensors of the same shape, in normalised pixels: `input` (noised, hidden patches NaN), `reconstruction`
@@ -39,10 +42,11 @@ def reconstruct(
     config = model.config
     has_noise = config.noise_std_max > 0
     noise_level = config.noise_std_max if noise_level is None else noise_level
+    mask_ratio = config.mask_ratio if mask_ratio is None else mask_ratio
     if pixel_noise is None or not has_noise:
         pixel_noise = torch.randn_like(pixel_values) if has_noise else torch.zeros_like(pixel_values)
     noised = pixel_values + noise_level * pixel_noise
-    encoded = model.can(noised, mask_ratio=config.mask_ratio, masking_scores=masking_scores)
+    encoded = model.can(noised, mask_ratio=mask_ratio, masking_scores=masking_scores)
     levels = torch.full((len(pixel_values),), float(noise_level), device=pixel_values.device)
     logits = model.decoder(encoded.last_hidden_state, encoded.ids_restore, config.grid_shape, levels)
 
@@ -76,11 +80,7 @@ def reconstruction_errors(
         std (`tuple[float, ...]`): By which they were normalised.
 
     Returns:
-        Each `(batch_size,)`. `hidden`: mean squared error on the hidden patches, pixels in [0, 1]; `plain`: that of
-        the mean colour of the visible patches in their place (both absent without reconstruction loss). `noise` and
-        `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
-        noise, in normalised units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
-        with its own true mean and deviation, as in MAE's pictures, and `plain` is each patch's own true mean.
+        As `errors_of`.
     """
     config, noise, scores = model.config, [], []
     for index in indices:
@@ -88,7 +88,26 @@ def reconstruction_errors(
         noise.append(torch.randn(pixel_values.shape[1:], generator=generator))
         scores.append(torch.rand(config.num_patches, generator=generator))
     noise, scores = (torch.stack(x).to(pixel_values.device) for x in (noise, scores))
-    pictures = reconstruct(model, pixel_values, None, noise, scores)
+    return errors_of(reconstruct(model, pixel_values, None, noise, scores), pixel_values, std, config)
+
+
+def errors_of(
+    pictures: dict[str, torch.Tensor], pixel_values: torch.Tensor, std: tuple[float, ...], config: CANConfig
+) -> dict[str, torch.Tensor]:
+    """
+    Args:
+        pictures (`dict[str, torch.Tensor]`): What `reconstruct` made of `pixel_values`.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
+        std (`tuple[float, ...]`): By which they were normalised.
+
+    Returns:
+        Each `(batch_size,)`. `hidden`: mean squared error on the hidden patches, pixels in [0, 1]; `plain`: that of
+        the mean colour of the visible patches in their place (both absent without reconstruction loss). `noise` and
+        `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
+        noise, in normalised units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
+        with its own true mean and deviation, as in MAE's pictures, and `plain` is each patch's own true mean. NaN
+        where nothing is hidden.
+    """
     hidden, std = pictures["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
 
     def mean_square(error, where):
@@ -112,25 +131,28 @@ def reconstruction_errors(
     return errors
 
 
+def true_colours(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Normalised pixels `(..., C, H, W)` -> [0, 1], hidden patches grey."""
+    mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (mean, std))
+    return (pixels * std + mean).clamp(0, 1).nan_to_num(0.5)
+
+
+def amplified_noise(noise: torch.Tensor, noise_std_max: float) -> torch.Tensor:
+    """Noise -> [0, 1]: mid-grey is none (and hidden patches), the full range three times `noise_std_max`."""
+    return (0.5 + noise / (6 * max(noise_std_max, 1e-6))).clamp(0, 1).nan_to_num(0.5)
+
+
 def reconstruction_sheet(
     model: CANForPreTraining, pixel_values: torch.Tensor, mean: tuple, std: tuple, path: Path
 ) -> None:
     """Saves a sheet with a row an image: image, noised and masked input, reconstruction, noise, predicted noise."""
-    mean, std = (torch.tensor(x, device=pixel_values.device)[:, None, None] for x in (mean, std))
-    pictures = reconstruct(model, pixel_values)
-
-    def colours(pixels):  # true colours, hidden patches grey
-        return (pixels * std + mean).clamp(0, 1).nan_to_num(0.5)
-
-    def amplified(noise):  # mid-grey is no noise, the full range three times sigma_max
-        return (0.5 + noise / (6 * max(model.config.noise_std_max, 1e-6))).clamp(0, 1).nan_to_num(0.5)
-
+    pictures, sigma_max = reconstruct(model, pixel_values), model.config.noise_std_max
     columns = {
-        "image": colours(pixel_values),
-        "noised, masked input": colours(pictures["input"]),
-        "reconstruction": colours(pictures["reconstruction"]),
-        "noise (amplified)": amplified(pictures["noise"]),
-        "predicted noise": amplified(pictures["predicted_noise"]),
+        "image": true_colours(pixel_values, mean, std),
+        "noised, masked input": true_colours(pictures["input"], mean, std),
+        "reconstruction": true_colours(pictures["reconstruction"], mean, std),
+        "noise (amplified)": amplified_noise(pictures["noise"], sigma_max),
+        "predicted noise": amplified_noise(pictures["predicted_noise"], sigma_max),
     }
     # One picture of all, nearest neighbours enlarged, white between them: an axis for each would take seconds.
     height, width = pixel_values.shape[-2:]

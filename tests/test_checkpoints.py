@@ -177,7 +177,8 @@ def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tm
 
     def measure(self, embed, linear=True):
         measured.append(next(accuracies, 0.2))
-        return {"knn": measured[-1], "linear_probe": 0.0}
+        intervals = {"knn_interval": [0.0, 1.0], "linear_probe_interval": [0.0, 1.0]}
+        return {"knn": measured[-1], "linear_probe": 0.0, "num_test": 2, **intervals}
 
     monkeypatch.setattr(run_pretraining.Probe, "measure", measure)
     monkeypatch.setattr(run_pretraining, "raw_pixels", None)

@@ -113,7 +113,11 @@ def collapse(monkeypatch):
     forward = head.forward
     one = unit(1, 1)
     monkeypatch.setattr(
-        head, "forward", lambda self, pooled: torch.nn.functional.normalize(one + 1e-3 * forward(self, pooled), dim=-1)
+        head,
+        "forward",
+        lambda self, pooled: torch.nn.functional.normalize(
+            one.to(pooled.device) + 1e-3 * forward(self, pooled), dim=-1
+        ),  # also on the meta device, where FLOPs are counted
     )
 
 

@@ -103,6 +103,14 @@ def test_the_digest_is_of_the_weights_not_of_their_place(tmp_path):
     assert load_encoder(str(tmp_path / "b")).digest() != load_encoder(str(tmp_path / "a")).digest()
 
 
+def test_the_digest_is_the_same_without_the_map_of_the_code_in_the_folder(tmp_path):
+    folder = saved(tmp_path, tiny_model(), size={"height": 32, "width": 48})
+    digest = load_encoder(folder).digest()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "auto_map"}))
+    assert "auto_map" in config and load_encoder(folder).digest() == digest
+
+
 @pytest.mark.parametrize("kind", ["ViTForImageClassification", "ViTMAEForPreTraining"])
 def test_the_digest_of_a_model_that_lacks_a_pooler_is_always_the_same(kind, tmp_path):
     """Its own random one plays no part."""

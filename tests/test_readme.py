@@ -1,18 +1,30 @@
 """What the README tells people to type."""
 
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import free_port
+from datasets import load_dataset
 from PIL import Image
 from test_run_eval import colours, models  # noqa: F401
 
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+SECTIONS = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+WALK = next(section for section in SECTIONS if section.startswith("From a folder of pictures to a classifier"))
+DOORS = next(section for section in SECTIONS if section.startswith("One set of weights, every door"))
+
+
+def blocks(section: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+BLOCKS = [block for section in SECTIONS if section is not WALK for block in blocks(section, "bash")]
 LINES = [line for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines()]
 COMMANDS = [line for line in LINES if "run_pretraining" in line]
 EVALUATIONS = [line for line in LINES if "run_eval" in line]
@@ -53,15 +65,47 @@ def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colours): 
     assert "results.json" in said
 
 
-def run(command: str) -> str:
+@pytest.mark.slow
+def test_two_hundred_pictures_become_a_classifier(tmp_path):
+    """The walk-through, then the ways to fine-tune and the first screen's snippet, on the model that it leaves."""
+    for name in ("run_pretraining.py", "run_eval.py", "modeling_can", "model_cards"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    tiles = load_dataset("parquet", data_files=str(ROOT / "modeling_can/sample_data/train-*.parquet"), split="train")
+    for label, name in enumerate(tiles.features["label"].names[:4]):
+        (tmp_path / "my-pictures" / name).mkdir(parents=True)
+        for index, row in enumerate(np.flatnonzero(np.array(tiles["label"]) == label)[:50]):
+            tiles[int(row)]["image"].save(tmp_path / "my-pictures" / name / f"{index}.jpg", quality=95)
+    tiles[0]["image"].save(tmp_path / "photo.jpg")
+    (recipe,) = blocks(WALK, "yaml")
+    (tmp_path / "mine.yaml").write_text(recipe)
+    for block in blocks(WALK, "bash"):
+        said = run(block, tmp_path)
+    assert "out/mine -> out/mine-dinov2" in said
+    (use,) = blocks(WALK, "python")
+    (fine_tune,) = blocks(DOORS, "python")
+    first_screen = blocks(SECTIONS[0], "python")[0].replace("can-quickstart", "mine")
+    checks = (
+        "assert len(tokens) == 17 and len(tokens[0]) == 96 and set(classify.model.config.id2label.values()) == %r\n"
+    )
+    checks %= set(tiles.features["label"].names[:4])
+    checks += "assert scores['accuracy'] > 0.5, scores\nassert embedding.shape == (1, 96)\n"
+    code = f"{use}\n{fine_tune}\n{first_screen}\n{checks}"
+    (tmp_path / "snippets.py").write_text(code)
+    run("python snippets.py", tmp_path)
+    merged = json.loads((tmp_path / "out/lora-merged/config.json").read_text())
+    assert merged["architectures"] == ["CANForImageClassification"]
+
+
+def run(command: str, folder: Path = ROOT) -> str:
     """What a command prints; `accelerate launch` without a configuration as one process on the CPU."""
     if "--config_file" not in command:
         one = f"accelerate launch --cpu --num_processes 1 --main_process_port {free_port()}"
-        command = command.replace("accelerate launch", one)
+        command = "set -e\n" + command.replace("accelerate launch", one)
     answer = subprocess.run(
         command,
         shell=True,
-        cwd=ROOT,
+        executable="/bin/bash",
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=180,

@@ -16,7 +16,14 @@ from conftest import free_port, tiny_config
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from huggingface_hub import ModelCard
 from test_evaluation import encoded
-from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
 import run_eval
 from modeling_can import CANForPreTraining, evaluation
@@ -510,3 +517,65 @@ def test_every_flag_is_told_by_help(capsys):
         *run_eval.prefixed(run_eval.FineTuning, "finetune"),
     ):
         assert f"--{field.name} " in text
+
+
+# --- A classifier to use ---------------------------------------------------------------------------------------------
+
+
+def exported(models, colours, out, name, **flags) -> tuple[dict, Path]:
+    settings = {"export_classifier": out / "made", "baselines": "none", **flags}
+    return run_eval.main(options(models, colours, out, name, **settings)), out / "made"
+
+
+@pytest.mark.parametrize("name, pooling", [("can", "mean"), ("dinov2", "both")])
+def test_a_probe_becomes_a_classifier_that_plain_transformers_loads(models, colours, tmp_path, name, pooling):
+    results, folder = exported(models, colours, tmp_path, name, task="knn,linear_probe", pooling=pooling)
+    figures = results["results"][name]
+    assert figures["exported"]["accuracy"] == figures["linear_probe"]["accuracy"] > 0.9
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["Dinov2ForImageClassification"] and "auto_map" not in config
+    classify = pipeline("image-classification", str(folder))
+    card = ModelCard.load(folder / "README.md")
+    assert [example["example_title"] for example in card.data.widget] == NAMES
+    for example in card.data.widget:
+        assert classify(str(folder / example["src"]))[0]["label"] == example["example_title"]
+    assert card.data.pipeline_tag == "image-classification" and card.data.eval_results[0].metric_value > 0.9
+    assert not re.search(r"None|nan|{{|\|\s*\|", card.text) and str(tmp_path) not in card.text.split("```bash")[0]
+
+
+def test_the_snippet_of_a_classifiers_card_runs(models, colours, tmp_path, monkeypatch):
+    _, folder = exported(models, colours, tmp_path, "classifier", task="linear_probe")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    names = {}
+    exec(snippet, names)
+    assert names["answers"][0]["label"] in NAMES
+
+
+@pytest.mark.parametrize("name", ["can", "classifier"])
+def test_a_fine_tuned_model_becomes_a_classifier(models, colours, tmp_path, name):
+    training = dict(finetune_num_epochs=1, finetune_batch_size=16, finetune_base_learning_rate=1e-2)
+    results, folder = exported(models, colours, tmp_path, name, task="finetune", **training)
+    figures = results["results"][name]
+    assert figures["exported"]["accuracy"] == figures["finetune"]["accuracy"]
+    assert figures["exported"]["head"] == "fine-tuned"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [("Dinov2" if name == "can" else "ViT") + "ForImageClassification"]
+
+
+def test_what_cannot_become_a_classifier_is_refused_before_anything_takes_time(models, colours, tmp_path):
+    oblong = save(tmp_path / "oblong", CANForPreTraining(tiny_config(image_size=(32, 48))))
+    ViTImageProcessorPil(size={"height": 32, "width": 48}).save_pretrained(oblong)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    models = {**models, "oblong": oblong}
+    for name, flags, message in (
+        ("can", {"task": "knn"}, "export_classifier needs --task linear_probe or finetune; got knn"),
+        ("oblong", {"task": "linear_probe"}, "grid of 4 x 6"),
+        ("can", {"task": "linear_probe", "export_classifier": tmp_path / "full"}, "full is not empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exported(models, colours, tmp_path, name, **flags)
+    with pytest.raises(ValueError, match="export_classifier takes one model"):
+        run_eval.main(options(models, colours, tmp_path, "can", "dinov2", export_classifier=tmp_path / "made"))
+    assert not (tmp_path / "made").exists()

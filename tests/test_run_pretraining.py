@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,10 +42,12 @@ def test_the_output_folder_is_complete(finished):
     folder, results = finished
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "recipe.yaml",
                 "metrics.jsonl", "results.json", "figures", "tensorboard"}  # fmt: skip
+    expected |= {"configuration_can.py", "losses.py", "modeling_can.py"}  # the code that loads it without the package
     assert {path.name for path in folder.iterdir()} == expected
-    assert {path.name for path in (folder / "figures").iterdir()} == {"curves.png", "reconstructions.png"}
-    for figure in (folder / "figures").iterdir():
-        assert min(Image.open(figure).size) > 300
+    figures = {path.name: min(Image.open(path).size) for path in (folder / "figures").iterdir()}
+    examples = {name for name in figures if name.startswith("example-")}
+    assert figures.keys() - examples == {"curves.png", "reconstructions.png"} and len(examples) == 3
+    assert all(size == 40 if name in examples else size > 300 for name, size in figures.items())
     assert json.loads((folder / "results.json").read_text()) == results
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
@@ -71,21 +74,29 @@ def test_the_saved_model_is_the_full_trained_one(finished):
     assert encoder(pixels).pooler_output.shape == (1, 32)
 
 
-def test_the_card_is_filled_and_its_snippet_runs(finished, monkeypatch, tmp_path):
+def test_the_card_has_its_pictures_and_its_snippets_run(finished, monkeypatch, tmp_path, capsys):
+    """More on cards: tests/test_cards.py."""
     folder, results = finished
     card = (folder / "README.md").read_text()
-    assert "None" not in card and "nan" not in card and not re.search(r"\{[a-z_.]+\}", card)
-    front_matter = yaml.safe_load(card.split("---")[1])
-    assert front_matter["pipeline_tag"] == "image-feature-extraction"
+    pictures = re.findall(r"\]\((figures/[^)]+)\)", card) + re.findall(r"src: (\S+)", card)
+    assert len(pictures) == 5 and all((folder / picture).exists() for picture in pictures)
     assert f"{100 * results['probe']['CAN, pre-trained']['knn']:.1f}" in card
-    for link in re.findall(r"\]\((figures/[^)]+)\)", card):
-        assert (folder / link).exists()
-    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
-    Image.new("RGB", (64, 64)).save(tmp_path / "photo.jpg")
-    monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(snippet.replace('folder = "."', f"folder = {str(folder)!r}"), scope)
-    assert scope["embedding"].shape == (1, 32)
+    assert results["train_flops"] == 24 * results["flops_per_image"] > 0
+    for features in results["probe"].values():
+        for probe in ("knn", "linear_probe"):
+            low, high = features[f"{probe}_interval"]
+            assert 0 < low < features[probe] < high < 1 and 0.05 < high - low < 0.1  # of 720 test images
+    shutil.copytree(
+        folder, tmp_path / "shipped"
+    )  # the snippets' cache and picture do not belong into the run's folder
+    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "shipped" / "photo.jpg")
+    monkeypatch.chdir(tmp_path / "shipped")
+    scope, snippets = {}, re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    for snippet in snippets:
+        exec(snippet, scope)
+    assert len(snippets) == 3 and scope["embedding"].shape == (1, 32)
+    assert torch.allclose(torch.tensor(scope["pooled"]), scope["embedding"], atol=1e-6)
+    assert scope["predicted"].shape == (2 * 2 * 8, 8 * 8 * 3) and str(scope["output"].loss) in capsys.readouterr().out
 
 
 def test_the_readmes_snippet_runs(finished, monkeypatch, tmp_path):

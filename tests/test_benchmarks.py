@@ -1,0 +1,36 @@
+"""What the benchmarks compare is the same computation."""
+
+import sys
+from pathlib import Path
+
+import torch
+from conftest import inputs, tiny_model
+
+from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from straightforward import StraightforwardCAN  # noqa: E402
+
+
+def test_the_straightforward_can_computes_our_loss():
+    ours = tiny_model()
+    theirs = StraightforwardCAN(ours.config)
+    state = encoder_weights(ours, MAE_FILE)
+    for name, tensor in ours.state_dict().items():
+        if not name.startswith("can."):
+            name = name.replace("decoder.noise_level_embedding.fc1", "level_embed.0")
+            name = name.replace("decoder.noise_level_embedding.fc2", "level_embed.2")
+            state[their_name(name, MAE_FILE) or name] = tensor
+    names = {"patch_embed.proj": "patch_embed", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
+    for before, after in names.items():
+        state = {key.replace(before, after): tensor for key, tensor in state.items()}
+    theirs.load_state_dict(join_qkv(state))
+    batch = inputs(ours.config)
+    expected = ours(**batch).loss
+    loss = theirs(**batch).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(theirs.patch_embed.bias.grad, ours.can.embeddings.patch_embeddings.bias.grad)
+    torch.testing.assert_close(theirs.decoder_embed.weight.grad, ours.decoder.embed.weight.grad)

@@ -1,0 +1,517 @@
+"""Our encoder in other people's classes, and other people's files in ours: the same outputs, and nothing executed."""
+
+import argparse
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import inputs, tiny_model
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_conversion import SQUARE, can, dinov2, pixels_of, randomised, tokens, vit, vit_mae
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    Dinov2Backbone,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTImageProcessor,
+    ViTModel,
+    pipeline,
+)
+
+from modeling_can import CANConfig, CANForImageClassification, CANModel, conversion
+from modeling_can.conversion import convert, join_qkv, main, split_qkv, to_can, to_dinov2, to_timm, to_vit, warm_start
+
+
+OTHER_SIZES = ((32, 32), (48, 48), (40, 64), (16, 64))
+
+
+def equal(a: torch.Tensor, b: torch.Tensor):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def features(model, pixels: torch.Tensor) -> torch.Tensor:
+    return model.base_model(pixels, interpolate_pos_encoding=True).last_hidden_state
+
+
+# --- To transformers' classes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_class", [None, CANModel, CANForImageClassification])
+def test_dinov2_gives_the_same_tokens_at_every_size(model_class, tmp_path):
+    model = can(model_class, **SQUARE)
+    to_dinov2(model).save_pretrained(tmp_path)
+    loaded, info = Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    for size in OTHER_SIZES:
+        equal(tokens(loaded, pixels_of(*size)), features(model, pixels_of(*size)))
+    assert all((tensor == 1).all() for name, tensor in loaded.named_parameters() if "lambda" in name)
+
+
+def test_a_classifier_becomes_the_half_of_dinov2s_that_reads_the_mean(tmp_path):
+    model = can(**SQUARE)
+    config = CANConfig(**{**model.config.to_dict(), "id2label": {0: "cat", 1: "dog", 2: "eel"}})
+    model = randomised(CANForImageClassification(config))
+    to_dinov2(model).save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded) is Dinov2ForImageClassification and loaded.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    with torch.no_grad():
+        equal(loaded(pixels_of(32, 32)).logits, model(pixels_of(32, 32)).logits)
+    assert not loaded.classifier.weight[:, :32].any() and loaded.classifier.weight[:, 32:].any()
+
+
+def test_a_head_on_class_token_and_mean_goes_along():
+    model, head = can(CANModel, **SQUARE), nn.Linear(64, 2)
+    exported, pixels = to_dinov2(model, head), pixels_of(40, 64)
+    states = features(model, pixels)
+    with torch.no_grad():
+        equal(exported(pixels).logits, head(torch.cat([states[:, 0], states[:, 1:].mean(1)], dim=1)))
+
+
+def test_a_backbone_gives_the_maps_of_every_block(tmp_path):
+    model, pixels = can(CANModel, **SQUARE), pixels_of(40, 64)
+    to_dinov2(model).save_pretrained(tmp_path)
+    backbone = Dinov2Backbone.from_pretrained(tmp_path, out_indices=[1, 2])
+    with torch.no_grad():
+        states = model(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+        maps = backbone(pixels).feature_maps
+        for found, state in zip(maps, states[1:], strict=True):
+            equal(found, model.layernorm(state)[:, 1:].transpose(1, 2).unflatten(2, (5, 8)))
+        config = UperNetConfig(backbone_config=backbone.config, hidden_size=16, num_labels=3, use_auxiliary_head=False)
+        segmenter = UperNetForSemanticSegmentation(config).eval()
+        segmenter.backbone.load_state_dict(backbone.state_dict())
+        assert segmenter(pixels).logits.shape == (2, 3, 40, 64)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False, "hidden_act": "relu", "layer_norm_eps": 1e-5}])
+def test_vit_gives_the_same_tokens_at_every_size(changes, tmp_path):
+    model = can(**SQUARE, **changes)
+    to_vit(model).save_pretrained(tmp_path)
+    loaded = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    for size in OTHER_SIZES:
+        equal(tokens(loaded, pixels_of(*size)), features(model, pixels_of(*size)))
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"image_size": (32, 48), "patch_size": 8}, {"image_size": 32, "patch_size": (8, 4)}]
+)
+def test_grids_that_are_not_square_are_for_vit_alone(shapes):
+    model = can(**shapes)
+    with pytest.raises(ValueError, match=r"grid of 4 x (6|8) patches, .*export to vit, timm or onnx"):
+        to_dinov2(model)
+    pixels = pixels_of(*model.config.image_shape)
+    with torch.no_grad():
+        equal(to_vit(model)(pixels).last_hidden_state, features(model, pixels))
+
+
+def test_square_grids_of_patches_that_are_not_square():
+    model, pixels = can(image_size=(16, 32), patch_size=(4, 8)), pixels_of(16, 32)
+    for exported in (to_dinov2(model), to_vit(model)):
+        with torch.no_grad():
+            equal(exported(pixels).last_hidden_state, features(model, pixels))
+
+
+def test_what_dinov2_and_timm_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="intermediate_size=80 is no multiple of hidden_size=32"):
+        to_dinov2(can(**SQUARE, intermediate_size=80))
+    with pytest.raises(ValueError, match="layer_norm_eps=1e-05, but timm's ViT has 1e-6"):
+        to_timm(can(layer_norm_eps=1e-5))
+
+
+@pytest.mark.parametrize("export", [to_dinov2, to_vit])
+def test_half_precision_stays_and_is_exact(export):
+    model = can(**SQUARE).bfloat16()
+    exported = export(model)
+    assert exported.dtype == torch.bfloat16
+    pixels = pixels_of(32, 32)
+    equal(tokens(exported.float(), pixels), features(model.float(), pixels))
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.attention.k_proj.weight", "embeddings.position_embeddings", "layernorm.bias"]
+)
+@pytest.mark.parametrize("export", [to_dinov2, to_vit])
+def test_an_export_that_differs_is_not_handed_out(export, name, monkeypatch):
+    true_weights = conversion.encoder_weights
+
+    def with_a_mistake(model, names):
+        weights = true_weights(model, names)
+        key = conversion.their_name(f"can.{name}", names)
+        weights[key] = weights[key] * 1.001
+        return weights
+
+    monkeypatch.setattr(conversion, "encoder_weights", with_a_mistake)
+    with pytest.raises(AssertionError, match="the export differs by"):
+        export(can(**SQUARE))
+
+
+# --- To timm and ONNX ------------------------------------------------------------------------------------------------
+
+
+def test_timm_finds_its_names_and_shapes():
+    """The list was written with timm itself, which cannot be installed everywhere that this must run."""
+    listed = json.loads((Path(__file__).parent / "timm_vit.json").read_text())
+    config = CANConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, num_labels=5
+    )
+    state, description = to_timm(CANForImageClassification(config))
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == listed["shapes"]
+    expected = {"embed_dim": 192, "depth": 12, "num_heads": 3, "mlp_ratio": 4, **listed["arguments"]}
+    assert expected.items() <= description["model_args"].items()
+
+
+@pytest.mark.parametrize("shapes", [SQUARE, {"image_size": (32, 48), "patch_size": (8, 4)}])
+def test_there_and_back_through_timm_changes_nothing(shapes, tmp_path):
+    model = can(**shapes, qkv_bias=False)
+    model.save_pretrained(tmp_path / "can")
+    convert(str(tmp_path / "can"), "timm", tmp_path / "timm")
+    back = to_can(str(tmp_path / "timm"))
+    assert back.config.num_attention_heads == 2 and back.config.image_shape == model.config.image_shape
+    for name, tensor in model.can.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name
+
+
+def test_joining_is_the_inverse_of_splitting():
+    state = {
+        "blocks.0.attn.qkv.weight": torch.randn(6, 2),
+        "blocks.0.attn.qkv.bias": torch.randn(6),
+        "norm.bias": torch.ones(2),
+    }
+    split = split_qkv(state)
+    assert torch.equal(split["blocks.0.attn.k.weight"], state["blocks.0.attn.qkv.weight"][2:4])
+    joined = join_qkv(split)
+    assert joined.keys() == state.keys() and all(torch.equal(joined[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("model_class", [CANModel, pytest.param(CANForImageClassification, marks=pytest.mark.slow)])
+def test_onnx_gives_the_same_for_every_size_of_batch(model_class, tmp_path):
+    model = can(model_class)
+    model.save_pretrained(tmp_path / "can")
+    ViTImageProcessor(size={"height": 32, "width": 48}).save_pretrained(tmp_path / "can")
+    convert(str(tmp_path / "can"), "onnx", tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    for batch_size in (1, 5):
+        pixels = torch.randn(batch_size, 3, 32, 48)
+        with torch.no_grad():
+            expected = model(pixels)
+        outputs = dict(
+            zip(
+                [o.name for o in session.get_outputs()],
+                session.run(None, {"pixel_values": pixels.numpy()}),
+                strict=True,
+            )
+        )
+        assert outputs.keys() == ({"logits"} if "logits" in expected else {"last_hidden_state", "pooler_output"})
+        for name, output in outputs.items():
+            equal(torch.from_numpy(output), expected[name])
+    names = run_the_cards_snippet(tmp_path / "onnx")
+    assert names["embedding"].shape == (1, 32) if model_class is CANModel else names["logits"].shape == (1, 2)
+
+
+# --- From files of MAE's and CAN's authors ---------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 2 * width), "fc2": nn.Linear(2 * width, width)})
+
+    def forward(self, x):
+        q, k, v = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.attn["qkv"](self.norm1(x)).chunk(3, 2)
+        )
+        weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + self.attn["proj"]((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](nn.functional.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class MAE(nn.Module):
+    """MAE (arXiv 2111.06377) under the names of its authors' release; with the head of CAN's."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token, self.pos_embed = (nn.Parameter(torch.zeros(1, n, 32)) for n in (1, 17))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, 32, 8, 8)})
+        self.blocks, self.norm = nn.ModuleList(Block(32, 2) for _ in range(2)), nn.LayerNorm(32, eps=1e-6)
+        self.projection_head = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.decoder_embed = nn.Linear(32, 16)
+        self.mask_token, self.decoder_pos_embed = (nn.Parameter(torch.zeros(1, n, 16)) for n in (1, 17))
+        self.decoder_blocks = nn.ModuleList(Block(16, 2) for _ in range(2))
+        self.decoder_norm, self.decoder_pred = nn.LayerNorm(16, eps=1e-6), nn.Linear(16, 192)
+
+    def forward(self, pixels, ids_keep=None):
+        """Tokens of the encoder and, where some patches are hidden, predictions of the decoder."""
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        if ids_keep is not None:
+            x = torch.stack([tokens[ids] for tokens, ids in zip(x, ids_keep, strict=True)])
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        encoded = self.norm(x)
+        if ids_keep is None:
+            return encoded
+        x = self.decoder_embed(encoded)
+        everywhere = self.mask_token.repeat(len(x), 16, 1)
+        for row, ids in enumerate(ids_keep):
+            everywhere[row, ids] = x[row, 1:]
+        x = torch.cat([x[:, :1], everywhere], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return encoded, self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+
+@pytest.fixture()
+def mae_file(tmp_path):
+    model = randomised(MAE())
+    content = {
+        "model": model.state_dict(),
+        "optimizer": {"state": {}},
+        "epoch": 799,
+        "args": argparse.Namespace(lr=1e-3),
+    }
+    torch.save(content, tmp_path / "mae.pth")
+    return model, tmp_path / "mae.pth"
+
+
+def test_a_file_of_the_authors_gives_encoder_decoder_and_head(mae_file, caplog):
+    theirs, path = mae_file
+    model = tiny_model(**SQUARE, noise_std_max=0, denoising_loss_weight=0)
+    with caplog.at_level(logging.WARNING):
+        assert warm_start(model, str(path)) == (["encoder", "projection head", "decoder"], [])
+    assert "mae.pth has no safetensors: its tensors were read from a pickle, with weights_only=True" in caplog.text
+    batch = inputs(model.config)
+    pixels, scores = batch["pixel_values"], batch["masking_scores"]
+    with torch.no_grad():
+        output = model(pixels, masking_scores=scores)
+        ids_keep = [row.argsort()[:8].sort().values for row in scores.flatten(0, 1)]
+        encoded, predicted = theirs(pixels.flatten(0, 1), torch.stack(ids_keep))
+        equal(output.logits.flatten(0, 1), predicted)
+        embeds = theirs.projection_head(encoded[:, 1:].mean(1))
+        equal(output.image_embeds.flatten(0, 1), nn.functional.normalize(embeds, dim=-1))
+
+
+def test_a_file_becomes_our_encoder_and_any_other(mae_file):
+    theirs, path = mae_file
+    model, pixels = to_can(str(path), num_attention_heads=2), pixels_of(32, 32)
+    with torch.no_grad():
+        expected = theirs(pixels)
+        equal(model(pixels).last_hidden_state, expected)
+        equal(to_dinov2(model)(pixels).last_hidden_state, expected)
+        equal(to_vit(model)(pixels).last_hidden_state, expected)
+    state, _ = to_timm(model)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+    with pytest.raises(ValueError, match="is 32 wide and does not tell its number of attention heads; .*--num_att"):
+        to_can(str(path))
+
+
+def test_the_published_widths_have_their_heads(tmp_path):
+    for width, heads in ((64, 1), (192, 3), (1280, 16)):
+        model = tiny_model(**SQUARE, hidden_size=width, num_attention_heads=heads, num_hidden_layers=1)
+        save_file(to_timm(model)[0], tmp_path / "weights.safetensors")
+        assert to_can(str(tmp_path / "weights.safetensors")).config.num_attention_heads == heads
+
+
+def test_an_encoder_alone_leaves_the_rest_new_and_layer_scale_is_folded(mae_file, tmp_path):
+    theirs, _ = mae_file
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith(("decoder", "mask", "projection"))}
+    for block in range(2):
+        for half in (1, 2):
+            state[f"blocks.{block}.ls{half}.gamma"] = torch.rand(32) + 0.5
+    save_file(state, tmp_path / "timm.safetensors")
+    model = tiny_model(**SQUARE)
+    taken, new = warm_start(model, str(tmp_path / "timm.safetensors"))
+    assert taken == ["encoder (layer scale folded into the output projections)"]
+    assert new == ["projection head", "decoder", "noise-level embedding"]
+    for block in theirs.blocks:
+        scales = [state.pop(f"blocks.{list(theirs.blocks).index(block)}.ls{half}.gamma") for half in (1, 2)]
+        for layer, scale in zip((block.attn["proj"], block.mlp["fc2"]), scales, strict=True):
+            layer.weight.data *= scale[:, None]
+            layer.bias.data *= scale
+    pixels = pixels_of(32, 32)
+    with torch.no_grad():
+        equal(model.can(pixels).last_hidden_state, theirs(pixels))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"blocks.0.attn.q_norm.weight": torch.ones(16)},
+            "has parts that CAN's encoder has not: blocks.0.attn.q_norm",
+        ),
+        ({"pos_embed": torch.zeros(1, 16, 32)}, "has positions of 15 patches, which is no square"),
+        ({"norm.bias": None}, r"lacks 1 tensors of its encoder.*norm\.bias"),
+        ({"pos_embed": None}, "holds no ViT under timm's names"),
+    ],
+)
+def test_files_that_are_no_vit_are_refused(mae_file, tmp_path, change, message):
+    state = {**mae_file[0].state_dict(), **change}
+    save_file({k: v.contiguous() for k, v in state.items() if v is not None}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=message):
+        warm_start(tiny_model(**SQUARE), str(tmp_path / "other.safetensors"))
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "folder/pytorch_model.bin"])
+def test_a_pickle_that_would_execute_something_is_refused(name, tmp_path):
+    path = tmp_path / name
+    source = can(**SQUARE)
+    source.save_pretrained(path.parent if "folder" in name else tmp_path / "other")
+    for file in (tmp_path / "folder").glob("*.safetensors"):
+        file.unlink()
+    torch.save({"model": source.state_dict(), "args": Payload(tmp_path / "executed")}, path)
+    for read in (lambda source: warm_start(tiny_model(**SQUARE), source), to_can):
+        with pytest.raises(ValueError):
+            read(str(path.parent if "folder" in name else path))
+        assert not (tmp_path / "executed").exists()
+
+
+def test_weights_in_a_pickle_alone_are_read_with_a_warning(tmp_path, caplog):
+    source = vit()
+    source.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(source.state_dict(), tmp_path / "pytorch_model.bin")
+    with caplog.at_level(logging.WARNING):
+        model = to_can(str(tmp_path))
+    assert "has no safetensors: its tensors were read from a pickle" in caplog.text
+    equal(features(model, pixels_of(40, 64)), tokens(source, pixels_of(40, 64)))
+
+
+# --- From transformers' own, of all ages -----------------------------------------------------------------------------
+
+EARLIER = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
+EARLIER_VIT = {**EARLIER, "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "layers.": "encoder.layer."}
+
+
+@pytest.mark.parametrize(
+    "make, names",
+    [(vit, EARLIER_VIT), (vit_mae, {**EARLIER_VIT, "decoder_encoder.layer.": "decoder_layers."}), (dinov2, EARLIER)],
+)
+def test_names_of_before_transformers_5_are_read_and_exported(make, names, tmp_path):
+    source = make()
+    source.save_pretrained(tmp_path)
+    state = {}
+    for key, tensor in source.state_dict().items():
+        for now, before in names.items():
+            key = key.replace(now, before)
+        state[key] = tensor
+    assert len(state.keys() - source.state_dict().keys()) >= 16
+    save_file(
+        {key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    model = to_can(str(tmp_path))
+    for size in OTHER_SIZES:
+        expected = tokens(source, pixels_of(*size))
+        equal(features(model, pixels_of(*size)), expected)
+        equal(tokens(to_dinov2(model), pixels_of(*size)), expected)
+        equal(tokens(to_vit(model), pixels_of(*size)), expected)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture()
+def source(tmp_path) -> Path:
+    """A pre-training checkpoint with its processor."""
+    can(**SQUARE).save_pretrained(tmp_path / "source")
+    sizes = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    ViTImageProcessor(**sizes, image_mean=[0.1] * 3, image_std=[0.3] * 3).save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def run_the_cards_snippet(folder: Path) -> dict:
+    """The names that it leaves, after running in the folder with a picture there."""
+    Image.effect_noise((50, 40), 60).convert("RGB").save(folder / "photo.jpg")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.pipeline_tag and "None" not in card.content and "{{" not in card.content
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names, before = {}, os.getcwd()
+    os.chdir(folder)
+    try:
+        exec(snippet, names)
+    finally:
+        os.chdir(before)
+    return names
+
+
+@pytest.mark.parametrize("target", ["can", "dinov2", "vit"])
+def test_the_command_writes_what_pipelines_load(source, target, tmp_path, capsys):
+    main([str(source), "--to", target, str(tmp_path / "out")])
+    files = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    code = {"configuration_can.py", "losses.py", "modeling_can.py"} if target == "can" else set()
+    assert set(os.listdir(tmp_path / "out")) == files | code
+    assert ", ".join(sorted(files | code)) in capsys.readouterr().out
+    picture = Image.effect_noise((50, 40), 60).convert("RGB")
+    extracted = pipeline("image-feature-extraction", model=str(tmp_path / "out"))(picture)
+    pixels = ViTImageProcessor.from_pretrained(source)(picture, return_tensors="pt")["pixel_values"]
+    expected = features(AutoModel.from_pretrained(source), pixels)
+    equal(torch.tensor(extracted), expected)
+    names = run_the_cards_snippet(tmp_path / "out")
+    assert names["embedding"].shape == (1, 32)
+    equal(
+        names["embedding"], features(AutoModel.from_pretrained(source), names["inputs"]["pixel_values"])[:, 1:].mean(1)
+    )
+
+
+def test_the_command_takes_a_classifier_along(source, tmp_path):
+    model = can(CANForImageClassification, **SQUARE)
+    model.save_pretrained(source)
+    for target in ("can", "dinov2", "timm"):
+        main([str(source), "--to", target, str(tmp_path / target)])
+        if target != "timm":
+            assert len(run_the_cards_snippet(tmp_path / target)["answers"]) == 2
+    assert load_file(tmp_path / "timm" / "model.safetensors").keys() >= {"head.weight", "head.bias"}
+    back = AutoModelForImageClassification.from_pretrained(tmp_path / "can")
+    with torch.no_grad():
+        equal(back(pixels_of(32, 32)).logits, model(pixels_of(32, 32)).logits)
+
+
+def test_the_command_gives_timm_its_preprocessing(source, tmp_path):
+    main([str(source), "--to", "timm", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == [0.1] * 3 and config["pretrained_cfg"]["crop_pct"] == 32 / 36
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "config.json", "model.safetensors"]
+    assert load_file(tmp_path / "out" / "model.safetensors")["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
+
+
+def test_the_command_refuses_in_words_and_leaves_nothing_behind(source, tmp_path):
+    for arguments, message in (
+        ([str(source), "--to", "vit", str(source)], "source is not empty; give a new folder"),
+        ([str(tmp_path / "nowhere"), "--to", "vit", str(tmp_path / "out")], "nowhere.* cannot be read"),
+        ([str(tmp_path / "oblong"), "--to", "dinov2", str(tmp_path / "out")], "makes a grid of 4 x 6"),
+    ):
+        can().save_pretrained(tmp_path / "oblong")
+        with pytest.raises(SystemExit, match=f"modeling_can.conversion: .*{message}"):
+            main(arguments)
+    assert sorted(os.listdir(tmp_path)) == ["oblong", "source"]
+    before = np.array([path.stat().st_mtime_ns for path in sorted(source.iterdir())])
+    assert len(before) >= 3
