@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 from test_parallel import shard
 
 import run_pretraining
-from modeling_can import CANConfig, CANForPreTraining, push
+from modeling_can import CANForPreTraining, push
 from modeling_can.push import Push
 from modeling_can.recipe import Recipe, parse_arguments
 from modeling_can.training import Checkpoints
@@ -419,9 +419,6 @@ print(AutoImageProcessor.from_pretrained(name).crop_size)
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    CANConfig._auto_class is None, reason="save_pretrained does not write the files that define CAN yet", strict=True
-)
 def test_from_pixels_to_the_hub_to_somebody_without_this_package(hub, tmp_path):
     out = tmp_path / "out"
     run(hub, out, "--hub_model_id=me/name", "--hub_private")
