@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -39,8 +38,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, AutoModelForPreTraining
 from transformers.utils import is_peft_available
 
-import modeling_can  # noqa: F401  registers CAN with the Auto classes
-from modeling_can.conversion import can_config, check_dinov2, to_can, to_dinov2
+from modeling_can import CANConfig
+from modeling_can.conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
 from modeling_can.data import ImageSource
 from modeling_can.embedding import embed, totals
 from modeling_can.encoders import (
@@ -51,6 +50,7 @@ from modeling_can.encoders import (
     load_encoder,
     load_model,
     pooled,
+    quiet,
     untrained,
 )
 from modeling_can.evaluation import (
@@ -78,7 +78,7 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.hub import classifier_card, run_facts, update_card, write
+from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, update_card, write
 from modeling_can.metrics import Accuracy
 from modeling_can.recipe import option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
@@ -321,12 +321,8 @@ class Evaluation:
                 raise ValueError(f"{folder} is not empty; give another --output_dir, or remove it")
             if self.fine_tuning.lora_rank and not is_peft_available():
                 raise ValueError('lora_rank needs a package that is not installed: pip install "modeling-can[lora]"')
-        if self.settings.export_classifier and entry.path:
-            folder = Path(self.settings.export_classifier)
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ValueError(f"export_classifier={folder} is not empty; give a new folder")
-            if "finetune" not in tasks or entry.encoder.model.config.model_type == "can":
-                check_dinov2(can_config(entry.path))
+        if self.settings.export_classifier and self.is_exported(entry):
+            self.check_export(entry)
         if "robustness" in tasks:
             names = [name for names in corruptions_by_group(self.settings.corruptions).values() for name in names]
             Corrupted(entry.preprocessor, names)
@@ -498,42 +494,65 @@ class Evaluation:
 
     # --- A classifier to use -----------------------------------------------------------------------------------------
 
+    def is_exported(self, entry: Entry) -> bool:
+        return entry.path == os.path.normpath(self.settings.model_name_or_path[0])
+
+    def check_export(self, entry: Entry):
+        folder, config = Path(self.settings.export_classifier).resolve(), entry.encoder.model.config
+        if folder in (self.output_dir.resolve(), *self.output_dir.resolve().parents):
+            raise ValueError(f"export_classifier={folder} is or holds output_dir; give a folder of its own")
+        check_new_folder(folder)
+        if "finetune" not in self.settings.task:
+            check_dinov2(can_config(entry.path))
+        elif config.model_type == "can":  # it is fine-tuned at this size
+            check_dinov2(
+                CANConfig(**{**can_config(entry.path).to_dict(), "image_size": entry.preprocessor.image_size})
+            )
+        elif "auto_map" in config.to_dict():
+            raise ValueError(
+                f"export_classifier: {entry.name} has code of its own, without which it could not be loaded; export a "
+                "probe instead (--task linear_probe), or use what --task finetune leaves"
+            )
+
     def export(self, entry: Entry, results: dict) -> dict:
         """
         Writes the fine-tuned model, or else the encoder with the probe on it, as a model that transformers loads by
         itself, with processor, card and example pictures; all or nothing. Returns what it scores on the test images.
         """
         settings, data, folder = self.settings, self.data, Path(self.settings.export_classifier)
-        if "finetune" in settings.task:
-            path = str(self.finetuned(entry.name))
-            is_ours = entry.encoder.model.config.model_type == "can"
-            model = to_dinov2(to_can(path)) if is_ours else load_model(path, AutoModelForImageClassification)
-        else:
-            encoder, probe = to_can(entry.path).base_model, self.probes[entry.name]
-            encoder.config.id2label = dict(enumerate(data.class_names))
-            encoder.config.label2id = {name: index for index, name in enumerate(data.class_names)}
-            model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
-        predictions = class_predictions(model.to(self.device), entry.preprocessor, data.test, settings.batch_size,
+        is_tuned = "finetune" in settings.task
+        with quiet():
+            if is_tuned:
+                path = str(self.finetuned(entry.name))
+                is_ours = entry.encoder.model.config.model_type == "can"
+                model = to_dinov2(to_can(path)) if is_ours else load_model(path, AutoModelForImageClassification)
+            else:
+                encoder, probe = to_can(entry.path).base_model, self.probes[entry.name]
+                encoder.config.id2label = dict(enumerate(data.class_names))
+                encoder.config.label2id = {name: index for index, name in enumerate(data.class_names)}
+                model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
+            preprocessor = entry.preprocessor
+            if preprocessor.num_channels == 1:  # pipelines and widgets give pictures in colour
+                model, preprocessor = accept_colours(model), preprocessor.in_colour()
+        predictions = class_predictions(model.to(self.device), preprocessor, data.test, settings.batch_size,
                                         settings.dataloader_num_workers)  # fmt: skip
-        figures = {**self.score(predictions), "folder": str(folder)}
-        figures |= {"source": entry.path, "head": "fine-tuned" if "finetune" in settings.task else "linear probe"}
-        partial = folder.with_name(f"{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "examples").mkdir(parents=True)
-        model.save_pretrained(partial)
-        entry.preprocessor.save_pretrained(partial)
-        examples = {}
-        for number, label in enumerate(np.unique(data.test.labels)[:NUM_EXAMPLES], start=1):
-            row = int(np.flatnonzero(data.test.labels == label)[0])
-            picture = Image.fromarray(decode(data.test.read(row), entry.preprocessor.num_channels).squeeze())
-            examples[f"examples/{number}.jpg"] = data.class_names[label]
-            picture.save(partial / f"examples/{number}.jpg", quality=95)
-        name = folder.resolve().name
-        card = classifier_card(name, results, figures, examples, card_results(results, {"exported": figures}))
-        write(partial / "README.md", card)
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        os.replace(partial, folder)
+        head = "fine-tuned" if is_tuned else "linear probe"
+        figures = {**self.score(predictions), "folder": str(folder), "source": entry.path, "head": head}
+        with new_folder(folder) as partial:
+            (partial / "examples").mkdir()
+            model.save_pretrained(partial)
+            preprocessor.save_pretrained(partial)
+            examples = {}
+            for number, label in enumerate(np.unique(data.test.labels)[:NUM_EXAMPLES], start=1):
+                row = int(np.flatnonzero(data.test.labels == label)[0])
+                picture = Image.fromarray(decode(data.test.read(row), num_channels=3))
+                examples[f"examples/{number}.jpg"] = data.class_names[label]
+                picture.save(partial / f"examples/{number}.jpg", quality=95)
+            entries = card_results(
+                {**results, "pooling": "mean" if is_tuned else settings.pooling}, {"exported": figures}
+            )
+            card = classifier_card(folder.resolve().name, results, figures, examples, entries)
+            write(partial / "README.md", card)
         return figures
 
     # --- Robustness --------------------------------------------------------------------------------------------------
@@ -689,7 +708,8 @@ def on_class_token_and_mean(probe: LinearClassifier, pooling: str) -> torch.nn.L
     padding = {"mean": (width, 0), "cls": (0, width), "both": (0, 0)}[pooling]
     weight = torch.nn.functional.pad(weight, padding)
     head = torch.nn.Linear(weight.shape[1], len(weight))
-    head.load_state_dict({"weight": weight, "bias": torch.from_numpy(probe.bias).float()})
+    # A class without training images has a bias of minus infinity, which half precision and formats do not bear.
+    head.load_state_dict({"weight": weight, "bias": torch.from_numpy(probe.bias).float().clamp(min=-1e4)})
     return head
 
 
@@ -803,7 +823,7 @@ def main(argv: list[str] | None = None) -> dict:
                 write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")  # a fault costs one task
     if accelerator.is_main_process:
         if settings.export_classifier:
-            entry = next(entry for entry in entries if entry.path == os.path.normpath(settings.model_name_or_path[0]))
+            (entry,) = filter(evaluation.is_exported, entries)
             results["results"][entry.name]["exported"] = evaluation.export(entry, results)
         if reference and "robustness" in settings.task:
             compare_corruption(results["results"], reference)

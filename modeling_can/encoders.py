@@ -5,6 +5,7 @@ import copy
 import hashlib
 import inspect
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from transformers.utils import logging as transformers_logging
 
 from .views import decode
 
+
+# Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 POOLINGS = ("mean", "cls", "both")
 
@@ -116,6 +120,12 @@ class Preprocessor:
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model gets of a square picture."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
+
+    def in_colour(self) -> "Preprocessor":
+        """Of one for grey pictures, one that treats the three colours alike."""
+        values = self.processor.to_dict()
+        values |= {name: list(values[name]) * 3 for name in ("image_mean", "image_std")} | {"do_convert_rgb": True}
+        return Preprocessor(type(self.processor).from_dict({**values, **self.sizes}))
 
     def save_pretrained(self, folder: Path):
         """The processor, for pictures of this size."""
@@ -318,11 +328,11 @@ def load_config(name: str, trust_remote_code: bool = False):
 
 def _not_found(name: str, error: OSError) -> ValueError:
     reason = str(error).splitlines()[0]
-    if "model.safetensors" in reason:
+    if "model.safetensors" in reason and (not Path(name).is_dir() or any(Path(name).glob("*.bin"))):
         return ValueError(
-            f"model_name_or_path={name} has no weights in safetensors. A pickle (pytorch_model.bin) could run code, "
-            "and is not opened here; of a kind that CAN can start from, it can be written anew: python -m "
-            f"modeling_can.conversion {name} --to can FOLDER"
+            f"model_name_or_path={name} has no weights in safetensors that could be had. A pickle (pytorch_model.bin) "
+            "could run code, and is not opened here; of a kind that CAN can start from, it can be written anew: "
+            f"python -m modeling_can.conversion {name} --to can FOLDER"
         )
     place = "no model in this folder" if Path(name).is_dir() else "no folder, and no model that the Hub gives"
     return ValueError(

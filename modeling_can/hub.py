@@ -3,9 +3,12 @@ What a run leaves for others to read: where and with what it ran, and the model 
 results, so that no number in it was typed. What the cards say is in the templates beside this file.
 """
 
+import contextlib
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +16,8 @@ from pathlib import Path
 import datasets
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from .data import SAMPLE_DATA, resolve_name
@@ -40,6 +45,31 @@ def write(path: Path, text: str):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def check_new_folder(folder: Path):
+    """Raises ValueError unless `folder` can be made: it does not exist yet, or is empty."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """A folder to fill, which takes its name only when all went well, and else leaves nothing behind."""
+    check_new_folder(folder)
+    folder = Path(folder).resolve()
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
@@ -94,8 +124,8 @@ def update_card(folder: str, results: list[EvalResult]):
 def evaluation_table(results: list[EvalResult]) -> str:
     """What a `model-index` holds, as a table in Markdown; values as they stand there."""
     lines = [
-        "All results in this card's `model-index`, in brackets their 95 % intervals over the test images; accuracies "
-        "are between 0 and 1.\n",
+        "All results in this card's `model-index`, as they stand there, in brackets their 95 % intervals over the "
+        "test images.\n",
         "| data | split | measure | value |",
         "|---|---|---|---|",
     ]
@@ -103,7 +133,8 @@ def evaluation_table(results: list[EvalResult]) -> str:
         interval = (result.metric_args or {}).get("interval_95")
         value = f"{result.metric_value}" + (f" ({interval[0]} to {interval[1]})" if interval else "")
         measure = result.metric_name or result.metric_type
-        lines.append(f"| {result.dataset_name} | {result.dataset_split or 'not named'} | {measure} | {value} |")
+        cells = (result.dataset_name, result.dataset_split or "not named", measure, value)
+        lines.append(f"| {' | '.join(map(escaped, cells))} |")
     return "\n".join(lines)
 
 
@@ -133,9 +164,6 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         model_name=name if is_probed else None,  # a word of model-index
         eval_results=probe_results(recipe, results) if is_probed else None,
     )
-    launch = "python"
-    if processes > 1:
-        launch = f"accelerate launch --config_file launch/ddp.yaml --num_processes {processes}"
     card = ModelCard.from_template(
         data,
         CARD_TEMPLATE,
@@ -151,14 +179,31 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         evaluation="\n".join(EVALUATION),
         training_rows=training_rows(recipe, results, f"{count} of {named}").items(),
         command=shlex.join(results["command"]),
-        launch=launch,
+        launch=launcher(processes),
     )
     write(folder / "README.md", f"{card}\n")
 
 
+def escaped(text: str) -> str:
+    """Any text as Markdown shows it as it is, in one line."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+
+
+def launcher(num_processes: int) -> str:
+    if num_processes == 1:
+        return "python"
+    return f"accelerate launch --config_file launch/ddp.yaml --num_processes {num_processes}"
+
+
 def hub_id(name: str | None) -> str | None:
     """A name that was loaded, if it is one of the Hub's and no local path."""
-    return None if name is None or Path(name).exists() else name
+    if name is None or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None  # a path that is gone
+    return name
 
 
 def write_examples(folder: Path) -> list[dict]:
@@ -272,7 +317,8 @@ def classifier_card(
             data=data,
             data_name=short[data["dataset_name"]],
             source=short[figures["source"]],
-            classes=data["class_names"],
+            classes=[escaped(name) for name in data["class_names"]],
+            launch=launcher(results["num_processes"]),
             machine=results["machine"],
             software=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
             command=shlex.join(results["command"]),
@@ -280,7 +326,9 @@ def classifier_card(
     )
 
 
-def export_card(name: str, target: str, source: str, config: PreTrainedConfig, is_classifier: bool) -> str:
+def export_card(
+    name: str, target: str, source: str, config: PreTrainedConfig, is_classifier: bool, has_processor: bool
+) -> str:
     """
     The card of what `modeling_can.conversion` writes.
 
@@ -290,25 +338,29 @@ def export_card(name: str, target: str, source: str, config: PreTrainedConfig, i
         source (`str`): The folder, file or Hub id that it was made of.
         config (`CANConfig`): Of the encoder.
         is_classifier (`bool`): Whether it has a classifier.
+        has_processor (`bool`): Whether an image processor came with it.
     """
-    is_local = Path(source).exists()
     card_data = ModelCardData(
         library_name={"timm": "timm", "onnx": "onnx"}.get(target, "transformers"),
         pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
-        base_model=None if is_local else source,
+        base_model=hub_id(source),
     )
     checked = ", which compared its outputs with the source's on random pixels: equal to 1e-5"
+    if target == "onnx":
+        checked += " of the largest, or as close as single precision is"
     return str(
         ModelCard.from_template(
             card_data,
             EXPORT_TEMPLATE,
             name=name,
             target=target,
-            source=Path(source).resolve().name if is_local else source,
+            source=source if hub_id(source) else Path(source).resolve().name,
+            is_file=Path(source).is_file(),
+            has_processor=has_processor,
             described=EXPORTS[target],
             config=config,
             is_classifier=is_classifier,
-            model_class="ViTModel" if target == "vit" else "AutoModel",
+            model_class="ViTModel" if target == "vit" else f"AutoModel{'ForImageClassification' * is_classifier}",
             trust=", trust_remote_code=True" if target == "can" else "",
             check=checked if target in ("dinov2", "vit", "onnx") else "",
         )

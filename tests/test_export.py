@@ -7,7 +7,6 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -25,6 +24,7 @@ from transformers import (
     Dinov2Model,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    ViTForImageClassification,
     ViTImageProcessor,
     ViTModel,
     pipeline,
@@ -321,11 +321,23 @@ def test_a_file_becomes_our_encoder_and_any_other(mae_file):
         to_can(str(path))
 
 
-def test_the_published_widths_have_their_heads(tmp_path):
-    for width, heads in ((64, 1), (192, 3), (1280, 16)):
+def test_only_published_widths_have_heads_without_being_told(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    for width, heads in ((192, 3), (1280, 16), (512, 16)):
         model = tiny_model(**SQUARE, hidden_size=width, num_attention_heads=heads, num_hidden_layers=1)
-        save_file(to_timm(model)[0], tmp_path / "weights.safetensors")
-        assert to_can(str(tmp_path / "weights.safetensors")).config.num_attention_heads == heads
+        save_file(to_timm(model)[0], file)
+        if width != 512:
+            assert to_can(str(file)).config.num_attention_heads == heads
+    with pytest.raises(ValueError, match="is 512 wide and does not tell its number of attention heads; .*--num_att"):
+        to_can(str(file))
+    model.can.save_pretrained(tmp_path / "can")
+    with pytest.raises(ValueError, match="num_attention_heads=8, but .* says that it has 16"):
+        to_can(str(tmp_path / "can"), num_attention_heads=8)
+    convert(str(tmp_path / "can"), "timm", tmp_path / "timm")
+    with pytest.raises(ValueError, match="num_attention_heads is 16 there and 8 here"):
+        warm_start(
+            tiny_model(**SQUARE, hidden_size=512, num_attention_heads=8, num_hidden_layers=1), str(tmp_path / "timm")
+        )
 
 
 def test_an_encoder_alone_leaves_the_rest_new_and_layer_scale_is_folded(mae_file, tmp_path):
@@ -354,7 +366,13 @@ def test_an_encoder_alone_leaves_the_rest_new_and_layer_scale_is_folded(mae_file
     [
         (
             {"blocks.0.attn.q_norm.weight": torch.ones(16)},
-            "has parts that CAN's encoder has not: blocks.0.attn.q_norm",
+            "has parts that CAN's encoder has not, such as blocks.0.attn.q_norm",
+        ),
+        ({"blocks.0.gamma_1": torch.ones(32)}, "has parts that CAN's encoder has not, such as blocks.0.gamma_1"),
+        ({"patch_embed.backbone.weight": torch.ones(32)}, "such as patch_embed.backbone.weight"),
+        (
+            {"blocks.1.mlp.fc2.weight": torch.ones(32, 32)},
+            r"has a tensor of shape \(32, 32\) where CAN's can.layers.1.mlp",
         ),
         ({"pos_embed": torch.zeros(1, 16, 32)}, "has positions of 15 patches, which is no square"),
         ({"norm.bias": None}, r"lacks 1 tensors of its encoder.*norm\.bias"),
@@ -477,9 +495,7 @@ def test_the_command_writes_what_pipelines_load(source, target, tmp_path, capsys
     equal(torch.tensor(extracted), expected)
     names = run_the_cards_snippet(tmp_path / "out")
     assert names["embedding"].shape == (1, 32)
-    equal(
-        names["embedding"], features(AutoModel.from_pretrained(source), names["inputs"]["pixel_values"])[:, 1:].mean(1)
-    )
+    equal(names["embedding"], features(AutoModel.from_pretrained(source), names["pixel_values"])[:, 1:].mean(1))
 
 
 def test_the_command_takes_a_classifier_along(source, tmp_path):
@@ -503,15 +519,100 @@ def test_the_command_gives_timm_its_preprocessing(source, tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors")["patch_embed.proj.weight"].shape == (32, 3, 8, 8)
 
 
+def listing(folder: Path) -> dict:
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 def test_the_command_refuses_in_words_and_leaves_nothing_behind(source, tmp_path):
+    can().save_pretrained(tmp_path / "oblong")
+    before = listing(tmp_path)
     for arguments, message in (
         ([str(source), "--to", "vit", str(source)], "source is not empty; give a new folder"),
+        ([str(source), "--to", "vit", str(source / "config.json")], "config.json is a file; give a new folder"),
         ([str(tmp_path / "nowhere"), "--to", "vit", str(tmp_path / "out")], "nowhere.* cannot be read"),
         ([str(tmp_path / "oblong"), "--to", "dinov2", str(tmp_path / "out")], "makes a grid of 4 x 6"),
     ):
-        can().save_pretrained(tmp_path / "oblong")
         with pytest.raises(SystemExit, match=f"modeling_can.conversion: .*{message}"):
             main(arguments)
-    assert sorted(os.listdir(tmp_path)) == ["oblong", "source"]
-    before = np.array([path.stat().st_mtime_ns for path in sorted(source.iterdir())])
-    assert len(before) >= 3
+    assert listing(tmp_path) == before
+
+
+def test_an_empty_folder_and_a_link_to_one_are_filled(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    main([str(source), "--to", "vit", "link"])
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("target", ["can", "dinov2", "vit", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_the_snippets_of_sources_without_processor_or_colour_run(target, num_channels, tmp_path):
+    source = can(**SQUARE, num_channels=num_channels)
+    source.save_pretrained(tmp_path / "source")
+    if num_channels == 1:
+        grey = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
+        ViTImageProcessor(size={"height": 32, "width": 32}, **grey).save_pretrained(tmp_path / "source")
+    convert(str(tmp_path / "source"), target, tmp_path / "out")
+    names = run_the_cards_snippet(tmp_path / "out")
+    assert names["pixel_values"].shape == (1, num_channels, 32, 32) and names["embedding"].shape == (1, 32)
+
+
+def test_classifiers_that_are_left_out_are_mentioned(source, tmp_path, capsys):
+    vit(ViTForImageClassification).save_pretrained(tmp_path / "vit")
+    main([str(tmp_path / "vit"), "--to", "dinov2", str(tmp_path / "out")])
+    assert "its classifier is left out" in capsys.readouterr().out
+    main([str(source), "--to", "dinov2", str(tmp_path / "other")])
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
+    convert(str(source), "timm", tmp_path / "timm")
+    convert(str(tmp_path / "timm"), "can", tmp_path / "can")
+    assert conversion.normalisation(str(tmp_path / "timm")) == ([0.1] * 3, [0.3] * 3)
+    picture = Image.effect_noise((50, 40), 60).convert("RGB")
+    there, back = (ViTImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+                   for folder in (source, tmp_path / "can"))  # fmt: skip
+    equal(back, there)
+    squashed = ViTImageProcessor(size={"height": 32, "width": 32}).to_dict()
+    assert {"crop_pct": 1.0, "crop_mode": "squash"}.items() <= conversion._timm_preprocessing(squashed).items()
+
+
+def test_a_file_of_an_onnx_graph_tells_nothing_of_this_machine(source, tmp_path):
+    conversion.to_onnx(to_can(str(source)), tmp_path / "model.onnx")
+    content = (tmp_path / "model.onnx").read_bytes()
+    for path in (Path(conversion.__file__).parent.parent, Path(torch.__file__).parent, Path.home()):
+        assert str(path).encode() not in content
+
+
+def test_a_shard_that_is_missing_is_no_reason_to_open_a_pickle(tmp_path):
+    source = vit()
+    source.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    torch.save({key: torch.zeros_like(x) for key, x in source.state_dict().items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        to_can(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [{"student": {"a": torch.ones(1)}, "teacher": {}, "epoch": 3}, [1, 2]])
+def test_files_of_other_layouts_are_refused_in_words(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="holds no ViT under timm's names"):
+        to_can(str(tmp_path / "other.pth"))
+
+
+def test_a_wrong_head_is_not_handed_out(monkeypatch):
+    model = can(CANForImageClassification, **SQUARE)
+    monkeypatch.setattr(nn.functional, "pad", lambda x, padding: torch.cat([x, torch.zeros_like(x)], dim=1))
+    with pytest.raises(AssertionError, match="the export differs by"):
+        to_dinov2(model)
+
+
+def test_a_mistake_in_timms_layout_is_not_handed_out(monkeypatch):
+    monkeypatch.setattr(conversion, "join_qkv", lambda state: {
+        key: x.flip(0) if ".qkv." in key else x for key, x in join_qkv(state).items()
+    })  # fmt: skip
+    with pytest.raises(AssertionError, match="is not what it was"):
+        to_timm(can(**SQUARE))

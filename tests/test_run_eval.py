@@ -579,3 +579,40 @@ def test_what_cannot_become_a_classifier_is_refused_before_anything_takes_time(m
     with pytest.raises(ValueError, match="export_classifier takes one model"):
         run_eval.main(options(models, colours, tmp_path, "can", "dinov2", export_classifier=tmp_path / "made"))
     assert not (tmp_path / "made").exists()
+
+
+def test_a_grey_encoder_becomes_a_classifier_of_colour_pictures(colours, tmp_path):
+    path = tmp_path / "grey"
+    CANForPreTraining(tiny_config(image_size=32, num_channels=1)).save_pretrained(path)
+    grey = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, **grey).save_pretrained(path)
+    results, folder = exported({"grey": str(path)}, colours, tmp_path, "grey", task="linear_probe")
+    figures = results["results"]["grey"]
+    assert (
+        abs(figures["exported"]["accuracy"] - figures["linear_probe"]["accuracy"]) < 0.04
+    )  # of 31 images at most one
+    classify = pipeline("image-classification", str(folder))
+    assert {answer["label"] for answer in classify(str(folder / "examples/1.jpg"))} == set(NAMES)
+
+
+def test_a_class_without_training_images_and_odd_names_do_no_harm(models, tmp_path):
+    names = ["r]ed", "<b>green", "blue|x", "nobody\nhere"]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    (tmp_path / "odd").mkdir()
+    for split in ("train", "test"):
+        labels = np.arange(30) % 3
+        images = [{"bytes": encoded(200 * np.eye(3)[label]), "path": None} for label in labels]
+        rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(tmp_path / "odd" / f"{split}-00000.parquet")
+    results, folder = exported(models, str(tmp_path / "odd"), tmp_path, "can", task="linear_probe")
+    assert results["results"]["can"]["exported"]["accuracy"] == 1
+    card = ModelCard.load(folder / "README.md")
+    assert r"r\]ed, \<b\>green, blue\|x, nobody here" in card.text
+    assert card.data.widget[0]["example_title"] == "r]ed"
+
+
+def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(models, colours, tmp_path):
+    with pytest.raises(ValueError, match="makes a grid of 4 x 8"):
+        exported(models, colours, tmp_path, "can", task="finetune", image_size="32,64")
+    with pytest.raises(ValueError, match="is or holds output_dir"):
+        exported(models, colours, tmp_path, "can", task="linear_probe", export_classifier=tmp_path)
