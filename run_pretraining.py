@@ -581,7 +581,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         results["probe"] = probe_results
     whole = in_one_piece()
     if is_main:
-        last, best, flops = metrics[-1], best_probe(), training_flops(config)
+        last, best, flops = metrics[-1], best_probe(), training_flops(config, recipe.num_views)
         results |= {
             "flops_per_image": flops,
             "train_flops": flops * max_steps * global_batch_size,
@@ -726,6 +726,7 @@ def view_maker(recipe: Recipe) -> RandomCrops:
         recipe.crop_ratio,
         recipe.resample,
         recipe.seed,
+        recipe.num_views,
         transparent_background=recipe.transparent_background,
         high_bit_depth=recipe.high_bit_depth,
         min_size=config.patch_shape,

@@ -202,7 +202,7 @@ def _is_early(step: int, warmup_steps: int, max_steps: int) -> bool:
 
 def check_pixels(pixel_values: torch.Tensor) -> str | None:
     """
-    Whether normalised pixels `(B, 2, C, H, W)` are finite, the two views differ, and, of 16 images and more, each
+    Whether normalised pixels `(B, V, C, H, W)` are finite, two views differ, and, of 16 images and more, each
     channel has about mean 0 and deviation 1.
     """
     pixels = pixel_values.float()
@@ -214,7 +214,7 @@ def check_pixels(pixel_values: torch.Tensor) -> str | None:
             f"the normalised pixels have mean {_numbers(mean)} and deviation {_numbers(std)}, far from 0 and 1; "
             "set image_mean and image_std to those of your images (--measure_mean_std finds them)"
         )
-    if torch.equal(pixels[:, 0], pixels[:, 1]):
+    if pixels.shape[1] == 2 and torch.equal(pixels[:, 0], pixels[:, 1]):
         return "the two views of every image are the same; augmentation is off"
     return None
 
@@ -287,18 +287,18 @@ def check_disk(folder: Path, num_checkpoints: int, parameters: Iterable[nn.Param
 # --- Arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def training_flops(config: CANConfig) -> float:
+def training_flops(config: CANConfig, num_views: int = 2) -> float:
     """
-    FLOPs of forward and backward of both views of an image. What is computed twice (gradient checkpointing, gradient
+    FLOPs of forward and backward of the views of an image. What is computed twice (gradient checkpointing, gradient
     caching) counts once; the comparison of the embeddings, which grows with the batch, does not count.
     """
     batch_size = 2
     config = copy.deepcopy(config)  # the attention that is set below is no business of the caller's model
     with torch.device("meta"):
         model = CANForPreTraining(config)
-        pixel_values = torch.empty(batch_size, 2, config.num_channels, *config.image_shape)
+        pixel_values = torch.empty(batch_size, num_views, config.num_channels, *config.image_shape)
         # In the place of the contrastive loss, which would gather embeddings from the other processes.
-        image_embeds_grad = torch.empty(batch_size, 2, config.projection_size)
+        image_embeds_grad = torch.empty(batch_size, num_views, config.projection_size)
     model.set_attn_implementation("eager")  # the counter does not see the products inside sdpa on a CPU
     with FlopCounterMode(display=False) as counter:
         model(pixel_values, image_embeds_grad=image_embeds_grad).loss.backward()

@@ -277,7 +277,9 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
         "time": f"{duration(results['train_seconds'])} of training, {duration(results['total_seconds'])} in all; "
         f"{results['images_per_second']:.0f} images a second",
         "arithmetic": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "
-        "for both views of an image".replace("e+0", "e").replace("e+", "e"),
+        f"for {'both views' if recipe.num_views == 2 else 'the one view'} of an image".replace("e+0", "e").replace(
+            "e+", "e"
+        ),
         "software": software + (f"; commit {results['git_commit']}" if results["git_commit"] else ""),
         "losses at the end": ", ".join(losses) or "not finite",
     }

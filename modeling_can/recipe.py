@@ -49,6 +49,7 @@ class Recipe:
     shuffle_block_size: int = option(1024, "encoded images that a reader holds and shuffles at a time")
 
     # Views
+    num_views: int = option(2, "random crops of an image; 1 only without contrastive term")
     crop_scale: tuple[float, ...] = option((0.2, 1.0), "range of a crop's share of the image area")
     crop_ratio: tuple[float, ...] = option((0.75, 4 / 3), "range of a crop's width / height")
     resample: str = option("bilinear", "bilinear or bicubic")
@@ -133,6 +134,10 @@ class Recipe:
         if len(self.color_jitter) != 4 or not all(0 <= strength < math.inf for strength in self.color_jitter):
             raise ValueError(
                 f"color_jitter={self.color_jitter} must be four strengths >= 0: brightness,contrast,saturation,hue"
+            )
+        if self.num_views not in (1, 2) or (self.num_views == 1 and self.config.contrastive_loss_weight > 0):
+            raise ValueError(
+                f"num_views={self.num_views} must be 2, or 1 with contrastive_loss_weight=0: two views are contrasted"
             )
         if self.probe_every and not self.probe_dataset_name:
             raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")

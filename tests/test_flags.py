@@ -39,6 +39,10 @@ RUNS = {
         "projection_hidden_size": 24, "temperature": 0.2, "contrastive_loss_weight": 0.2,
         "reconstruction_loss_weight": 0.5, "denoising_loss_weight": 0.4, "probe_dataset_name": None,
     },
+    "one view, without contrast": {
+        "data_dir": "pictures", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
+        "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none",
+    },
     "labelled, from weights": {
         "dataset_name": "labelled", "dataset_split": "test", "probe_dataset_name": "labelled",
         "probe_label_column": "kind", "probe_image_column": "image", "probe_every": 2, "max_steps": 4,
@@ -79,7 +83,12 @@ def run(places, folder, settings: dict) -> dict:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_script_runs_with(places, tmp_path, capfd, name):
     results = run(places, tmp_path, RUNS[name])
-    steps = {"a folder, accumulated": 6, "parquet, downloaded": 6, "labelled, from weights": 4}
+    steps = {
+        "a folder, accumulated": 6,
+        "parquet, downloaded": 6,
+        "one view, without contrast": 2,
+        "labelled, from weights": 4,
+    }
     assert results["num_steps"] == steps[name] and json.loads((tmp_path / "results.json").read_text()) == results
     recipe = Recipe.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
     for key in ("seed", "temperature", "adam_beta2", "qkv_bias", "shuffle_block_size"):

@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from conftest import SIMCLR
+from conftest import MAE, SIMCLR
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.diagnostics import training_flops
@@ -38,3 +38,8 @@ def test_weights_of_zero_skip_their_work():
     assert gflop_per_image(contrastive_loss_weight=0) < full
     no_decoder = gflop_per_image(reconstruction_loss_weight=0, denoising_loss_weight=0)
     assert no_decoder < 0.7 * full
+
+
+def test_one_view_costs_half():
+    config = CANConfig(**MAE)
+    assert training_flops(config, num_views=1) == training_flops(config) / 2
