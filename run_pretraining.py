@@ -917,12 +917,13 @@ def print_summary(output_dir: Path, results: dict):
         for name, accuracy in results["probe"].items():
             print(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
     print("\n" + "\n".join(results["health"]))
+    has_pictures = (output_dir / "figures" / "reconstructions.png").exists()
     print(
         f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s "
         f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "
         f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
         "Next:\n"
-        f"  look at                 {output_dir}/figures/reconstructions.png and curves.png\n"
+        f"  look at                 {output_dir}/figures/curves.png{' and reconstructions.png' * has_pictures}\n"
         f"  measure it              python run_eval.py --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
         "  your own images         python run_pretraining.py --data_dir FOLDER --output_dir out-mine\n"
         "  a full-size encoder     accelerate launch run_pretraining.py "
