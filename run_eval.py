@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from datasets import ClassLabel, Value
@@ -549,8 +550,11 @@ class Evaluation:
                 examples[f"examples/{number}.jpg"] = data.class_names[label]
                 picture.save(partial / f"examples/{number}.jpg", quality=95)
             entries = card_results(
-                {**results, "pooling": "mean" if is_tuned else settings.pooling}, {"exported": figures}
+                {**results, "pooling": "mean" if is_tuned else settings.pooling}, {"exported": figures}, entry.name
             )
+            figures["test_images_seen_without_labels"] = results["models"][entry.name][
+                "test_images_seen_without_labels"
+            ]
             card = classifier_card(folder.resolve().name, results, figures, examples, entries)
             write(partial / "README.md", card)
         return figures
@@ -790,7 +794,15 @@ def main(argv: list[str] | None = None) -> dict:
         "num_test": len(data.test),
         "class_names": data.class_names,
     }
-    results["models"] = {entry.name: {"path": entry.path, "sha256": entry.digest} for entry in entries if entry.path}
+    results["models"] = {
+        entry.name: {
+            "path": entry.path,
+            "sha256": entry.digest,
+            "test_images_seen_without_labels": seen_in_pretraining(entry.path, settings),
+        }
+        for entry in entries
+        if entry.path
+    }
     results |= {"pooling": settings.pooling, "results": {}, "seconds": {}}
     if accelerator.is_main_process:
         print(
@@ -833,6 +845,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"\n{CAPTION}\n\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
             f", {output_dir}/figures/evaluation.png" if drawn else ""
         ))  # fmt: skip
+        for line in remarks(results):
+            print(f"Note: {line}")
         if settings.export_classifier:
             folder = settings.export_classifier
             print(
@@ -841,10 +855,44 @@ def main(argv: list[str] | None = None) -> dict:
             )
         if settings.update_card:
             for name, model in results["models"].items():
-                update_card(model["path"], card_results(results, results["results"][name]))
+                update_card(model["path"], card_results(results, results["results"][name], name))
                 print(f"Updated: {model['path']}/README.md")
     accelerator.end_training()
     return results
+
+
+def seen_in_pretraining(path: str, settings: Settings) -> bool:
+    """Whether the recipe beside a model says that it was pre-trained on the test images too, without their labels."""
+    file = Path(path) / "recipe.yaml"
+    if not file.exists():
+        return False
+    recipe, name, holds_out = yaml.safe_load(file.read_text()), settings.dataset_name, settings.test_size > 0
+    if recipe.get("dataset_name"):
+        is_same = recipe["dataset_name"] == name or Path(recipe["dataset_name"]).resolve() == Path(name).resolve()
+        return is_same and (holds_out or recipe["dataset_split"] == settings.test_split)
+    if not recipe.get("data_dir"):
+        return False
+    source, tested = Path(recipe["data_dir"]).resolve(), Path(name).resolve()
+    return source == tested or source in tested.parents or (holds_out and tested in source.parents)
+
+
+def remarks(results: dict) -> list[str]:
+    """What else a reader of the figures has to know."""
+    lines = []
+    for name, model in results["models"].items():
+        if model["test_images_seen_without_labels"]:
+            lines.append(f"{name} was pre-trained on these test images too, without their labels")
+        ours = results["results"].get(name, {})
+        for other, theirs in results["results"].items():
+            if not other.startswith("untrained") or "linear_probe" not in ours or "linear_probe" not in theirs:
+                continue
+            accuracy, fresh = (100 * figures["linear_probe"]["accuracy"] for figures in (ours, theirs))
+            if accuracy <= fresh:
+                lines.append(
+                    f"{name} is no better than {other} in the linear probe: {accuracy:.1f} against {fresh:.1f} %; "
+                    "pre-train longer, or on more images"
+                )
+    return lines
 
 
 def planned(entry: Entry, settings: Settings, reference: str | None) -> list[str]:
@@ -999,8 +1047,11 @@ def measures(figures: dict) -> dict[str, Measure]:
     return rows
 
 
-def card_results(results: dict, figures: dict) -> list[EvalResult]:
+def card_results(results: dict, figures: dict, name: str) -> list[EvalResult]:
     """A model's figures as entries of the Hub's `model-index`; accuracies in [0, 1]."""
+    seen = (
+        {"test_images_seen_without_labels": True} if results["models"][name]["test_images_seen_without_labels"] else {}
+    )
     data, pooling = results["data"], results["pooling"]
     where = Path(data["dataset_name"]).name if Path(data["dataset_name"]).exists() else data["dataset_name"]
     return [
@@ -1013,7 +1064,9 @@ def card_results(results: dict, figures: dict) -> list[EvalResult]:
             metric_type=measure.metric,
             metric_name=heading if pooling == "mean" else f"{heading} ({pooling})",
             metric_value=round(measure.value, 4),
-            metric_args={"interval_95": [round(end, 4) for end in measure.interval]} if measure.interval else None,
+            metric_args=({"interval_95": [round(end, 4) for end in measure.interval]} if measure.interval else {})
+            | seen
+            or None,
         )
         for heading, measure in measures(figures).items()
         if not heading.startswith("...")  # of a plain guess

@@ -44,7 +44,7 @@ from transformers.utils import logging as transformers_logging
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
 from modeling_can.conversion import normalisation, warm_start
-from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
+from modeling_can.data import SAMPLE_DATA, ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
 from modeling_can.diagnostics import (
     TERMS,
     check_disk,
@@ -142,9 +142,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if accelerator.is_fsdp2:
         keep_sharding_exact(accelerator.state.fsdp_plugin)
     push = Push(output_dir, recipe.repo_id, recipe.hub_private) if recipe.push_to_hub and is_main else None
-    problem = push and push.check()
-    if problem:
-        print(f"the Hub cannot be used now: {problem}. The run goes on, and uploads what it saves when it can")
+    if push and (remark := push.check()):
+        print(remark)
 
     # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(
@@ -600,7 +599,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         curves(metrics, output_dir / "figures" / "curves.png")
         write_card(output_dir, recipe, results)
         write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")  # last: it marks the run as finished
-        print_summary(output_dir, results)
+        print_summary(output_dir, recipe, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if push:  # the other processes need not wait for it
@@ -911,9 +910,10 @@ def progress_text(line: dict, num_bad: Counter) -> str:
 # --- Output ----------------------------------------------------------------------------------------------------------
 
 
-def print_summary(output_dir: Path, results: dict):
+def print_summary(output_dir: Path, recipe: Recipe, results: dict):
     if "probe" in results:
-        print(f"\n{'accuracy on the test images, %':32}{'k-NN':>8}{'linear probe':>15}")
+        print(f"\nAccuracy on the test images of {recipe.probe_dataset_name}:")
+        print(f"{'%':32}{'k-NN':>8}{'linear probe':>15}")
         for name, accuracy in results["probe"].items():
             print(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
     print("\n" + "\n".join(results["health"]))
@@ -923,13 +923,18 @@ def print_summary(output_dir: Path, results: dict):
         f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "
         f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
         "Next:\n"
-        f"  look at                 {output_dir}/figures/curves.png{' and reconstructions.png' * has_pictures}\n"
+        f"  look at it              {output_dir}/figures/curves.png{' and reconstructions.png' * has_pictures}"
+        f"{f', python demo/app.py --model_name_or_path {output_dir}' * has_pictures}\n"
         f"  measure it              python run_eval.py --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
-        "  your own images         python run_pretraining.py --data_dir FOLDER --output_dir out-mine\n"
-        "  a full-size encoder     accelerate launch run_pretraining.py "
-        "model_cards/can-vit-base-patch16-224/recipe.yaml --data_dir FOLDER\n"
+        f"  export it               python -m modeling_can.conversion {output_dir} --to dinov2 {output_dir}-dinov2\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )
+    if recipe.dataset_name == SAMPLE_DATA:
+        print(
+            "  your own images         python run_pretraining.py --data_dir FOLDER --output_dir out/mine\n"
+            "  a full-size encoder     accelerate launch run_pretraining.py "
+            "model_cards/can-vit-base-patch16-224/recipe.yaml --data_dir FOLDER"
+        )
 
 
 def print_push(push: Push):

@@ -20,13 +20,17 @@ import sys  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-import gradio as gr  # noqa: E402
+
+try:
+    import gradio as gr
+except ImportError:
+    sys.exit('demo/app.py: gradio is not installed: pip install -e ".[demo]" -c constraints.txt')
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForPreTraining  # noqa: E402
 
 import modeling_can  # noqa: E402, F401  registers CAN with the Auto classes
-from modeling_can.encoders import load_model, load_preprocessor  # noqa: E402
+from modeling_can.encoders import load_config, load_model, load_preprocessor  # noqa: E402
 from modeling_can.evaluation import load_split  # noqa: E402
 from modeling_can.views import BadImage, decode  # noqa: E402
 from modeling_can.visualization import amplified_noise, errors_of, reconstruct, true_colours  # noqa: E402
@@ -70,19 +74,19 @@ class Demo:
     """
 
     def __init__(self, name: str):
-        if name == QUICKSTART and not Path(name).is_dir():
+        if name == QUICKSTART and not Path(name, "config.json").exists():
             raise ValueError(
-                f"model_name_or_path={name}: no such folder here yet; run `python run_pretraining.py` first, which "
-                "makes it in a few minutes, or name another model: --model_name_or_path FOLDER_OR_HUB_ID"
+                f"model_name_or_path={name}: no finished run is there yet; run `python run_pretraining.py` first, "
+                "which makes it in a few minutes, or name another model: --model_name_or_path FOLDER_OR_HUB_ID"
             )
-        self.model = load_model(name, AutoModelForPreTraining)
-        self.config = self.model.config
+        self.config = load_config(name)
         if self.config.model_type != "can" or not self.config.uses_decoder:
             kind = "one that was not" if self.config.model_type == "can" else f"a {self.config.model_type}"
             raise ValueError(
                 f"model_name_or_path={name}: the demo needs a CAN that was trained to reconstruct or to denoise, and "
                 f"this is {kind}; train one with reconstruction_loss_weight or denoising_loss_weight above 0"
             )
+        self.model = load_model(name, AutoModelForPreTraining)
         self.preprocessor = load_preprocessor(name)
         if self.preprocessor.image_size != self.config.image_shape or not self.preprocessor.in_two_steps:
             raise ValueError(

@@ -994,10 +994,21 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         prog="python -m modeling_can.conversion", description="Weights from other models and for them."
     )
-    parser.add_argument("source", help="folder, Hub id or file of weights: CAN, ViT-MAE, ViT, DINOv2, timm, MAE")
-    parser.add_argument("--to", choices=EXPORTS, required=True, dest="target")
-    parser.add_argument("folder", type=Path, help="to be made")
-    parser.add_argument("--num_attention_heads", type=int, help="of a file, if it has not 64 numbers to a head")
+    parser.add_argument(
+        "source", help="folder or Hub id of a CAN, ViT, ViT-MAE, DINOv2 or timm ViT, or a .pth / .safetensors of MAE's"
+    )
+    parser.add_argument(
+        "--to",
+        choices=EXPORTS,
+        required=True,
+        dest="target",
+        help="; ".join(f"{name}: {text}" for name, text in EXPORTS.items())
+        + ". dinov2 needs a square grid of patches, onnx the extra modeling-can[onnx]",
+    )
+    parser.add_argument("folder", type=Path, help="where to write it; must not exist, or be empty")
+    parser.add_argument(
+        "--num_attention_heads", type=int, help="of a file of weights, which does not tell, if its width is unusual"
+    )
     arguments = parser.parse_args(argv)
     try:
         with quiet():

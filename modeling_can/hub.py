@@ -145,7 +145,9 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
     Args:
         results (`dict`): As in `results.json`, whose figures are the only ones in the card beside the recipe's.
     """
-    name, config, processes = folder.resolve().name, recipe.config, results["num_processes"]
+    repo_id = recipe.repo_id if recipe.push_to_hub else None
+    name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
+    config, processes = recipe.config, results["num_processes"]
     is_sample, is_probed = recipe.dataset_name == SAMPLE_DATA, "probe" in results
     source = recipe.dataset_name or recipe.data_dir or recipe.data_files
     source = ", ".join(source) if isinstance(source, list | tuple) else source
@@ -168,6 +170,7 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         data,
         CARD_TEMPLATE,
         name=name,
+        repo_id=repo_id if repo_id and "/" in repo_id else None,
         recipe=recipe,
         config=config,
         results=results,
@@ -176,7 +179,7 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         images=f"{count} of {named}",
         start=f", from the weights of `{recipe.model_name_or_path}`," if recipe.model_name_or_path else "",
         probe_rows=probe_rows(results) if is_probed else None,
-        evaluation="\n".join(EVALUATION),
+        evaluation=EVALUATION,
         training_rows=training_rows(recipe, results, f"{count} of {named}").items(),
         command=shlex.join(results["command"]),
         launch=launcher(processes),
@@ -187,6 +190,12 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
 def escaped(text: str) -> str:
     """Any text as Markdown shows it as it is, in one line."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+
+
+def own_licence(source: str) -> str | None:
+    """The licence that the card in a folder states, if there is one."""
+    path = Path(source) / "README.md"
+    return ModelCard.load(path, ignore_metadata_errors=True).data.license if path.exists() else None
 
 
 def launcher(num_processes: int) -> str:
@@ -261,7 +270,7 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
     precision = "fp32" if results["mixed_precision"] == "no" else results["mixed_precision"]
     software = ", ".join(f"{package} {number}" for package, number in results["versions"].items())
     losses = [f"{name.removesuffix('_loss')} {value:.4f}" for name, value in results["final_losses"].items()]
-    return {
+    rows = {
         "data": images,
         "bad images passed over": bad or "none",
         "encoder": f"width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
@@ -269,9 +278,9 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
         "loss weights": ", ".join(f"{term} {weight}" for term, weight in weights.items()),
         "mask ratio, largest noise": f"{config.mask_ratio}, {config.noise_std_max}",
         "steps x global batch": f"{results['num_steps']:,} x {results['global_batch_size']:,}",
-        "steps left out, as not finite": f"{results['nonfinite_steps']:,}",
+        "steps left out, as not finite": f"{results['nonfinite_steps']:,}" if results["nonfinite_steps"] else "",
         "learning rate at its peak": f"{results['learning_rate']:.3g}",
-        "not trained, as its weight is 0": ", ".join(results["frozen"]) or "nothing",
+        "not trained, as its weight is 0": ", ".join(results["frozen"]),
         "seed": f"{recipe.seed}",
         "hardware": f"{results['machine']}, {processes} process{'es' if processes > 1 else ''}, {precision}",
         "time": f"{duration(results['train_seconds'])} of training, {duration(results['total_seconds'])} in all; "
@@ -283,6 +292,7 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
         "software": software + (f"; commit {results['git_commit']}" if results["git_commit"] else ""),
         "losses at the end": ", ".join(losses) or "not finite",
     }
+    return {name: text for name, text in rows.items() if text}
 
 
 def classifier_card(
@@ -320,6 +330,11 @@ def classifier_card(
             data_name=short[data["dataset_name"]],
             source=short[figures["source"]],
             classes=[escaped(name) for name in data["class_names"]],
+            baselines={
+                name: tasks["linear_probe"]["accuracy"]
+                for name, tasks in results["results"].items()
+                if name not in results["models"] and "linear_probe" in tasks
+            },
             launch=launcher(results["num_processes"]),
             machine=results["machine"],
             software=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
@@ -346,6 +361,8 @@ def export_card(
         library_name={"timm": "timm", "onnx": "onnx"}.get(target, "transformers"),
         pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
         base_model=hub_id(source),
+        tags=["can", "self-supervised-learning"],
+        license=own_licence(source),
     )
     checked = ", which compared its outputs with the source's on random pixels: equal to 1e-5"
     if target == "onnx":

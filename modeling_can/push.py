@@ -60,14 +60,30 @@ class Push:
         self.number = 0  # of the newest snapshot
         self.waiting, self.is_busy, self.is_closed, self.process = None, False, False, None
         self.commit, self.error, self.checkpoint = None, None, None
+        self.trouble = None  # what the last try said, while there are more
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
         atexit.register(self.close)  # of a run that ends with an error
 
     def check(self) -> str | None:
-        """What stands in the way of an upload now, where something does."""
-        return self._ask({"repo_id": None}, CHECK_SECONDS).get("error")
+        """
+        What there is to say about uploading now, in words: that the Hub cannot be reached, or what will be replaced.
+
+        Raises:
+            ValueError: if the Hub says that the token is not valid.
+        """
+        answer = self._ask({"repo_id": self.repo_id, "folder": None}, CHECK_SECONDS)
+        if answer.get("status") == 401:
+            raise ValueError(
+                f"push_to_hub: the Hub refuses the token ({answer['error']}); set another HF_TOKEN, or log in with "
+                "`hf auth login`"
+            )
+        if "error" in answer:
+            return f"the Hub cannot be used now: {answer['error']}. The run goes on, and uploads when it can"
+        if answer["exists"]:
+            return f"{self.repo_id} is on the Hub already: its files are replaced, in new commits"
+        return None
 
     def hand_over(self, message: str, fill=None, also: dict[str, Path] | None = None):
         """
@@ -115,12 +131,15 @@ class Push:
         `results.json` says about it: `repository`, `commit`, the last one, and `error`, each `None` if there is none.
         """
         end = time.monotonic() + seconds
+        is_stopped = False
         with self.changed:
-            while not self.is_idle() and time.monotonic() < end and not stop():
+            while not self.is_idle() and time.monotonic() < end and not is_stopped:
                 self.changed.wait_for(self.is_idle, 0.2)
+                is_stopped = stop()
             if not self.is_idle():
-                before = f"; before that, {self.error}" if self.error else ""
-                self.error = f"it was not finished in the time that there was{before}"
+                reason = "you gave it up" if is_stopped else "it was not finished in the time that there was"
+                last = self.trouble or self.error
+                self.error = reason + (f"; the last try: {last}" if last else "")
         self.close()
         return {"repository": self.repo_id, "commit": self.commit, "error": self.error}
 
@@ -172,6 +191,7 @@ class Push:
             if pause is None or not answer.get("is_worth_another_try"):
                 break
             with self.changed:
+                self.trouble = answer["error"]
                 if self.changed.wait_for(lambda: self.waiting or self.is_closed, pause):
                     break
         return answer
@@ -242,8 +262,9 @@ A vision encoder, **in training**: these are the weights after step {step} of {n
 
 def do(job: dict) -> dict:
     """
-    Uploads a folder in one commit; asks who we are where there is no repository. Returns `repo_id` and `commit`, or
-    `error`, in one line and without the token, and whether it `is_worth_another_try`.
+    Uploads a folder in one commit, and returns `repo_id` and `commit`; without a folder asks whether the repository
+    `exists`. What fails returns `error`, in one line and without the token, the HTTP `status`, if there is one, and
+    whether it `is_worth_another_try`.
     """
     session = get_session()
     set_client_factory(  # its own waits for an answer for ever
@@ -251,8 +272,10 @@ def do(job: dict) -> dict:
     )
     api = HfApi()
     try:
-        if job["repo_id"] is None:
-            return {"user": api.whoami()["name"]}
+        if job["folder"] is None:
+            name = api.whoami()["name"]
+            repo_id = job["repo_id"] if "/" in job["repo_id"] else f"{name}/{job['repo_id']}"
+            return {"exists": api.repo_exists(repo_id)}
         repo_id = api.create_repo(job["repo_id"], private=job["private"] or None, exist_ok=True).repo_id
         if job["private"] and not api.model_info(repo_id).private:
             return {"error": f"{repo_id} is there already, and it is public; hub_private needs another hub_model_id"}
@@ -274,6 +297,7 @@ def do(job: dict) -> dict:
         text = ": ".join(dict.fromkeys(str(cause) or type(cause).__name__ for cause in causes))
         text = " ".join(re.sub(r"For more information check: \S+", "", text).split())
         return {
+            "status": status,
             "error": text.replace(get_token() or "\0", "HF_TOKEN"),
             "is_worth_another_try": not refused and not isinstance(error, OfflineModeIsEnabled),
         }

@@ -333,6 +333,8 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
     if not isinstance(values, dict):
         raise ValueError(f"{arguments.recipe} is not a YAML mapping of keys to values")
     if any(overrides.get(key) for key in ("dataset_name", "data_dir", "data_files")):
+        if values.get("probe_dataset_name") == values.get("dataset_name"):
+            values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones
         values = {key: value for key, value in values.items() if key not in ("dataset_name", "data_dir", "data_files")}
     if any(key in overrides for key in ("max_steps", "num_train_epochs", "num_train_samples")):
         values = {k: v for k, v in values.items() if k not in ("max_steps", "num_train_epochs", "num_train_samples")}

@@ -265,10 +265,13 @@ def curves(metrics: list[dict], path: Path) -> None:
             lines = [line for line in metrics if key in line]
             axis.plot([line["step"] for line in lines], [line[key] for line in lines], style, linewidth=1)
         axis.set_title(title, fontsize=8)
+        if name == "denoising_loss":
+            axis.set_yscale("log")  # it begins far above what a model that predicts nothing has
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    figure.text(0.995, 0.005, "dashed: a model that has learnt nothing", fontsize=7, ha="right", va="bottom")
     _save(figure, path)
 
 

@@ -198,7 +198,9 @@ def test_a_model_that_cannot_be_shown_is_refused(folder, tmp_path, monkeypatch):
         Demo(str(tmp_path / "misfit"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MODEL_NAME_OR_PATH", raising=False)
-    with pytest.raises(ValueError, match=f"{QUICKSTART}: no such folder.*run `python run_pretraining.py` first"):
+    with pytest.raises(
+        ValueError, match=f"{QUICKSTART}: no finished run is there yet.*run `python run_pretraining.py` first"
+    ):
         main([])
     with pytest.raises(ValueError, match="no folder, and no model that the Hub gives"):
         main(["--model_name_or_path", "out/none"])

@@ -8,6 +8,7 @@ from threading import Barrier
 import numpy as np
 import pytest
 import safetensors.numpy
+import scipy.stats
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Picture
@@ -187,7 +188,9 @@ def test_the_interval_is_that_of_the_binomial_distribution():
     low, high = bootstrap_interval(scores)
     assert low == pytest.approx(0.25 - 1.96 * np.sqrt(0.25 * 0.75 / 1000), abs=0.004)
     assert high == pytest.approx(0.25 + 1.96 * np.sqrt(0.25 * 0.75 / 1000), abs=0.004)
-    assert bootstrap_interval(np.ones(50)) == (1.0, 1.0)
+    for scores in (np.ones(50), np.zeros(50)):  # of which resampling knows no spread
+        exact = scipy.stats.binomtest(int(scores.sum()), 50).proportion_ci()
+        assert bootstrap_interval(scores) == pytest.approx((exact.low, exact.high))
     assert bootstrap_interval(np.zeros(1)) == (0.0, 0.0)
 
 

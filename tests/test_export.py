@@ -463,6 +463,7 @@ def source(tmp_path) -> Path:
     can(**SQUARE).save_pretrained(tmp_path / "source")
     sizes = {"size": {"shortest_edge": 36}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
     ViTImageProcessor(**sizes, image_mean=[0.1] * 3, image_std=[0.3] * 3).save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: mit\n---\n")
     return tmp_path / "source"
 
 
@@ -493,6 +494,7 @@ def test_the_command_writes_what_pipelines_load(source, target, tmp_path, capsys
     pixels = ViTImageProcessor.from_pretrained(source)(picture, return_tensors="pt")["pixel_values"]
     expected = features(AutoModel.from_pretrained(source), pixels)
     equal(torch.tensor(extracted), expected)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
     names = run_the_cards_snippet(tmp_path / "out")
     assert names["embedding"].shape == (1, 32)
     equal(names["embedding"], features(AutoModel.from_pretrained(source), names["pixel_values"])[:, 1:].mean(1))

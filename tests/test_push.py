@@ -187,8 +187,29 @@ def test_a_hub_that_hangs_is_given_up(hub, folder):
     uploads.hand_over("first")
     wait_until(lambda: hub.seen("create"))
     begun = time.monotonic()
-    assert "not finished" in uploads.finish(600, stop=lambda: True)["error"]
+    assert "you gave it up" in uploads.finish(600, stop=lambda: True)["error"]
     assert time.monotonic() - begun < 3 and uploads.process.poll() is not None and not uploads.snapshots.exists()
+
+
+def test_what_the_last_try_said_is_told_when_time_is_up(hub, folder, monkeypatch):
+    monkeypatch.setattr(push, "PAUSES", (600.0,))
+    hub.fail(503, kind="create")
+    uploads = Push(folder, "model")
+    uploads.hand_over("first")
+    wait_until(lambda: uploads.trouble)
+    error = uploads.finish(0.1)["error"]
+    assert "was not finished in the time that there was; the last try: " in error and "503" in error
+
+
+def test_what_there_is_to_say_before_training(hub, folder, monkeypatch):
+    uploads = Push(folder, "model")
+    assert uploads.check() is None
+    hub.repositories["me/model"] = Repository(False, [Commit("0" * 40, "initial commit", {}, frozenset())])
+    assert "model is on the Hub already: its files are replaced, in new commits" in uploads.check()
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(ValueError, match="the Hub refuses the token"):
+        uploads.check()
+    uploads.close()
 
 
 def test_a_copy_that_cannot_be_made_is_told_at_the_end(hub, folder):
@@ -290,6 +311,8 @@ def test_the_script_with(hub, tmp_path, capfd, strategy):
             break
     output = "".join(capfd.readouterr())
     assert not tokens_in(out, hub, output)
+    card = (out / "README.md").read_text()
+    assert "# model\n" in card and 'model_id = "org/model"' in card
 
 
 PROCESS = """

@@ -71,10 +71,12 @@ def test_two_hundred_pictures_become_a_classifier(tmp_path):
     for name in ("run_pretraining.py", "run_eval.py", "modeling_can", "model_cards"):
         (tmp_path / name).symlink_to(ROOT / name)
     tiles = load_dataset("parquet", data_files=str(ROOT / "modeling_can/sample_data/train-*.parquet"), split="train")
-    for label, name in enumerate(tiles.features["label"].names[:4]):
-        (tmp_path / "my-pictures" / name).mkdir(parents=True)
-        for index, row in enumerate(np.flatnonzero(np.array(tiles["label"]) == label)[:50]):
-            tiles[int(row)]["image"].save(tmp_path / "my-pictures" / name / f"{index}.jpg", quality=95)
+    for label, name in enumerate(tiles.features["label"].names[:10]):
+        rows = np.random.default_rng(0).permutation(np.flatnonzero(np.array(tiles["label"]) == label))[:20]
+        for index, row in enumerate(rows):
+            folder = tmp_path / "my-pictures" / ("train" if index < 15 else "test") / name
+            folder.mkdir(parents=True, exist_ok=True)
+            tiles[int(row)]["image"].save(folder / f"{index}.jpg", quality=95)
     tiles[0]["image"].save(tmp_path / "photo.jpg")
     (recipe,) = blocks(WALK, "yaml")
     (tmp_path / "mine.yaml").write_text(recipe)
@@ -87,8 +89,8 @@ def test_two_hundred_pictures_become_a_classifier(tmp_path):
     checks = (
         "assert len(tokens) == 17 and len(tokens[0]) == 96 and set(classify.model.config.id2label.values()) == %r\n"
     )
-    checks %= set(tiles.features["label"].names[:4])
-    checks += "assert scores['accuracy'] > 0.5, scores\nassert embedding.shape == (1, 96)\n"
+    checks %= set(tiles.features["label"].names[:10])
+    checks += "assert scores['accuracy'] > 0.3, scores\nassert embedding.shape == (1, 96)\n"
     code = f"{use}\n{fine_tune}\n{first_screen}\n{checks}"
     (tmp_path / "snippets.py").write_text(code)
     run("python snippets.py", tmp_path)

@@ -121,3 +121,8 @@ def test_wrong_words_are_refused_with_the_fix(argv, message):
 def test_a_recipe_without_a_length_is_refused():
     with pytest.raises(ValueError, match="max_steps, num_train_epochs or num_train_samples"):
         Recipe.from_dict({"data_dir": "photos"})
+
+
+def test_a_probe_on_the_recipes_own_data_goes_with_them():
+    assert parse("--data_dir=x").probe_dataset_name is None and parse().probe_dataset_name == "sample_data"
+    assert parse("--data_dir=x", "--probe_dataset_name=y").probe_dataset_name == "y"

@@ -616,3 +616,48 @@ def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(mod
         exported(models, colours, tmp_path, "can", task="finetune", image_size="32,64")
     with pytest.raises(ValueError, match="is or holds output_dir"):
         exported(models, colours, tmp_path, "can", task="linear_probe", export_classifier=tmp_path)
+
+
+@pytest.mark.parametrize("source, flags, is_seen", [
+    ({"data_dir": "SET"}, {}, True),
+    ({"data_dir": "SET/train"}, {}, False),
+    ({"data_dir": "SET/train"}, {"test_size": 0.3}, True),
+    ({"data_dir": "elsewhere"}, {}, False),
+    ({"dataset_name": "SET", "dataset_split": "train"}, {}, False),
+    ({"dataset_name": "SET", "dataset_split": "train"}, {"test_size": 0.3}, True),
+    ({"dataset_name": "SET", "dataset_split": "test"}, {}, True),
+])  # fmt: skip
+def test_test_images_that_pretraining_saw_are_mentioned(models, colours, tmp_path, source, flags, is_seen):
+    path = shutil.copytree(models["can"], tmp_path / "can")
+    recipe = {key: value.replace("SET", colours) for key, value in source.items()}
+    (path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
+    settings = run_eval.parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
+    assert run_eval.seen_in_pretraining(str(path), settings) == is_seen
+
+
+def test_remarks_say_what_was_seen_and_what_is_no_better_than_nothing():
+    def probe(accuracy):
+        return {"linear_probe": {"accuracy": accuracy}}
+
+    results = {
+        "models": {
+            "mine": {"test_images_seen_without_labels": True},
+            "other": {"test_images_seen_without_labels": False},
+        },
+        "results": {"untrained (mine)": probe(0.5), "mine": probe(0.5), "other": probe(0.6), "pixels": probe(0.9)},
+    }
+    seen, useless = run_eval.remarks(results)
+    assert seen == "mine was pre-trained on these test images too, without their labels"
+    assert useless.startswith("mine is no better than untrained (mine) in the linear probe: 50.0 against 50.0 %")
+
+
+def test_the_classifiers_card_says_what_the_encoder_saw_and_what_others_reach(models, colours, tmp_path, capsys):
+    path = shutil.copytree(models["can"], tmp_path / "can")
+    (path / "recipe.yaml").write_text(json.dumps({"data_dir": colours}))
+    flags = {"task": "linear_probe", "baselines": "untrained,pixels"}
+    results, folder = exported({"can": str(path)}, colours, tmp_path, "can", **flags)
+    assert "Note: can was pre-trained on these test images too" in capsys.readouterr().out
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.eval_results[0].metric_args["test_images_seen_without_labels"]
+    fresh = 100 * results["results"]["untrained"]["linear_probe"]["accuracy"]
+    assert "expect less on others" in card.text and f"untrained {fresh:.1f} %" in card.text
