@@ -4,6 +4,8 @@ import traceback
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+# Read when torch is imported: small models are no faster with more, and two processes give the same bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

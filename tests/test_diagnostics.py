@@ -134,7 +134,7 @@ def starving(monkeypatch):
 @pytest.mark.parametrize("fault, sentences", [
     (collapse, ["the embeddings have collapsed"]),
     (dead_head, ["no better than the mean colour", "the noise head is no better than predicting zero"]),
-    (starving, ["the device waits for data"]),
+    pytest.param(starving, ["the device waits for data"], marks=pytest.mark.slow),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_a_planted_fault_is_named_in_log_metrics_results_and_card(tmp_path, monkeypatch, capfd, fault, sentences):
     fault(monkeypatch)
@@ -234,6 +234,7 @@ def _positives(rank, world_size):
     return [check_positives(loss, 4, 16, rank, torch.device("cpu")) for loss in (contrastive_loss, ranks_forgotten)]
 
 
+@pytest.mark.slow
 def test_positives_are_checked_over_processes(run_processes):
     for right, wrong in run_processes(_positives, 2):
         assert right is None and "not its own other view" in wrong

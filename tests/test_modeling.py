@@ -217,6 +217,7 @@ def test_initial_weights_follow_maes_scheme():
         assert token.detach().std() == pytest.approx(0.02, rel=0.4) and token.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_one_step_moves_every_trainable_parameter_of_the_default_config():
     torch.manual_seed(0)
     model = CANForPreTraining(CANConfig())  # ViT-B/16 at 224
@@ -402,7 +403,7 @@ def test_hidden_states_attentions_and_tuples():
     torch.testing.assert_close(model.can.layernorm(encoder.hidden_states[-1]), encoder.last_hidden_state)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @torch.no_grad()  # flex attention has no backward pass on CPU
 def test_attention_implementations_agree(implementation):
     model = tiny_model()

@@ -58,7 +58,7 @@ def run(tmp_path, value, step, num_processes=1, rank=0, **options):
     return answer.returncode, answer.stdout + answer.stderr
 
 
-@pytest.mark.parametrize("value", ["nan", "1e30"])  # whose square is not finite
+@pytest.mark.parametrize("value", ["nan", pytest.param("1e30", marks=pytest.mark.slow)])  # whose square is infinite
 def test_a_planted_number_stops_the_run_by_name(tmp_path, value):
     status, output = run(tmp_path, value, step=1)
     assert status == 1 and "stopped: the gradient of step 1 was not finite" in output, output
@@ -69,7 +69,7 @@ def test_a_planted_number_stops_the_run_by_name(tmp_path, value):
     (1, 4, 3),
     (2, 4, 3),
     pytest.param(1, 5, 1, marks=pytest.mark.slow),  # the line of the log has no other step
-    (1, 5, 3),  # and it is the last step, whose pixels the log looks at
+    pytest.param(1, 5, 3, marks=pytest.mark.slow),  # and it is the last step, whose pixels the log looks at
 ])  # fmt: skip
 def test_a_planted_number_is_skipped_on_all_processes(tmp_path, num_processes, step, logging_steps):
     options = {"on_nonfinite": "skip", "logging_steps": logging_steps}

@@ -178,6 +178,7 @@ def test_a_shuffle_buffer_is_refused():
         ImageSource(dataset=rows.shuffle(buffer_size=3).map(lambda row: row))
 
 
+@pytest.mark.slow
 def test_spawned_workers_read_the_same_as_forked_ones(sources):
     source = ImageSource(**sources["folder"])
     spawned, forked = (

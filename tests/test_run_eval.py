@@ -496,6 +496,7 @@ def test_processes_that_do_not_know_each_other_are_refused(models, colours, tmp_
         run_eval.main(options(models, colours, tmp_path, "can"))
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_one_line_for_an_error(models, tmp_path):
     command = [sys.executable, str(ROOT / "run_eval.py"), "--model_name_or_path", "nobody/nothing", "--dataset_name",
                "sample_data", "--output_dir", str(tmp_path)]  # fmt: skip
