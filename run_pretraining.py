@@ -567,7 +567,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 accelerator.end_training()
                 sys.exit(130 if number is signal.SIGINT else 0)
     train_seconds = progress["train_seconds"] + time.perf_counter() - train_started
-    del batches, loader  # ends the loader's workers; left to the garbage collector, each would take five seconds
+    batches = loader = None  # ends its workers; left to the garbage collector, each would take five seconds
     accelerator.wait_for_everyone()
 
     # --- Results -----------------------------------------------------------------------------------------------------
