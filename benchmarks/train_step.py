@@ -7,11 +7,11 @@ How fast is one optimiser step, and how much of the machine's own matrix-product
 In one process, in interleaved rounds, times (1) a step of CAN: forward of both views, backward, AdamW; (2) the
 matrix products of that step alone, recorded from it with their shapes and strides; (3) a step of transformers'
 ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
-products of that. The share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but
-multiply. Medians, written to train_step-SIZE-DEVICE.json beside this file.
+products of that; (5) a step of CAN as one writes it down (straightforward.py; fp16 on a GPU) and (6) its products. The
+share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, written to train_step-SIZE-DEVICE.json beside this file.
 
 Two things that have nothing to do with the models are kept out: the order alternates from round to round, and half of
-the rounds run in a process that built ViT-MAE first, because the model built second was up to 3 % faster; glibc is
+the rounds run in a process that built CAN last, because the model built second was up to 3 % faster; glibc is
 told to keep the memory that it has, because page faults made single steps scatter (--default_allocator leaves it
 alone; run_pretraining.py does too).
 """
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from straightforward import StraightforwardCAN
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -94,6 +95,7 @@ def mae_model(config):
 MODELS = {  # how to build it, and how it takes (B, 2, C, H, W)
     "CAN": (CANForPreTraining, lambda pixels: pixels),
     "ViT-MAE, both views": (mae_model, lambda pixels: pixels.flatten(0, 1)),
+    "straightforward CAN": (StraightforwardCAN, lambda pixels: pixels),
 }
 
 
@@ -106,14 +108,18 @@ def preset(size):
 def stepper(model, batch, device):
     """A function that makes one optimiser step."""
     model.to(device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    is_plain, on_gpu = isinstance(model, StraightforwardCAN), device.type == "cuda"
+    options = {} if is_plain else {"fused": True}
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), **options)
+    autocast = torch.autocast(device.type, torch.float16 if is_plain else torch.bfloat16, enabled=on_gpu)
+    scaler = torch.amp.GradScaler(device.type, enabled=is_plain and on_gpu)
 
     def step():
         with autocast:
             loss = model(batch).loss
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
@@ -199,8 +205,8 @@ def main():
                 p / s for s, p in zip(seconds[name]["step"], seconds[name]["products"], strict=True)
             ),
         }
-    can, mae = (seconds[name]["step"] for name in MODELS)
-    speed = statistics.median(m / c for c, m in zip(can, mae, strict=True))
+    can, mae, plain = (seconds[name]["step"] for name in MODELS)
+    speed, plain_speed = (statistics.median(m / c for c, m in zip(can, other, strict=True)) for other in (mae, plain))
     device_type = torch.device(arguments.device).type
     report = {
         "size": arguments.size,
@@ -208,6 +214,7 @@ def main():
         "rounds": len(can),
         "results": results,
         "speed_of_can_over_vit_mae": speed,
+        "speed_of_can_over_straightforward": plain_speed,
         "machine": torch.cuda.get_device_name() if device_type == "cuda" else cpu_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -220,7 +227,9 @@ def main():
         gflop = f"{r['gflop_per_image']:.1f}" if "gflop_per_image" in r else "-"
         print(f"{name:22}{r['images_per_second']:10.3f}{r['step_seconds']:10.2f}{r['products_seconds']:13.2f}"
               f"{r['share_of_product_rate']:8.0%}{gflop:>13}")  # fmt: skip
-    print(f"CAN / ViT-MAE in images a second: {speed:.3f}. Written to {path.name}")
+    print(
+        f"Images a second, CAN / ViT-MAE: {speed:.3f}, CAN / straightforward: {plain_speed:.3f}. Written to {path.name}"
+    )
 
 
 def cpu_name() -> str:
