@@ -8,7 +8,8 @@ In one process, in interleaved rounds, times (1) a step of CAN: forward of both 
 matrix products of that step alone, recorded from it with their shapes and strides; (3) a step of transformers'
 ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
 products of that; (5) a step of CAN as one writes it down (straightforward.py; fp16 on a GPU) and (6) its products. The
-share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, written to train_step-SIZE-DEVICE.json beside this file.
+share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, written to
+train_step-SIZE-DEVICE.json beside this file.
 
 Two things that have nothing to do with the models are kept out: the order alternates from round to round, and half of
 the rounds run in a process that built CAN last, because the model built second was up to 3 % faster; glibc is
