@@ -8,7 +8,7 @@ In one process, in interleaved rounds, times (1) a step of CAN: forward of both 
 matrix products of that step alone, recorded from it with their shapes and strides; (3) a step of transformers'
 ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
 products of that; (5) a step of CAN as one writes it down (straightforward.py; fp16 on a GPU) and (6) its products. The
-share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, written to
+share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, in
 train_step-SIZE-DEVICE.json beside this file.
 
 Two things that have nothing to do with the models are kept out: the order alternates from round to round, and half of
@@ -229,7 +229,7 @@ def main():
         print(f"{name:22}{r['images_per_second']:10.3f}{r['step_seconds']:10.2f}{r['products_seconds']:13.2f}"
               f"{r['share_of_product_rate']:8.0%}{gflop:>13}")  # fmt: skip
     print(
-        f"Images a second, CAN / ViT-MAE: {speed:.3f}, CAN / straightforward: {plain_speed:.3f}. Written to {path.name}"
+        f"CAN in images a second / ViT-MAE: {speed:.3f}, / straightforward: {plain_speed:.3f}. Written to {path.name}"
     )
 
 
