@@ -621,7 +621,12 @@ def has_classifier(config: PreTrainedConfig) -> bool:
 
 def can_config(name_or_path: str) -> CANConfig:
     """What `to_can` makes of the config.json of a CAN, ViT, ViT-MAE or DINOv2; raises ValueError as that."""
-    return _as_can(name_or_path, _read_config(name_or_path)[1])
+    source, config = _read_config(name_or_path)
+    if source is None:
+        raise ValueError(
+            f"{name_or_path} is timm's; write it anew first: python -m modeling_can.conversion ... --to can"
+        )
+    return _as_can(name_or_path, config)
 
 
 def _as_can(name_or_path: str, config: PreTrainedConfig) -> CANConfig:

@@ -177,6 +177,8 @@ def test_there_and_back_through_timm_changes_nothing(shapes, tmp_path):
     model = can(**shapes, qkv_bias=False)
     model.save_pretrained(tmp_path / "can")
     convert(str(tmp_path / "can"), "timm", tmp_path / "timm")
+    with pytest.raises(ValueError, match="is timm's; write it anew first"):  # whose config.json does not tell it all
+        conversion.can_config(str(tmp_path / "timm"))
     back = to_can(str(tmp_path / "timm"))
     assert back.config.num_attention_heads == 2 and back.config.image_shape == model.config.image_shape
     for name, tensor in model.can.state_dict().items():
