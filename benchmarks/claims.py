@@ -9,14 +9,19 @@ The claims of the paper at a scale that runs here: CAN, SimCLR and MAE as three 
 (uoft-cs/cifar10, with --image_column img). All rows see the same unlabelled training images with the same encoder,
 batch, optimiser, augmentation and number of epochs. Stages, in this order:
 
-search     each method's learning rate, MAE's mask ratio and CAN's contrastive weight, at a shorter schedule; judged by
-           a linear probe on a fifth of the training images, so that the test images have no say
-main       CAN (searched, and with the paper's weights), SimCLR, MAE with two views and with one; three seeds
-scaling    10 %, 30 % of the images
-ablations  CAN without each term, noise without its loss, mask ratios, normalised targets
+search      each method's learning rate, MAE's mask ratio and CAN's contrastive weight, at a shorter schedule; judged
+            by a linear probe on a fifth of the training images, so that the test images have no say. The learning
+            rate is searched on until the best is not the smallest or largest one tried.
+main        CAN (searched, and with the paper's weights), SimCLR, MAE with two views and with one; three seeds
+rate        images a second and peak memory of the methods, nothing beside them, in turns
+ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, weights,
+            normalised targets; a shorter schedule
+scaling     10 %, 30 %, 100 % of the images with equal steps, and a larger encoder; a shorter schedule
+downstream  of the main rows' weights: fine-tuning, common corruptions, and the labels of --further_data
 
 What is done is not done again: a JSON for each run in benchmarks/claims/SCALE, with command, machine, versions, commit
-and seed. An interrupted run goes on from its checkpoint. Weights stay in --output_dir.
+and seed. An interrupted run goes on from its checkpoint. Weights stay in --output_dir. With --jobs 2, two runs share
+the machine, each with half of its cores: more gets done, and times mean less, which is why `rate` stands alone.
 """
 
 import argparse
@@ -25,7 +30,9 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib
@@ -52,14 +59,28 @@ SCALES = {
         "dataloader_num_workers": 12,
     },
 }  # fmt: skip
-SEARCH_EPOCHS = {"toy": 3, "tiny": 20}
+SHORT = {"toy": {"search": 2, "ablations": 4, "scaling": 4}, "tiny": {"search": 20, "ablations": 50, "scaling": 50}}
+LARGER = {  # the second encoder of the scaling stage
+    "toy": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768},
+    "tiny": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+}
 CAN = {"mask_ratio": 0.5}
 SIMCLR = {"mask_ratio": 0, "noise_std_max": 0, "contrastive_loss_weight": 1, "reconstruction_loss_weight": 0,
           "denoising_loss_weight": 0}  # fmt: skip
 MAE = {"mask_ratio": 0.75, "noise_std_max": 0, "contrastive_loss_weight": 0, "reconstruction_loss_weight": 1,
        "denoising_loss_weight": 0}  # fmt: skip
+SEEDS = (0, 1, 2)
+# MAE's recipe is made for large pictures and a hundred epochs: without mixing and erasing, for five
+FINE_TUNING = (
+    "--finetune_num_epochs 5 --finetune_batch_size 256 --finetune_base_learning_rate 1e-3 --finetune_layer_decay 0.75 "
+    "--finetune_mixup_alpha 0 --finetune_cutmix_alpha 0 --finetune_randaugment_magnitude 0 "
+    "--finetune_random_erasing_probability 0 --finetune_drop_path_rate 0"
+).split()
+ROBUSTNESS = "--corruptions noise blur weather digital".split()
 METHODS = {"CAN": CAN, "SimCLR": SIMCLR, "MAE": MAE}
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+CONTRASTIVE_WEIGHTS = (0.1, 0.3, 0.6, 0.9)
+MASK_RATIOS = (0.25, 0.5)  # of MAE, beside its own 0.75
 
 
 def contrastive_weight(weight: float) -> dict:
@@ -90,15 +111,22 @@ class Run:
 
 def search(scale: str) -> list[Run]:
     """First the learning rate with each method's own settings, then the rest at the best one."""
-    short = {"num_train_epochs": SEARCH_EPOCHS[scale]}
-    runs = [
-        Run("search", method, {**short, "base_learning_rate": rate}) for method in METHODS for rate in LEARNING_RATES
-    ]
-    if all(read(scale, run) for run in runs):
-        for weight in (0.1, 0.3, 0.6):
-            runs.append(Run("search", "CAN", {**best(scale, "CAN", runs), **short, **contrastive_weight(weight)}))
-        for ratio in (0.5, 0.6):
-            runs.append(Run("search", "MAE", {**best(scale, "MAE", runs), **short, "mask_ratio": ratio}))
+    short = {"num_train_epochs": SHORT[scale]["search"]}
+    runs = []
+    for method in METHODS:
+        rates = sorted(LEARNING_RATES)
+        while True:
+            own = [Run("search", method, {**short, "base_learning_rate": rate}) for rate in rates]
+            if not all(read(scale, run) for run in own):
+                break
+            found = best(scale, method, own)["base_learning_rate"]
+            if rates[0] < found < rates[-1]:
+                further = [contrastive_weight(weight) for weight in CONTRASTIVE_WEIGHTS] if method == "CAN" else []
+                further += [{"mask_ratio": ratio} for ratio in MASK_RATIOS] if method == "MAE" else []
+                own += [Run("search", method, {**short, "base_learning_rate": found, **more}) for more in further]
+                break
+            rates = sorted({*rates, found * 2, found / 2})
+        runs += own
     return runs
 
 
@@ -109,39 +137,76 @@ def best(scale: str, method: str, runs: list[Run]) -> dict:
     return {key: value for key, value in chosen.settings.items() if key != "num_train_epochs"}
 
 
+def found(scale: str) -> dict[str, dict]:
+    runs = search(scale)
+    return {method: best(scale, method, runs) for method in METHODS}
+
+
+def rows(scale: str) -> dict[str, dict]:
+    """The rows of the main table."""
+    settings = found(scale)
+    return {
+        "CAN": settings["CAN"],
+        "CAN, paper's weights": {"base_learning_rate": settings["CAN"]["base_learning_rate"]},
+        "SimCLR": settings["SimCLR"],
+        "MAE": settings["MAE"],
+        "MAE, one view": {**settings["MAE"], "num_views": 1},
+    }
+
+
 def main_rows(scale: str) -> list[Run]:
-    runs, tasks = search(scale), ("knn", "linear_probe", "few_shot")
-    found = {method: best(scale, method, runs) for method in METHODS}
-    rate = {"base_learning_rate": found["CAN"]["base_learning_rate"]}
-    rows = [("CAN", found["CAN"]), ("SimCLR", found["SimCLR"]), ("MAE", found["MAE"]), ("CAN, paper's weights", rate)]
-    rows.append(("MAE, one view", {**found["MAE"], "num_views": 1}))
-    return [Run("main", method, settings, seed, tasks) for seed in (0, 1, 2) for method, settings in rows]
+    tasks = ("knn", "linear_probe", "few_shot")
+    return [Run("main", method, more, seed, tasks) for seed in SEEDS for method, more in rows(scale).items()]
 
 
-def scaling(scale: str) -> list[Run]:
-    runs, rows = search(scale), []
-    for share in (10, 30):
-        for method in METHODS:
-            # As many steps as with all images
-            rows.append(Run("scaling", method, {**best(scale, method, runs), "dataset_split": f"train[:{share}%]"}))
-    return rows
+def rate(scale: str) -> list[Run]:
+    return [
+        Run("rate", method, {**more, "max_steps": 60}, seed, ())
+        for seed in SEEDS
+        for method, more in rows(scale).items()
+        if method != "CAN, paper's weights"
+    ]
 
 
 def ablations(scale: str) -> list[Run]:
-    found = best(scale, "CAN", search(scale))
     changes = {
+        "as searched": {},
         "no contrast": {"contrastive_loss_weight": 0},
         "no reconstruction": {"reconstruction_loss_weight": 0},
         "no noise": {"denoising_loss_weight": 0, "noise_std_max": 0},
         "noise without its loss": {"denoising_loss_weight": 0},
+        "no noise-level embedding": {"noise_level_embedding": False},
         "mask 25 %": {"mask_ratio": 0.25},
         "mask 75 %": {"mask_ratio": 0.75},
         "normalised targets": {"norm_pix_loss": True},
     }
-    return [Run("ablations", f"CAN, {name}", {**found, **change}) for name, change in changes.items()]
+    settings = {**found(scale)["CAN"], "num_train_epochs": SHORT[scale]["ablations"]}
+    return [Run("ablations", f"CAN, {name}", {**settings, **change}) for name, change in changes.items()]
 
 
-STAGES = {"search": search, "main": main_rows, "scaling": scaling, "ablations": ablations}
+def scaling(scale: str) -> list[Run]:
+    epochs = SHORT[scale]["scaling"]
+    changes = {
+        "10 %": {"dataset_split": "train[:10%]", "num_train_epochs": epochs * 10},
+        "30 %": {"dataset_split": "train[:30%]", "num_train_epochs": epochs / 0.3},
+        "100 %": {"num_train_epochs": epochs},
+        "larger encoder": {**LARGER[scale], "num_train_epochs": epochs},
+    }
+    return [
+        Run("scaling", f"{method}, {name}", {**more, **change})
+        for name, change in changes.items()
+        for method, more in found(scale).items()
+    ]
+
+
+def downstream(scale: str) -> list[Run]:
+    return [Run("downstream", run.method, run.settings, run.seed) for run in main_rows(scale)]
+
+
+STAGES = {
+    "search": search, "main": main_rows, "rate": rate, "ablations": ablations, "scaling": scaling,
+    "downstream": downstream,
+}  # fmt: skip
 
 
 def path_of(scale: str, run: Run) -> Path:
@@ -158,38 +223,70 @@ def accuracy(result: dict, task: str = "linear_probe") -> float:
     return figures["20"]["accuracy"] if task == "knn" else figures["accuracy"]
 
 
-def do(run: Run, arguments):
-    """Pre-trains and evaluates; leaves the JSON."""
-    folder = Path(arguments.output_dir) / arguments.scale / run.name
+def do(run: Run, arguments, threads: int):
+    """Pre-trains, or takes a main row's weights, and evaluates; leaves the JSON."""
+    of_main = replace(run, stage="main").name if run.stage == "downstream" else run.name
+    folder = Path(arguments.output_dir) / arguments.scale / of_main
     own = next(values for method, values in METHODS.items() if run.method.startswith(method))
     settings = {**SCALES[arguments.scale], **own, **run.settings, "seed": run.seed}
-    columns = ["--image_column", arguments.image_column]
-    data = ["--dataset_name", arguments.data, *columns]
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    if run.stage == "main":
-        flags += ["--probe_dataset_name", arguments.data, "--probe_every", str(arguments.probe_every)]
-    flags += ["--resume_from_checkpoint", "latest", "--log_with", "none", "--output_dir", str(folder)]
-    script = [sys.executable, str(ROOT / "run_pretraining.py"), str(Path(__file__).with_suffix(".yaml"))]
-    subprocess.run([*script, *data, *flags], check=True)
-    flags = ["--task", *run.tasks, "--baselines", "none", "--output_dir", str(folder / "evaluation"), *data]
-    flags += ["--test_size", "0.2"] * (run.stage == "search")
-    script = [sys.executable, str(ROOT / "run_eval.py"), "--model_name_or_path", str(folder)]
-    subprocess.run([*script, *flags], check=True)
-    evaluation = json.loads((folder / "evaluation" / "results.json").read_text())
-    evaluation["results"] = evaluation["results"][folder.name]
-    result = {
-        "stage": run.stage, "method": run.method, "seed": run.seed, "settings": settings,
-        "pretraining": json.loads((folder / "results.json").read_text()),
-        "along_the_way": [{key: line[key] for key in ("step", "knn")}
-                          for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-                          if "knn" in line],
-        "evaluation": evaluation,
-    }  # fmt: skip
+    if "max_steps" in settings:
+        del settings["num_train_epochs"]
+    result = {"stage": run.stage, "method": run.method, "seed": run.seed, "settings": settings, "threads": threads}
+    data = ["--dataset_name", arguments.data, "--image_column", arguments.image_column]
+    if run.stage == "downstream":
+        result["evaluation"] = {
+            "finetune": evaluate(folder, threads, ["finetune"], [*data, *FINE_TUNING]),
+            "robustness": evaluate(folder, threads, ["robustness"], [*data, *ROBUSTNESS]),
+        }
+        if arguments.further_data:
+            flags = ["--dataset_name", arguments.further_data, "--test_size", "0.5"]
+            result["evaluation"]["transfer"] = evaluate(folder, threads, ["knn", "linear_probe"], flags)
+    else:
+        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        if run.stage == "main":
+            flags += ["--probe_dataset_name", arguments.data, "--probe_every", str(arguments.probe_every)]
+        flags += ["--resume_from_checkpoint", "latest", "--log_with", "none", "--output_dir", str(folder)]
+        recipe = str(Path(__file__).with_suffix(".yaml"))
+        python(threads, "run_pretraining.py", recipe, *data, *flags, log=folder.with_suffix(".log"))
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        result["pretraining"] = json.loads((folder / "results.json").read_text())
+        result["along_the_way"] = [{key: line[key] for key in ("step", "knn")} for line in lines if "knn" in line]
+        if run.tasks:
+            held_out = "--train_split train[:80%] --test_split train[80%:]".split() if run.stage == "search" else []
+            result["evaluation"] = evaluate(folder, threads, run.tasks, [*data, *held_out])
     text = json.dumps(result, indent=1)
-    for place, word in ((str(Path(arguments.output_dir)), "OUT"), (arguments.data, "DATA"), (str(ROOT), ".")):
-        text = text.replace(place, word)  # the paths of this machine are no part of the result
-    path_of(arguments.scale, run).parent.mkdir(parents=True, exist_ok=True)
-    path_of(arguments.scale, run).write_text(text + "\n")
+    places = {
+        str(Path(arguments.output_dir)): "OUT",
+        arguments.data: "DATA",
+        arguments.further_data: "FURTHER_DATA",
+        str(ROOT): ".",
+    }
+    for place, word in places.items():  # the paths of this machine are no part of the result
+        text = text.replace(place, word) if place else text
+    path = path_of(arguments.scale, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".partial").write_text(text + "\n")
+    path.with_suffix(".partial").replace(path)
+
+
+def evaluate(folder: Path, threads: int, tasks: tuple[str, ...] | list[str], flags: list[str]) -> dict:
+    """run_eval.py's results.json of one model."""
+    output_dir = folder / "-".join(["evaluation", *tasks])
+    flags = ["--task", *tasks, "--baselines", "none", "--output_dir", str(output_dir), *flags]
+    log = output_dir.with_name(f"{folder.name}.{output_dir.name}.log")
+    python(threads, "run_eval.py", "--model_name_or_path", str(folder), *flags, log=folder.parent / log.name)
+    result = json.loads((output_dir / "results.json").read_text())
+    result["results"] = result["results"][folder.name]
+    return result
+
+
+def python(threads: int, script: str, *words: str, log: Path):
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with log.open("a") as file:
+        command = [sys.executable, str(ROOT / script), *words]
+        if subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode:
+            raise SystemExit(f"{' '.join(command)} failed; see {log}")
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
@@ -282,20 +379,21 @@ def main():
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
     parser.add_argument("--output_dir", default="out/claims", help="for weights and logs")
     parser.add_argument("--probe_every", type=int, default=195, help="steps between k-NN tests of the main rows")
-    parser.add_argument("--max_runs", type=int, help="stop after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
+    parser.add_argument("--further_data", help="folder of labelled pictures to transfer to (downstream)")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    num_done = 0
     for stage in arguments.stage:
         if stage == "report":
             report(arguments.scale)
             continue
+        jobs = 1 if stage == "rate" else arguments.jobs
+        threads = max(1, os.cpu_count() // jobs)
         while todo := [run for run in STAGES[stage](arguments.scale) if not read(arguments.scale, run)]:
-            if arguments.max_runs is not None and num_done >= arguments.max_runs:
-                return
-            print(f"\n=== {todo[0].name}, {len(todo)} to do in {stage} ===", flush=True)
-            do(todo[0], arguments)
-            num_done += 1
+            print(f"=== {stage}: {len(todo)} to do ===", flush=True)
+            with ThreadPoolExecutor(jobs) as pool:
+                for run in pool.map(lambda run: (do(run, arguments, threads), run)[1], todo):
+                    print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ class CANConfig(PreTrainedConfig):
         noise_std_max (`float`, defaults to 0.05):
             sigma_max, in units of normalised pixels: each view's noise level is drawn from U[0, sigma_max].
             0 builds no noise-level embedding.
+        noise_level_embedding (`bool`, defaults to `True`):
+            Whether the decoder is told each view's noise level; `False` is for ablations.
         projection_hidden_size (`int`, *optional*): Hidden width of the contrastive head; `hidden_size` if `None`.
         projection_size (`int`, defaults to 128): Dimension of the contrastive embedding.
         temperature (`float`, defaults to 0.1): tau of InfoNCE, > 0.
@@ -111,6 +113,7 @@ class CANConfig(PreTrainedConfig):
     decoder_intermediate_size: int = 2048
     mask_ratio: float | int = 0.5
     noise_std_max: float | int = 0.05
+    noise_level_embedding: bool = True
     projection_hidden_size: int | None = None
     projection_size: int = 128
     temperature: float | int = 0.1

@@ -400,7 +400,8 @@ class CANDecoder(nn.Module):
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("position_embeddings", torch.zeros(1, config.num_patches + 1, width))
-        self.noise_level_embedding = CANNoiseLevelEmbedding(config) if config.noise_std_max > 0 else None
+        told = config.noise_std_max > 0 and config.noise_level_embedding
+        self.noise_level_embedding = CANNoiseLevelEmbedding(config) if told else None
         self.layers = nn.ModuleList(
             CANLayer(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size)
             for _ in range(config.decoder_num_hidden_layers)

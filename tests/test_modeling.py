@@ -72,6 +72,14 @@ def test_noise_reaches_the_encoder_and_its_level_the_decoder():
     assert (one.logits - other.logits).abs().amax(dim=(0, 1, 3)).min() > 1e-3  # yet every patch is told the level
 
 
+def test_without_noise_level_embedding_the_decoder_is_not_told():
+    model = tiny_model(noise_level_embedding=False)
+    batch = inputs(model.config)
+    batch["pixel_noise"] = torch.zeros_like(batch["pixel_noise"])
+    one, other = model(**batch), model(**{**batch, "noise_level": 0 * batch["noise_level"]})
+    assert torch.equal(one.logits, other.logits) and one.denoising_loss is not None
+
+
 def test_noise_level_moves_its_sinusoid_by_much_more_than_a_per_cent():
     embedding = tiny_model().decoder.noise_level_embedding
     low, middle, high = embedding.sinusoidal(torch.tensor([0.0, 0.025, 0.05]))
