@@ -33,6 +33,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -247,7 +248,7 @@ def do(run: Run, arguments, threads: int):
             flags += ["--probe_dataset_name", arguments.data, "--probe_every", str(arguments.probe_every)]
         flags += ["--resume_from_checkpoint", "latest", "--log_with", "none", "--output_dir", str(folder)]
         recipe = str(Path(__file__).with_suffix(".yaml"))
-        python(threads, "run_pretraining.py", recipe, *data, *flags, log=folder.with_suffix(".log"))
+        python(threads, "run_pretraining.py", recipe, *data, *flags, log=folder.parent / f"{folder.name}.log")
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         result["pretraining"] = json.loads((folder / "results.json").read_text())
         result["along_the_way"] = [{key: line[key] for key in ("step", "knn")} for line in lines if "knn" in line]
@@ -273,8 +274,8 @@ def evaluate(folder: Path, threads: int, tasks: tuple[str, ...] | list[str], fla
     """run_eval.py's results.json of one model."""
     output_dir = folder / "-".join(["evaluation", *tasks])
     flags = ["--task", *tasks, "--baselines", "none", "--output_dir", str(output_dir), *flags]
-    log = output_dir.with_name(f"{folder.name}.{output_dir.name}.log")
-    python(threads, "run_eval.py", "--model_name_or_path", str(folder), *flags, log=folder.parent / log.name)
+    log = folder.parent / f"{folder.name}.log"
+    python(threads, "run_eval.py", "--model_name_or_path", str(folder), *flags, log=log)
     result = json.loads((output_dir / "results.json").read_text())
     result["results"] = result["results"][folder.name]
     return result
@@ -392,7 +393,9 @@ def main():
         while todo := [run for run in STAGES[stage](arguments.scale) if not read(arguments.scale, run)]:
             print(f"=== {stage}: {len(todo)} to do ===", flush=True)
             with ThreadPoolExecutor(jobs) as pool:
-                for run in pool.map(lambda run: (do(run, arguments, threads), run)[1], todo):
+                for run, _ in zip(
+                    todo, pool.map(partial(do, arguments=arguments, threads=threads), todo), strict=True
+                ):
                     print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
 
 
