@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib
+from datasets import load_dataset
 
 
 matplotlib.use("Agg")
@@ -245,7 +246,7 @@ def do(run: Run, arguments, threads: int):
     else:
         flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         if run.stage == "main":
-            flags += ["--probe_dataset_name", arguments.data, "--probe_every", str(arguments.probe_every)]
+            flags += ["--probe_dataset_name", str(probe_data(arguments)), "--probe_every", str(arguments.probe_every)]
         flags += ["--resume_from_checkpoint", "latest", "--log_with", "none", "--output_dir", str(folder)]
         recipe = str(Path(__file__).with_suffix(".yaml"))
         python(threads, "run_pretraining.py", recipe, *data, *flags, log=folder.parent / f"{folder.name}.log")
@@ -268,6 +269,20 @@ def do(run: Run, arguments, threads: int):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".partial").write_text(text + "\n")
     path.with_suffix(".partial").replace(path)
+
+
+def probe_data(arguments) -> Path:
+    """5,000 training and 2,000 test images, for k-NN along the way."""
+    folder = Path(arguments.output_dir) / "probe_data"
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        splits = load_dataset(arguments.data)
+        for name, number in (("train", 5000), ("test", 2000)):
+            some = splits[name].shuffle(seed=0).select(range(number))
+            some.to_parquet(partial / f"{name}-00000-of-00001.parquet")
+        partial.replace(folder)
+    return folder
 
 
 def evaluate(folder: Path, threads: int, tasks: tuple[str, ...] | list[str], flags: list[str]) -> dict:
@@ -307,19 +322,48 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
-def table(found: dict[str, list[dict]]) -> str:
+def measured_rate(scale: str, method: str) -> float | None:
+    """Images a second, from the stage that has the machine to itself."""
+    runs = results(scale, "rate").get(method.removesuffix(", paper's weights"))
+    return statistics.median(run["pretraining"]["images_per_second"] for run in runs) if runs else None
+
+
+def table(scale: str, stage: str) -> str:
     lines = [
-        "| | seeds | linear probe | k-NN | 1 % of labels | 10 % | TFLOPs | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | seeds | linear probe | k-NN | 1 % of labels | 10 % | MFLOP an image | TFLOP in all | images/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for method, runs in found.items():
+    for method, runs in results(scale, stage).items():
         few = [run["evaluation"]["results"].get("few_shot") for run in runs]
-        cells = [method, str(len(runs)), *(mean_and_spread([accuracy(run, task) for run in runs])
-                                           for task in ("linear_probe", "knn"))]  # fmt: skip
-        cells += [mean_and_spread([f[share]["accuracy"] for f in few]) if all(few) else "-" for share in ("1%", "10%")]
-        cells.append(f"{runs[0]['pretraining']['train_flops'] / 1e12:.0f}")
-        cells.append(f"{statistics.mean(run['pretraining']['train_seconds'] for run in runs) / 60:.0f}")
+        facts = runs[0]["pretraining"]
+        rate = measured_rate(scale, method)
+        cells = [
+            method,
+            str(len(runs)),
+            *(mean_and_spread([accuracy(run, task) for run in runs]) for task in ("linear_probe", "knn")),
+            *(mean_and_spread([f[share]["accuracy"] for f in few]) if all(few) else "" for share in ("1%", "10%")),
+            f"{facts['flops_per_image'] / 1e6:.0f}",
+            f"{facts['train_flops'] / 1e12:.0f}",
+            f"{rate:.0f}" if rate else "",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def downstream_table(scale: str) -> str:
+    lines = [
+        "| | seeds | fine-tuned | clean | corrupted | transfer: linear probe | k-NN |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, runs in results(scale, "downstream").items():
+        found = [run["evaluation"] for run in runs]
+        figures = [
+            [f["finetune"]["results"]["finetune"]["accuracy"] for f in found],
+            [f["robustness"]["results"]["robustness"]["clean"]["accuracy"] for f in found],
+            [f["robustness"]["results"]["robustness"]["accuracy"] for f in found],
+            *([accuracy({"evaluation": f["transfer"]}, task) for f in found] for task in ("linear_probe", "knn")),
+        ]
+        lines.append(f"| {method} | {len(runs)} | {' | '.join(map(mean_and_spread, figures))} |")
     return "\n".join(lines)
 
 
@@ -333,22 +377,28 @@ def searched(scale: str) -> str:
     return "\n".join(lines)
 
 
-def figure(found: dict[str, list[dict]], path: Path):
+def figure(scale: str, path: Path):
     """k-NN accuracy along the way, over training FLOPs and over time."""
-    drawn, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    found = results(scale, "main")
+    has_rates = all(measured_rate(scale, method) for method in found)
+    drawn, axes = plt.subplots(1, 1 + has_rates, figsize=(5 + 5 * has_rates, 4), sharey=True, squeeze=False)
     for method, runs in found.items():
         for index, run in enumerate(runs):
-            facts = run["pretraining"]
-            steps = [line["step"] / facts["num_steps"] for line in run["along_the_way"]]
+            images = [line["step"] * run["pretraining"]["global_batch_size"] for line in run["along_the_way"]]
             knn = [100 * line["knn"] for line in run["along_the_way"]]
-            style = {"color": f"C{list(found).index(method)}", "label": method if index == 0 else None, "alpha": 0.7}
-            axes[0].plot([step * facts["train_flops"] / 1e12 for step in steps], knn, **style)
-            axes[1].plot([step * facts["train_seconds"] / 60 for step in steps], knn, **style)
-    for axis, label in zip(axes, ("training TFLOPs", f"minutes on {facts['machine']}"), strict=True):
+            style = {"color": f"C{list(found).index(method)}", "label": method if index == 0 else None, "alpha": 0.8}
+            axes[0][0].plot([n * run["pretraining"]["flops_per_image"] / 1e12 for n in images], knn, **style)
+            if has_rates:
+                axes[0][1].plot([n / measured_rate(scale, method) / 60 for n in images], knn, **style)
+    labels = (
+        "TFLOP of training",
+        f"minutes on {next(iter(results(scale, 'rate').values()))[0]['machine']}" * has_rates,
+    )
+    for axis, label in zip(axes[0], labels, strict=False):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("k-NN accuracy on the test images, %")
-    axes[0].legend()
+    axes[0][0].set_ylabel("k-NN accuracy, %")
+    axes[0][0].legend(fontsize=8)
     drawn.tight_layout()
     drawn.savefig(path, dpi=120)
     plt.close(drawn)
@@ -356,20 +406,23 @@ def figure(found: dict[str, list[dict]], path: Path):
 
 def report(scale: str):
     """README.md and figure.png of a scale, from its JSONs alone."""
-    found = {stage: results(scale, stage) for stage in STAGES}
     parts = [
-        f"# Claims at scale `{scale}`\n\nWritten by `python benchmarks/claims.py --scale {scale} --stage report`."
+        f"# Claims at scale `{scale}`",
+        f"Written by `python benchmarks/claims.py --scale {scale} --stage report`.",
     ]
-    if found["main"]:
-        figure(found["main"], RESULTS / scale / "figure.png")
-        parts.append(f"## Main\n\n{table(found['main'])}\n\n![k-NN along the way](figure.png)")
+    if results(scale, "main"):
+        figure(scale, RESULTS / scale / "figure.png")
+        parts.append(f"## Main\n\n{table(scale, 'main')}\n\n![k-NN along the way](figure.png)")
+    if results(scale, "downstream"):
+        parts.append(f"## Downstream\n\n{downstream_table(scale)}")
     for stage in ("scaling", "ablations"):
-        if found[stage]:
-            parts.append(f"## {stage.capitalize()}\n\n{table(found[stage])}")
-    if found["search"]:
+        if results(scale, stage):
+            parts.append(f"## {stage.capitalize()}\n\n{table(scale, stage)}")
+    if results(scale, "search"):
         parts.append(f"## Search\n\n{searched(scale)}")
-    (RESULTS / scale / "README.md").write_text("\n\n".join(parts) + "\n")
-    print("\n\n".join(parts))
+    text = "\n\n".join(parts)
+    (RESULTS / scale / "README.md").write_text(text + "\n")
+    print(text)
 
 
 def main():
@@ -392,6 +445,8 @@ def main():
         threads = max(1, os.cpu_count() // jobs)
         while todo := [run for run in STAGES[stage](arguments.scale) if not read(arguments.scale, run)]:
             print(f"=== {stage}: {len(todo)} to do ===", flush=True)
+            if stage == "main":
+                probe_data(arguments)  # before the runs share it
             with ThreadPoolExecutor(jobs) as pool:
                 for run, _ in zip(
                     todo, pool.map(partial(do, arguments=arguments, threads=threads), todo), strict=True

@@ -12,11 +12,10 @@ import json
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from train_step import cpu_name
+from evidence import facts, save
 
 from modeling_can.evaluation import knn_predictions, linear_probe
 
@@ -86,14 +85,12 @@ def main():
         figures[name] = json.loads(answer.stdout)
         print(name, figures[name])
     result = {
-        "command": " ".join(["python", "benchmarks/evaluation.py", *sys.argv[1:]]),
-        "machine": cpu_name(),
-        "versions": {name: version(name) for name in ("torch", "scikit-learn", "numpy")},
+        **facts(seed=0),
         "train": [arguments.num_train, arguments.width],
         "test": [arguments.num_test, arguments.width],
         "protocols": figures,
     }
-    (Path(__file__).parent / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    save("evaluation", result)
 
 
 if __name__ == "__main__":

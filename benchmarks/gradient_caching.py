@@ -11,15 +11,14 @@ gradient_caching-SIZE-DEVICE.json beside this file.
 
 import argparse
 import contextlib
-import json
 import statistics
 from functools import partial
-from pathlib import Path
 
 import torch
+from evidence import facts, save
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from train_step import cpu_name, preset, timed
+from train_step import preset, timed
 
 from modeling_can import CANForPreTraining
 from modeling_can.losses import contrastive_loss
@@ -69,6 +68,7 @@ def main():
         result["step_seconds"] = statistics.median(seconds[name])
     ratio = statistics.median(c / p for c, p in zip(seconds["cached"], seconds["plain"], strict=True))
     report = {
+        **facts(seed=0, device=device),
         "size": arguments.size,
         "micro_batch_size": arguments.micro_batch_size,
         "num_micro_batches": arguments.num_micro_batches,
@@ -76,11 +76,8 @@ def main():
         "results": results,
         "cached_over_plain_time": ratio,
         "cached_over_plain_flop": results["cached"]["gflop_per_step"] / results["plain"]["gflop_per_step"],
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
-        "torch": torch.__version__,
     }
-    path = Path(__file__).parent / f"gradient_caching-{arguments.size}-{device.type}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    save(f"gradient_caching-{arguments.size}-{device.type}", report)
     for name, result in results.items():
         print(f"{name:8}{result['step_seconds']:8.2f} s{result['gflop_per_step']:10.0f} GFLOP a step")
     print(f"cached / plain: {ratio:.3f} in time, {report['cached_over_plain_flop']:.3f} in FLOPs")

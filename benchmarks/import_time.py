@@ -6,11 +6,12 @@ What does `import modeling_can` add to importing torch and transformers' own ViT
 Fresh interpreters, one after the other; medians, written to import_time.json beside this file.
 """
 
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from evidence import facts, save
 
 
 CODE = """
@@ -34,7 +35,7 @@ def main(runs: int = 7):
         statistics.median(column) for column in zip(*(map(float, line.split()) for line in lines), strict=True)
     )
     report = {"torch_and_vit_seconds": base, "modeling_can_adds_seconds": added, "runs": runs}
-    (Path(__file__).parent / "import_time.json").write_text(json.dumps(report, indent=2) + "\n")
+    save("import_time", {**facts(seed=None), **report})
     print(report)
 
 

@@ -18,7 +18,6 @@ reader at every tenth. Result: a table and input_pipeline.json beside this file.
 
 import argparse
 import io
-import json
 import os
 import random
 import resource
@@ -29,6 +28,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from evidence import facts, save
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
@@ -175,6 +175,7 @@ def main():
     torch.set_num_threads(threads)
     by_key = {(line["pipeline"], line["workers"]): line for line in pipelines}
     report = {
+        **facts(seed=None),
         "source": [Path(file).name for file in arguments.data_files],
         "num_images": arguments.num_images,
         "rounds": arguments.rounds,
@@ -186,7 +187,9 @@ def main():
         "augmentation": {device: augmentation(device) for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]},
         "memory": soak(source, arguments.soak) if arguments.soak else None,
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    for place in arguments.data_files:  # where they lie is no part of the result
+        report["command"] = report["command"].replace(place, Path(place).name)
+    save("input_pipeline", report)
 
     print(f"\n{'':24}{'workers':>8}{'images/s':>10}{'images/CPU s':>14}{'x baseline per core':>21}")
     for line in pipelines:

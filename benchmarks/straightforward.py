@@ -145,3 +145,24 @@ class StraightforwardCAN(nn.Module):
         loss = config.contrastive_loss_weight * self.contrast(first, second)
         loss = loss + config.reconstruction_loss_weight * (a1 + a2) / 2
         return SimpleNamespace(loss=loss + config.denoising_loss_weight * (n1 + n2) / 2)
+
+
+class StraightforwardSimCLR(StraightforwardCAN):
+    """SimCLR in the same words: every patch, no noise, no decoder."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for name in [name for name, _ in self.named_children() if name.startswith(("decoder", "level"))]:
+            delattr(self, name)
+        del self.mask_token, self.decoder_pos_embed
+
+    def view(self, images):
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.projection_head(self.norm(x)[:, 1:].mean(dim=1))
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(loss=self.contrast(self.view(pixel_values[:, 0]), self.view(pixel_values[:, 1])))

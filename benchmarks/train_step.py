@@ -18,18 +18,15 @@ alone; run_pretraining.py does too).
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-import transformers
+from evidence import facts, save
 from straightforward import StraightforwardCAN
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -106,11 +103,11 @@ def preset(size):
     return parse_arguments([], card / "recipe.yaml", "").config
 
 
-def stepper(model, batch, device):
+def stepper(model, batch, device, **optimizer_options):
     """A function that makes one optimiser step."""
     model.to(device).train()
     is_plain, on_gpu = isinstance(model, StraightforwardCAN), device.type == "cuda"
-    options = {} if is_plain else {"fused": True}
+    options = optimizer_options or ({} if is_plain else {"fused": True})
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), **options)
     autocast = torch.autocast(device.type, torch.float16 if is_plain else torch.bfloat16, enabled=on_gpu)
     scaler = torch.amp.GradScaler(device.type, enabled=is_plain and on_gpu)
@@ -210,37 +207,22 @@ def main():
     speed, plain_speed = (statistics.median(m / c for c, m in zip(can, other, strict=True)) for other in (mae, plain))
     device_type = torch.device(arguments.device).type
     report = {
+        **facts(seed=0, device=arguments.device),
         "size": arguments.size,
         "batch_size": arguments.batch_size,
         "rounds": len(can),
         "results": results,
         "speed_of_can_over_vit_mae": speed,
         "speed_of_can_over_straightforward": plain_speed,
-        "machine": torch.cuda.get_device_name() if device_type == "cuda" else cpu_name(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
     }
     suffix = "-default_allocator" if arguments.default_allocator else ""
-    path = Path(__file__).parent / f"train_step-{arguments.size}-{device_type}{suffix}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    save(f"train_step-{arguments.size}-{device_type}{suffix}", report)
     print(f"\n{'':22}{'images/s':>10}{'step, s':>10}{'products, s':>13}{'share':>8}{'GFLOP/image':>13}")
     for name, r in results.items():
         gflop = f"{r['gflop_per_image']:.1f}" if "gflop_per_image" in r else "-"
         print(f"{name:22}{r['images_per_second']:10.3f}{r['step_seconds']:10.2f}{r['products_seconds']:13.2f}"
               f"{r['share_of_product_rate']:8.0%}{gflop:>13}")  # fmt: skip
-    print(
-        f"CAN in images a second / ViT-MAE: {speed:.3f}, / straightforward: {plain_speed:.3f}. Written to {path.name}"
-    )
-
-
-def cpu_name() -> str:
-    try:
-        model = next(line for line in subprocess.run(["lscpu"], capture_output=True, text=True).stdout.splitlines()
-                     if line.startswith("Model name"))  # fmt: skip
-        name = model.split(":")[1].strip()
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    print(f"CAN in images a second / ViT-MAE: {speed:.3f}, / straightforward: {plain_speed:.3f}")
 
 
 if __name__ == "__main__":

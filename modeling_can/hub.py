@@ -74,12 +74,21 @@ def new_folder(folder: Path):
 
 def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
     """Machine, versions of packages and git commit, under the names that they have in `results.json`."""
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "versions": {name: version(name) for name in packages},
         "git_commit": _git_commit(),
     }
+
+
+def cpu_name() -> str:
+    """Model of the CPU, where Linux tells it, and the threads that are used of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = f"{platform.machine()} CPU"
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def _git_commit() -> str | None:

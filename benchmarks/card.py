@@ -1,0 +1,94 @@
+"""
+Keeps a run of the study as a model folder: card, recipe, results, figures and the full pre-training model in bfloat16.
+
+    python benchmarks/card.py out/claims/toy/RUN --data CIFAR10_FOLDER --name can-toy-patch8-32-cifar10
+
+What is measured are the rounded weights. The recipe names CIFAR-10 on the Hub in the place of the local folder. The
+folder carries no code, as this repository is beside it; its pictures are the bundled tiles, which are free.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import load_dataset
+from evidence import ROOT
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor
+
+
+sys.path.insert(0, str(ROOT))
+import run_eval  # noqa: E402
+from modeling_can import CANForPreTraining  # noqa: E402
+from modeling_can.hub import write_card  # noqa: E402
+from modeling_can.recipe import Recipe  # noqa: E402
+from modeling_can.visualization import reconstruction_sheet  # noqa: E402
+
+
+HUB = {"dataset_name": "uoft-cs/cifar10", "image_column": "img"}
+TILES = ROOT / "modeling_can" / "sample_data"
+
+
+def keep(run: Path, folder: Path, data: str):
+    recipe = Recipe.from_dict(yaml.safe_load((run / "recipe.yaml").read_text()))
+    recipe = replace(
+        recipe, **HUB, probe_dataset_name=None, probe_every=0, resume_from_checkpoint=None,
+        output_dir=f"out/{folder.name}",
+    )  # fmt: skip
+    results = json.loads((run / "results.json").read_text())
+    for measured_on_some in ("probe", "best_probe"):
+        results.pop(measured_on_some, None)
+    command = ["run_pretraining.py", f"model_cards/{folder.name}/recipe.yaml"]
+    results |= {"command": command, "seed": recipe.seed}
+
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "figures").mkdir(parents=True)
+    model = CANForPreTraining.from_pretrained(run)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((run / "config.json").read_text())
+    config.pop("auto_map", None)
+    # Stored as bfloat16, computed in float32: `dtype` is what from_pretrained loads into
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    shutil.copy(run / "preprocessor_config.json", folder)
+    shutil.copy(run / "figures" / "curves.png", folder / "figures")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    model = CANForPreTraining.from_pretrained(folder).eval()
+    tiles = load_dataset("parquet", data_files=str(TILES / "test-*.parquet"), split="train").shuffle(seed=0)
+    pixels = AutoImageProcessor.from_pretrained(folder)(tiles[:6]["image"], return_tensors="pt").pixel_values
+    torch.manual_seed(0)
+    sheet = folder / "figures" / "reconstructions.png"
+    reconstruction_sheet(model, pixels, recipe.image_mean, recipe.image_std, sheet)
+
+    write_card(folder, recipe, results)
+    card = folder / "README.md"
+    text = card.read_text().replace(", trust_remote_code=True", "")
+    text = text.replace(
+        "```python\nimport torch\n", "```python\nimport modeling_can  # the package of this repository\nimport torch\n"
+    )
+    card.write_text(text)
+    tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
+    flags = ["--dataset_name", data, "--update_card", "--output_dir", f"out/{folder.name}-evaluation"]
+    run_eval.main(["--model_name_or_path", str(folder), "--task", *tasks, *flags])
+    evaluation = Path(f"out/{folder.name}-evaluation/results.json").read_text()
+    (folder / "evaluation.json").write_text(evaluation.replace(data, HUB["dataset_name"]).replace(f"{ROOT}/", ""))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--name", required=True)
+    arguments = parser.parse_args()
+    keep(arguments.run, ROOT / "model_cards" / arguments.name, arguments.data)
+
+
+if __name__ == "__main__":
+    main()

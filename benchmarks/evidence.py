@@ -1,0 +1,212 @@
+"""
+The figures of README.md and CONTRIBUTING.md, from the JSONs that the benchmarks wrote:
+
+    python benchmarks/evidence.py
+
+rewrites what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; tests/test_evidence.py checks that
+nothing would change. `facts` and `save` are for the benchmarks: command, seed, machine, versions and commit go into
+every JSON.
+"""
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from modeling_can.hub import cpu_name
+
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "kornia", "numpy", "scikit-learn", "pillow")
+SECTION = re.compile(r"(<!-- figures: (\S+) -->\n?)(.*?)(\n?<!-- end of figures -->)", re.DOTALL)
+
+
+# --- For the benchmarks ----------------------------------------------------------------------------------------------
+
+
+def facts(seed: int | None, device: str | torch.device = "cpu") -> dict:
+    """What a JSON must say of itself. `commit` ends in -dirty if code, not a result, differs from it."""
+    script = Path(sys.argv[0]).resolve()
+    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    is_gpu = torch.device(device).type == "cuda"
+    return {
+        "command": " ".join(["python", str(script), *sys.argv[1:]]),
+        "seed": seed,
+        "machine": torch.cuda.get_device_name() if is_gpu else cpu_name(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "commit": commit(),
+    }
+
+
+def save(name: str, report: dict) -> Path:
+    path = Path(__file__).parent / f"{name}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"Written to {path.name}")
+    return path
+
+
+def commit() -> str | None:
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout
+    code = ["*.py", "*.yaml", "*.toml", "*.txt"]
+    is_dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
+    return head + "-dirty" * bool(is_dirty)
+
+
+# --- For the documents -----------------------------------------------------------------------------------------------
+
+
+def read(name: str) -> dict:
+    return json.loads((Path(__file__).parent / f"{name}.json").read_text())
+
+
+def train_step() -> str:
+    reports = {size: read(f"train_step-{size.lower()}-cpu") for size in ("Small", "Base", "Large")}
+    lines = [
+        "| at 224, " + reports["Base"]["machine"] + " | batch | images a second | share of the product rate "
+        "| speed over ViT-MAE | over straightforward |",
+        "|---|---|---|---|---|---|",
+    ]
+    for size, report in reports.items():
+        for name, result in report["results"].items():
+            ratios = (
+                f"{report['speed_of_can_over_vit_mae']:.3f} | {report['speed_of_can_over_straightforward']:.3f}"
+                if name == "CAN"
+                else " | "
+            )
+            lines.append(
+                f"| ViT-{size}: {name} | {report['batch_size']} | {result['images_per_second']:.2f} "
+                f"| {result['share_of_product_rate']:.0%} | {ratios} |".replace("%", " %")
+            )
+    return "\n".join(lines)
+
+
+def variants(study: str, size: str) -> str:
+    report = read(f"variants-{study}-{size}-cpu")
+    first, *_ = report["results"]
+    unit = "pictures" if study == "embedding" else "images"
+    factor = 2 if study == "embedding" else 1  # a pair of views is two pictures
+    lines = [
+        f"| ViT-{size.capitalize()}, {report['machine']} | {unit} a second | over {first} | GiB at most |",
+        "|---|---|---|---|",
+    ]
+    for name, result in report["results"].items():
+        lines.append(
+            f"| {name} | {factor * result['images_per_second']:.2f} | {result['speed_over_first']:.2f} "
+            f"| {result['peak_memory_gib']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def gradient_caching() -> str:
+    report = read("gradient_caching-base-cpu")
+    return f"{report['cached_over_plain_time']:.2f} times the time"
+
+
+def trainer() -> str:
+    report = read("trainer-base-cpu")
+    return (
+        f"From JPEGs on the disk to the log, a step of `run_pretraining.py` takes {report['trainer_over_bare']:.3f} "
+        f"times a bare step with\naugmentation (ViT-B/16, batch {report['batch_size']}, {report['machine']}), "
+        f"{report['trainer_over_bare_without_wait']:.3f} times without the "
+        f"{100 * report['data_wait']:.1f} % that it waits for\ndata. The first step is done "
+        f"{report['seconds_to_first_step']:.0f} s after the command. Two processes of one thread take "
+        f"{report['step_of_all_over_one']:.2f} times the step of\none, for twice the images."
+    )
+
+
+def input_pipeline() -> str:
+    report = read("input_pipeline")
+    by_key = {(line["pipeline"], line["workers"]): line for line in report["pipelines"]}
+    names = {
+        "baseline": "decode and two full pipelines in Pillow, floats",
+        "ours, bicubic": "ours, bicubic",
+        "ours": "ours, bilinear (the default)",
+    }
+    lines = [f"| {report['machine']} | images a second and core | with 2 workers | |", "|---|---|---|---|"]
+    for key, name in names.items():
+        times = report["per_core_over_baseline"][key]
+        lines.append(
+            f"| {name} | {by_key[key, 0]['images_per_cpu_second']:.0f} "
+            f"| {by_key[key, 2]['images_per_second']:.0f} | {times:.1f} x |"
+        )
+    return "\n".join(lines)
+
+
+def photometric() -> str:
+    return f"{read('input_pipeline')['augmentation']['cpu']['images_per_second']:.0f} images a second"
+
+
+def evaluation() -> str:
+    report = read("evaluation")
+    ours, theirs, probe = report["protocols"].values()
+    return (
+        f"Evaluation, {report['train'][0]:,} training and {report['test'][0]:,} test features of width "
+        f"{report['train'][1]}, {report['machine']}: k-NN for five values of k\nin {ours['seconds']:.1f} s with "
+        f"{ours['gib_beyond_features']:.2f} GiB beyond the features, against {theirs['seconds']:.1f} s and "
+        f"{theirs['gib_beyond_features']:.1f} GiB for scikit-learn's with one; the linear\nprobe of ten classes in "
+        f"{probe['seconds']:.1f} s."
+    )
+
+
+def quickstart() -> str:
+    runs = json.loads((ROOT / "model_cards/can-quickstart/results.json").read_text())
+    lines = ["| features | k-NN | linear probe |", "|---|---|---|"]
+    for name in runs[0]["probe"]:
+        means = (
+            statistics.mean(100 * run["probe"][name][metric] for run in runs) for metric in ("knn", "linear_probe")
+        )
+        lines.append(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def claims(stage: str) -> str:
+    from claims import downstream_table, table
+
+    return downstream_table("toy") if stage == "downstream" else table("toy", stage)
+
+
+FIGURES = {
+    "train_step": train_step,
+    "choices": partial(variants, "choices", "base"),
+    "tried": partial(variants, "tried", "base"),
+    "batch": partial(variants, "batch", "small"),
+    "image_size": partial(variants, "image_size", "small"),
+    "embedding": partial(variants, "embedding", "base"),
+    "gradient_caching": gradient_caching,
+    "trainer": trainer,
+    "input_pipeline": input_pipeline,
+    "photometric": photometric,
+    "evaluation": evaluation,
+    "quickstart": quickstart,
+    "claims-main": partial(claims, "main"),
+    "claims-downstream": partial(claims, "downstream"),
+    "claims-ablations": partial(claims, "ablations"),
+    "claims-scaling": partial(claims, "scaling"),
+}
+
+
+def filled_in(document: str) -> str:
+    """A document with all its figures as the JSONs have them. Raises KeyError for a name that is none of FIGURES."""
+    return SECTION.sub(lambda found: f"{found[1]}{FIGURES[found[2]]()}{found[4]}", document)
+
+
+def main():
+    for name in DOCUMENTS:
+        path = ROOT / name
+        path.write_text(filled_in(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()

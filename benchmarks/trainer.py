@@ -1,0 +1,164 @@
+"""
+The whole trainer, from JPEG files on the disk to a checkpoint, over a bare step with augmentation.
+
+    python benchmarks/trainer.py                              # ViT-B/16 at 224, batches of 4, on CPU
+    python benchmarks/trainer.py --size large --batch_size 128 --num_steps 60 --rounds 5 \\
+        --dataloader_num_workers 12                           # a GPU
+
+Bare: uint8 views -> augmentation -> forward -> backward -> AdamW, in a loop of six lines. Trainer:
+`run_pretraining.py` on 256 JPEGs of 500 x 375, its steps as its own log times them, with and without the time in which
+it waits for data. Each in fresh processes, in turn; the second half of the steps counts.
+
+Start-up: from the command to the end of the first step, in a fresh process. World size: as many images for each
+process, one thread a process on a CPU, under `accelerate launch` (2 processes on a CPU, all GPUs otherwise): 1.0 would
+be perfect. Writes trainer-SIZE-DEVICE.json beside this file.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from evidence import ROOT, facts, save
+from PIL import Image
+from tqdm import tqdm
+from train_step import PATCH
+
+import run_pretraining
+from modeling_can import CANForPreTraining
+from modeling_can.recipe import parse_arguments
+from modeling_can.training import parameter_groups
+
+
+def write_pictures(folder: Path, number: int = 256):
+    """Smooth colours with some grain: JPEGs of about the size that photographs have."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for index in range(number):
+        colours = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), 3)
+        grain = rng.normal(0, 8, (375, 500, 1))
+        pixels = np.clip(np.asarray(colours) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.jpg", quality=90)
+
+
+def bare(argv: list[str], num_steps: int) -> dict:
+    recipe = parse_arguments(argv, run_pretraining.QUICKSTART, "")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = CANForPreTraining(recipe.config).to(device).train()
+    augment = run_pretraining.augmentation(recipe).to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, fused=True)
+    batch = (recipe.per_device_train_batch_size, 2, 3, *recipe.config.image_shape)
+    views = torch.randint(256, batch, dtype=torch.uint8, device=device)
+    for step in range(num_steps):
+        if step == num_steps // 2:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(augment(views)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loss.item()
+    return {"step_seconds": (time.perf_counter() - started) / (num_steps - num_steps // 2)}
+
+
+def trainer(
+    argv: list[str], num_steps: int, launcher: tuple[str, ...] = (), processes: int = 1, threads: str = ""
+) -> dict:
+    """Of a process's steps: seconds, and the share of them in which it waits for data; and seconds to the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*(launcher or (sys.executable,)), str(ROOT / "run_pretraining.py"), *argv, "--log_with=none",
+                   f"--logging_steps={num_steps // 2}", f"--output_dir={folder}/out"]  # fmt: skip
+        environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(lines[1])
+    batch = parse_arguments(argv, run_pretraining.QUICKSTART, "").per_device_train_batch_size * processes
+    return {"step_seconds": batch / line["images_per_second"], "data_wait": line["data_wait"]}
+
+
+def start_up(argv: list[str]) -> float:
+    """Seconds from the command to the log of the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-u", str(ROOT / "run_pretraining.py"), *argv, "--log_with=none", "--max_steps=1",
+                   "--logging_steps=1", f"--output_dir={folder}/out"]  # fmt: skip
+        started = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for text in process.stdout:
+                if text.startswith("step 1 of"):
+                    seconds = time.perf_counter() - started
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
+    parser.add_argument("--num_steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dataloader_num_workers", type=int, default=1)
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    card = f"can-vit-{arguments.size}-patch{PATCH.get(arguments.size, 16)}-224"
+    with tempfile.TemporaryDirectory() as folder:
+        write_pictures(Path(folder) / "pictures")
+        argv = [str(ROOT / "model_cards" / card / "recipe.yaml"), f"--data_dir={folder}/pictures",
+                f"--per_device_train_batch_size={arguments.batch_size}", f"--max_steps={arguments.num_steps}",
+                f"--dataloader_num_workers={arguments.dataloader_num_workers}"]  # fmt: skip
+        launch = (sys.executable, "-m", "accelerate.commands.launch", *([] if on_gpu else ["--cpu"]))
+        world_size = torch.cuda.device_count() if on_gpu else 2
+        threads = "" if on_gpu else "1"
+        rounds = {"bare": [], "trainer": [], "1 process": [], f"{world_size} processes": []}
+        for _ in tqdm(range(arguments.rounds)):
+            with get_context("spawn").Pool(1) as pool:
+                rounds["bare"].append(pool.apply(bare, (argv, arguments.num_steps)))
+            rounds["trainer"].append(trainer(argv, arguments.num_steps))
+            for size in {1, world_size} if world_size > 1 else ():
+                launcher = (*launch, "--multi_gpu" if on_gpu else "--multi_cpu", "--num_processes", str(size))
+                launcher = launcher if size > 1 else (*launch, "--num_processes", "1")
+                rounds[f"{size} process{'es' * (size > 1)}"].append(
+                    trainer(argv, arguments.num_steps, launcher, size, threads)
+                )
+        first_step = [start_up(argv) for _ in range(arguments.rounds)]
+
+    def ratio(of: str, to: str, key: str = "step_seconds") -> float:
+        return statistics.median(a[key] / b[key] for a, b in zip(rounds[of], rounds[to], strict=True))
+
+    for line in rounds["trainer"]:
+        line["step_seconds_without_wait"] = line["step_seconds"] * (1 - line["data_wait"])
+    for line in rounds["bare"]:
+        line["step_seconds_without_wait"] = line["step_seconds"]
+    report = {
+        **facts(seed=0, device="cuda" if on_gpu else "cpu"),
+        "size": arguments.size,
+        "batch_size": arguments.batch_size,
+        "num_steps": arguments.num_steps,
+        "rounds": rounds,
+        "trainer_over_bare": ratio("trainer", "bare"),
+        "trainer_over_bare_without_wait": ratio("trainer", "bare", "step_seconds_without_wait"),
+        "data_wait": statistics.median(line["data_wait"] for line in rounds["trainer"]),
+        "images_per_second": statistics.median(
+            arguments.batch_size / line["step_seconds"] for line in rounds["trainer"]
+        ),
+        "world_size": world_size,
+        "step_of_all_over_one": ratio(f"{world_size} processes", "1 process") if world_size > 1 else None,
+        "seconds_to_first_step": statistics.median(first_step),
+    }
+    save(f"trainer-{arguments.size}-{'cuda' if on_gpu else 'cpu'}", report)
+    for name in ("trainer_over_bare", "trainer_over_bare_without_wait", "data_wait", "step_of_all_over_one",
+                 "seconds_to_first_step"):  # fmt: skip
+        print(f"{name:34}{report[name]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""
+What the choices about a step cost: one optimiser step under each of them, as ratios to the first.
+
+    python benchmarks/variants.py --study choices          # compiled, attention, checkpointing, other objectives
+    python benchmarks/variants.py --study tried            # what was tried for speed and not taken
+    python benchmarks/variants.py --study batch            # growth with the batch
+    python benchmarks/variants.py --study image_size       # growth with the image
+    python benchmarks/variants.py --study embedding        # forward passes of CANModel and of transformers' ViTModel
+    python benchmarks/variants.py --study choices --size large --batch_size 128 --rounds 20      # a GPU
+
+Every variant lives in a process of its own, which gives its peak memory, and steps when its turn comes: the rounds are
+interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. Peak
+memory includes AdamW's states; on a CPU it is what the process held beyond what it held before the model was built.
+Writes variants-STUDY-SIZE-DEVICE.json beside this file.
+"""
+
+import argparse
+import resource
+import statistics
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+from evidence import facts, save
+from straightforward import StraightforwardSimCLR
+from tqdm import tqdm
+from train_step import preset, stepper, timed
+
+from modeling_can import CANConfig, CANForPreTraining, CANModel
+from modeling_can.diagnostics import training_flops
+from modeling_can.modeling_can import CANAttention, CANLayer, CANModelOutput
+
+
+SIMCLR = {"mask_ratio": 0, "noise_std_max": 0, "contrastive_loss_weight": 1, "reconstruction_loss_weight": 0,
+          "denoising_loss_weight": 0}  # fmt: skip
+MAE = {"mask_ratio": 0.75, "noise_std_max": 0, "contrastive_loss_weight": 0, "reconstruction_loss_weight": 1,
+       "denoising_loss_weight": 0}  # fmt: skip
+
+
+def variants(study: str, batch_size: int, on_gpu: bool) -> dict[str, dict]:
+    """Name -> what differs: fields of the config; batch_size, compile, checkpointing, attention, model."""
+    if study == "choices":
+        flash = {"flash attention 2": {"attention": "flash_attention_2"}} if on_gpu else {}
+        return {
+            "CAN": {},
+            "compiled": {"compile": True},
+            "eager attention": {"attention": "eager"},
+            **flash,
+            "gradient checkpointing": {"checkpointing": True},
+            "SimCLR, by weights": SIMCLR,
+            "SimCLR, straightforward": {**SIMCLR, "model": "simclr"},
+            "MAE, by weights": MAE,
+        }
+    if study == "tried":
+        return {
+            "CAN": {},
+            "one product for q, k and v": {"patch": "fuse_qkv"},
+            "one pass for each view": {"patch": "two_passes"},
+            "AdamW, foreach instead of fused": {"optimizer": {"foreach": True}},
+        }
+    if study == "batch":
+        return {f"{factor * batch_size} images": {"batch_size": factor * batch_size} for factor in (1, 2, 4, 8)}
+    if study == "image_size":
+        return {f"{size} x {size}": {"image_size": size} for size in (160, 224, 320, 448)}
+    return {"CANModel": {"model": "encoder"}, "ViTModel": {"model": "vit"}}
+
+
+def worker(pipe, config, changes: dict, batch_size: int, device: str):
+    """Builds the variant, then answers every "step" with its seconds and "memory" with GiB."""
+    device = torch.device(device)
+    changes = dict(changes)
+    batch_size = changes.pop("batch_size", batch_size)
+    words = ("compile", "checkpointing", "attention", "model", "patch", "optimizer")
+    own = {name: changes.pop(name) for name in words if name in changes}
+    config = CANConfig.from_dict({**config.to_dict(), **changes})
+    torch.manual_seed(0)
+    pixels = torch.randn(batch_size, 2, 3, *config.image_shape, device=device)
+    before = memory(device)
+    run = inference(own["model"], config, pixels) if own.get("model") in ("encoder", "vit") else None
+    if run is None:
+        model = StraightforwardSimCLR(config) if own.get("model") == "simclr" else CANForPreTraining(config)
+        if "attention" in own:
+            model.set_attn_implementation(own["attention"])
+        if own.get("checkpointing"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if own.get("compile"):  # as the trainer does
+            for module in model.modules():
+                if isinstance(module, CANLayer):
+                    module.compile()
+        if isinstance(model, CANForPreTraining):
+            model.freeze_unused_parameters()
+        if "patch" in own:
+            globals()[own["patch"]](model)
+        run = stepper(model, pixels, device, **own.get("optimizer", {}))
+    for _ in range(2):
+        run()
+    pipe.send({"batch_size": batch_size, "gflop_per_image": training_flops(config) / 1e9})
+    while (word := pipe.recv()) != "end":
+        pipe.send(timed(run, device) if word == "step" else memory(device) - before)
+
+
+def fuse_qkv(model):
+    for module in model.modules():
+        if isinstance(module, CANAttention):
+            width = module.q_proj.in_features
+            module.qkv = torch.nn.Linear(width, 3 * width)
+            del module.q_proj, module.k_proj, module.v_proj
+            module.forward = partial(fused_attention, module)
+
+
+def fused_attention(self, hidden_states, **kwargs):
+    images, tokens, _ = hidden_states.shape
+    qkv = self.qkv(hidden_states).view(images, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+    context = torch.nn.functional.scaled_dot_product_attention(*qkv)
+    return self.o_proj(context.transpose(1, 2).flatten(2)), None
+
+
+def two_passes(model):
+    """Encoder and decoder take one half of the pictures after the other."""
+    encode, decode = model.can.forward, model.decoder.forward
+
+    def encode_halves(pixel_values, **kwargs):
+        first, second = (encode(half, **kwargs) for half in pixel_values.chunk(2))
+        names = ("last_hidden_state", "pooler_output", "mask", "ids_restore")
+        return CANModelOutput(**{name: torch.cat([first[name], second[name]]) for name in names})
+
+    def decode_halves(hidden_states, ids_restore, grid_shape, noise_level):
+        halves = zip(hidden_states.chunk(2), ids_restore.chunk(2), noise_level.chunk(2), strict=True)
+        return torch.cat([decode(hidden, ids, grid_shape, level) for hidden, ids, level in halves])
+
+    model.can.forward, model.decoder.forward = encode_halves, decode_halves
+
+
+def inference(name: str, config, pixels):
+    """A forward pass over both views, as so many pictures."""
+    from transformers import ViTConfig, ViTModel
+
+    pixels = pixels.flatten(0, 1)
+    if name == "vit":
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",
+                 "patch_size")  # fmt: skip
+        model = ViTModel(ViTConfig(**{field: getattr(config, field) for field in names}), add_pooling_layer=False)
+    else:
+        model = CANModel(config)
+    model = model.to(pixels.device).eval()
+
+    @torch.inference_mode()
+    def run():
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.device.type == "cuda"):
+            model(pixels)
+
+    return run
+
+
+def memory(device: torch.device) -> float:
+    """GiB, at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", default="choices", choices=["choices", "tried", "batch", "image_size", "embedding"])
+    parser.add_argument("--size", default="small", choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    context = get_context("spawn")
+    pipes, results = {}, {}
+    todo = variants(arguments.study, arguments.batch_size, device.type == "cuda")
+    for name, changes in todo.items():  # one after the other: they warm up alone
+        pipes[name], theirs = context.Pipe()
+        start = (theirs, preset(arguments.size), changes, arguments.batch_size, arguments.device)
+        context.Process(target=worker, args=start, daemon=True).start()
+        theirs.close()
+        try:
+            results[name] = pipes[name].recv()
+        except EOFError:
+            print(f"{name}: failed, left out (its message is above)")
+            del pipes[name]
+    seconds = {name: [] for name in results}
+    for round_ in tqdm(range(arguments.rounds)):
+        for name in results if round_ % 2 else reversed(results):
+            pipes[name].send("step")
+            seconds[name].append(pipes[name].recv())
+    first = next(iter(results))
+    for name, result in results.items():
+        pipes[name].send("memory")
+        per_image = [s / result["batch_size"] for s in seconds[name]]
+        theirs = [s / results[first]["batch_size"] for s in seconds[first]]
+        result |= {
+            "step_seconds": statistics.median(seconds[name]),
+            "images_per_second": 1 / statistics.median(per_image),
+            "speed_over_first": statistics.median(f / s for f, s in zip(theirs, per_image, strict=True)),
+            "peak_memory_gib": pipes[name].recv(),
+        }
+        pipes[name].send("end")
+    report = {
+        **facts(seed=0, device=device), "study": arguments.study, "size": arguments.size, "rounds": arguments.rounds,
+        "results": results,
+    }  # fmt: skip
+    save(f"variants-{arguments.study}-{arguments.size}-{device.type}", report)
+    for name, r in results.items():
+        print(f"{name:26}{r['images_per_second']:10.2f} images/s{r['speed_over_first']:8.3f}"
+              f"{r['peak_memory_gib']:8.2f} GiB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
