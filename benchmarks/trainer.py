@@ -1,7 +1,7 @@
 """
 The whole trainer, from JPEG files on the disk to a checkpoint, over a bare step with augmentation.
 
-    python benchmarks/trainer.py                              # ViT-B/16 at 224, batches of 4, on CPU
+    python benchmarks/trainer.py                              # ViT-S/16 at 224, batches of 4, on CPU
     python benchmarks/trainer.py --size large --batch_size 128 --num_steps 60 --rounds 5 \\
         --dataloader_num_workers 12                           # a GPU
 
@@ -10,8 +10,8 @@ Bare: uint8 views -> augmentation -> forward -> backward -> AdamW, in a loop of 
 it waits for data. Each in fresh processes, in turn; the second half of the steps counts.
 
 Start-up: from the command to the end of the first step, in a fresh process. World size: as many images for each
-process, one thread a process on a CPU, under `accelerate launch` (2 processes on a CPU, all GPUs otherwise): 1.0 would
-be perfect. Writes trainer-SIZE-DEVICE.json beside this file.
+process, one thread a process on a CPU, under `torchrun` (2 processes on a CPU, all GPUs otherwise): 1.0 would be
+perfect. Writes trainer-SIZE-DEVICE.json beside this file.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def trainer(
     with tempfile.TemporaryDirectory() as folder:
         command = [*(launcher or (sys.executable,)), str(ROOT / "run_pretraining.py"), *argv, "--log_with=none",
                    f"--logging_steps={num_steps // 2}", f"--output_dir={folder}/out"]  # fmt: skip
-        environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
+        environment = {**os.environ, **({"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"} if threads else {})}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         lines = (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()
     line = json.loads(lines[1])
@@ -102,7 +102,7 @@ def start_up(argv: list[str]) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="base", choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--size", default="small", choices=["tiny", "small", "base", "large", "huge"])
     parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
     parser.add_argument("--num_steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
@@ -115,7 +115,6 @@ def main():
         argv = [str(ROOT / "model_cards" / card / "recipe.yaml"), f"--data_dir={folder}/pictures",
                 f"--per_device_train_batch_size={arguments.batch_size}", f"--max_steps={arguments.num_steps}",
                 f"--dataloader_num_workers={arguments.dataloader_num_workers}"]  # fmt: skip
-        launch = (sys.executable, "-m", "accelerate.commands.launch", *([] if on_gpu else ["--cpu"]))
         world_size = torch.cuda.device_count() if on_gpu else 2
         threads = "" if on_gpu else "1"
         rounds = {"bare": [], "trainer": [], "1 process": [], f"{world_size} processes": []}
@@ -124,8 +123,7 @@ def main():
                 rounds["bare"].append(pool.apply(bare, (argv, arguments.num_steps)))
             rounds["trainer"].append(trainer(argv, arguments.num_steps))
             for size in {1, world_size} if world_size > 1 else ():
-                launcher = (*launch, "--multi_gpu" if on_gpu else "--multi_cpu", "--num_processes", str(size))
-                launcher = launcher if size > 1 else (*launch, "--num_processes", "1")
+                launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}")
                 rounds[f"{size} process{'es' * (size > 1)}"].append(
                     trainer(argv, arguments.num_steps, launcher, size, threads)
                 )

@@ -10,16 +10,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import MAE, SIMCLR, TINY, free_port
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor
 
 import run_pretraining
-from modeling_can import CANForPreTraining
+from modeling_can import CANConfig, CANForPreTraining, CANModel
 from modeling_can.diagnostics import duration
+from modeling_can.evaluation import knn_predictions
 from modeling_can.hub import update_card, write_card
 from modeling_can.recipe import Recipe, parse_arguments
 
@@ -382,3 +387,45 @@ def test_the_quickstarts_card_is_its_results():
     spec.loader.exec_module(quickstart)
     assert quickstart.card(runs) == card
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
+
+
+# --- The model that is kept ------------------------------------------------------------------------------------------
+
+KEPT = ROOT / "model_cards" / "can-toy-patch8-32-cifar10"
+
+
+def test_the_kept_model_loads_in_full_and_is_small():
+    model, loading = CANForPreTraining.from_pretrained(KEPT, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"] and model.dtype == torch.float32
+    assert (KEPT / "model.safetensors").stat().st_size < 16 * 2**20
+    with safe_open(KEPT / "model.safetensors", "pt") as file:
+        assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in file.keys())
+
+
+def test_the_kept_model_tells_pictures_apart_that_it_has_not_seen():
+    """Which photograph is a bundled tile from? Better than the same encoder untrained."""
+    tiles = datasets.load_dataset("parquet", data_dir=str(ROOT / "modeling_can" / "sample_data"))
+    processor = AutoImageProcessor.from_pretrained(KEPT)
+    torch.manual_seed(0)
+    accuracy = []
+    for model in (CANModel.from_pretrained(KEPT), CANModel(CANConfig.from_pretrained(KEPT))):
+        features = {}
+        for split in ("train", "test"):
+            some = tiles[split].shuffle(seed=0).select(range(600))
+            with torch.inference_mode():
+                pixels = processor(some["image"], return_tensors="pt").pixel_values
+                features[split] = model.eval()(pixels).pooler_output.numpy(), np.array(some["label"])
+        (train, labels), (test, answers) = features.values()
+        accuracy.append((knn_predictions(train, labels, test, 12)[20] == answers).mean())
+    assert accuracy[0] > accuracy[1] + 0.05, accuracy
+
+
+def test_the_kept_models_card_is_its_evaluation():
+    figures = json.loads((KEPT / "evaluation.json").read_text())
+    (results,) = figures["results"].values()
+    shown = {entry.metric_name: entry.metric_value for entry in ModelCard.load(KEPT / "README.md").data.eval_results}
+    assert shown["k-NN, k = 20"] == round(results["knn"]["20"]["accuracy"], 4)
+    assert shown["linear probe"] == round(results["linear_probe"]["accuracy"], 4)
+    assert re.fullmatch(r"[0-9a-f]{40}", figures["git_commit"]) and figures["machine"] and figures["command"]
+    for name in ("README.md", "recipe.yaml", "results.json", "evaluation.json", "config.json"):
+        assert not re.search(r"/(root|work|tmp|home)/", (KEPT / name).read_text()), name
