@@ -112,7 +112,7 @@ class Run:
 
 
 def search(scale: str) -> list[Run]:
-    """First the learning rate with each method's own settings, then the rest at the best one, then CAN's rate again."""
+    """The learning rate with each method's own settings, then the rest at the best one, then CAN's rate again."""
     short = {"num_train_epochs": SHORT[scale]["search"]}
     runs = []
     for method in METHODS:
