@@ -32,10 +32,12 @@ from PIL import Image
 from tqdm import tqdm
 from train_step import PATCH
 
-import run_pretraining
-from modeling_can import CANForPreTraining
-from modeling_can.recipe import parse_arguments
-from modeling_can.training import parameter_groups
+
+sys.path.insert(0, str(ROOT))
+import run_pretraining  # noqa: E402
+from modeling_can import CANForPreTraining  # noqa: E402
+from modeling_can.recipe import parse_arguments  # noqa: E402
+from modeling_can.training import parameter_groups  # noqa: E402
 
 
 def write_pictures(folder: Path, number: int = 256):

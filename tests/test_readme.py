@@ -85,12 +85,12 @@ def test_two_hundred_pictures_become_a_classifier(tmp_path):
     assert "out/mine -> out/mine-dinov2" in said
     (use,) = blocks(WALK, "python")
     (fine_tune,) = blocks(DOORS, "python")
-    first_screen = blocks(SECTIONS[0], "python")[0].replace("can-quickstart", "mine")
+    (first_screen,) = blocks(SECTIONS[0], "python")
     checks = (
         "assert len(tokens) == 17 and len(tokens[0]) == 96 and set(classify.model.config.id2label.values()) == %r\n"
     )
     checks %= set(tiles.features["label"].names[:10])
-    checks += "assert scores['accuracy'] > 0.3, scores\nassert embedding.shape == (1, 96)\n"
+    checks += "assert scores['accuracy'] > 0.3, scores\nassert embedding.shape == (1, 128)\n"
     code = f"{use}\n{fine_tune}\n{first_screen}\n{checks}"
     (tmp_path / "snippets.py").write_text(code)
     run("python snippets.py", tmp_path)
