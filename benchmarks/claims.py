@@ -79,6 +79,7 @@ FINE_TUNING = (
     "--finetune_random_erasing_probability 0 --finetune_drop_path_rate 0"
 ).split()
 ROBUSTNESS = "--corruptions noise blur weather digital".split()
+PAPERS_WEIGHTS = {"contrastive_loss_weight": 0.03, "reconstruction_loss_weight": 0.67, "denoising_loss_weight": 0.3}
 METHODS = {"CAN": CAN, "SimCLR": SIMCLR, "MAE": MAE}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 CONTRASTIVE_WEIGHTS = (0.1, 0.3, 0.6, 0.9)
@@ -314,12 +315,12 @@ def python(threads: int, script: str, *words: str, log: Path):
 
 
 def results(scale: str, stage: str) -> dict[str, list[dict]]:
-    """Method -> its runs, of a stage."""
-    found = {}
-    for path in sorted((RESULTS / scale).glob(f"{stage}_*.json")):
-        result = json.loads(path.read_text())
-        found.setdefault(result["method"], []).append(result)
-    return found
+    """Method -> its runs, of a stage, in its order; what is done of them."""
+    done = {}
+    for run in STAGES[stage](scale):
+        if result := read(scale, run):
+            done.setdefault(run.method, []).append(result)
+    return done
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -373,12 +374,17 @@ def downstream_table(scale: str) -> str:
 
 
 def searched(scale: str) -> str:
-    lines = ["| method | settings | held-out linear probe |", "|---|---|---|"]
+    lines = [
+        "| | learning rate | mask ratio | weights of C, A, N | held-out linear probe | k-NN |",
+        "|---|---|---|---|---|---|",
+    ]
     for method, runs in results(scale, "search").items():
         for run in sorted(runs, key=accuracy, reverse=True):
-            kept = ("base_learning_rate", "mask_ratio", "contrastive_loss_weight")
-            settings = ", ".join(f"{key} {run['settings'][key]}" for key in kept if key in run["settings"])
-            lines.append(f"| {method} | {settings} | {100 * accuracy(run):.1f} |")
+            settings = {**PAPERS_WEIGHTS, **run["settings"]}
+            weights = ", ".join(f"{settings[weight]}" for weight in PAPERS_WEIGHTS)
+            figures = " | ".join(f"{100 * accuracy(run, task):.1f}" for task in ("linear_probe", "knn"))
+            rate, mask_ratio = settings["base_learning_rate"], settings["mask_ratio"]
+            lines.append(f"| {method} | {rate} | {mask_ratio} | {weights} | {figures} |")
     return "\n".join(lines)
 
 
@@ -411,6 +417,9 @@ def figure(scale: str, path: Path):
 
 def report(scale: str):
     """README.md and figure.png of a scale, from its JSONs alone."""
+    if not results(scale, "search"):
+        print(f"no results at scale {scale} yet")
+        return
     parts = [
         f"# Claims at scale `{scale}`",
         f"Written by `python benchmarks/claims.py --scale {scale} --stage report`.",

@@ -26,7 +26,7 @@ from modeling_can.hub import cpu_name
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "kornia", "numpy", "scikit-learn", "pillow")
-SECTION = re.compile(r"(<!-- figures: (\S+) -->\n?)(.*?)(\n?<!-- end of figures -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- figures: (\S+) -->(\n?))(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
 # --- For the benchmarks ----------------------------------------------------------------------------------------------
@@ -175,9 +175,10 @@ def quickstart() -> str:
 
 
 def claims(stage: str) -> str:
-    from claims import downstream_table, table
+    from claims import downstream_table, searched, table
 
-    return downstream_table("toy") if stage == "downstream" else table("toy", stage)
+    own = {"downstream": downstream_table, "search": searched}
+    return own[stage]("toy") if stage in own else table("toy", stage)
 
 
 FIGURES = {
@@ -193,6 +194,7 @@ FIGURES = {
     "photometric": photometric,
     "evaluation": evaluation,
     "quickstart": quickstart,
+    "claims-search": partial(claims, "search"),
     "claims-main": partial(claims, "main"),
     "claims-downstream": partial(claims, "downstream"),
     "claims-ablations": partial(claims, "ablations"),
@@ -202,7 +204,7 @@ FIGURES = {
 
 def filled_in(document: str) -> str:
     """A document with all its figures as the JSONs have them. Raises KeyError for a name that is none of FIGURES."""
-    return SECTION.sub(lambda found: f"{found[1]}{FIGURES[found[2]]()}{found[4]}", document)
+    return SECTION.sub(lambda found: f"{found[1]}{FIGURES[found[2]]()}{found[3]}{found[5]}", document)
 
 
 def main():
