@@ -77,6 +77,12 @@ def keep(run: Path, folder: Path, data: str):
     tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
     flags = ["--dataset_name", data, "--update_card", "--output_dir", f"out/{folder.name}-evaluation"]
     run_eval.main(["--model_name_or_path", str(folder), "--task", *tasks, *flags])
+    # Measured from the local folder, named as who has none can find it
+    local, text = Path(data).name, card.read_text()
+    text = text.replace(f": {local}\n", f": {HUB['dataset_name']}\n").replace(
+        f"| {local} |", f"| {HUB['dataset_name']} |"
+    )
+    card.write_text(text)
     evaluation = Path(f"out/{folder.name}-evaluation/results.json").read_text()
     (folder / "evaluation.json").write_text(evaluation.replace(data, HUB["dataset_name"]).replace(f"{ROOT}/", ""))
 
