@@ -413,7 +413,7 @@ def test_the_kept_model_tells_pictures_apart_that_it_has_not_seen():
         for split in ("train", "test"):
             some = tiles[split].shuffle(seed=0).select(range(600))
             with torch.inference_mode():
-                pixels = processor(some["image"], return_tensors="pt").pixel_values
+                pixels = processor(list(some["image"]), return_tensors="pt").pixel_values
                 features[split] = model.eval()(pixels).pooler_output.numpy(), np.array(some["label"])
         (train, labels), (test, answers) = features.values()
         accuracy.append((knn_predictions(train, labels, test, 12)[20] == answers).mean())
