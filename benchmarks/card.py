@@ -75,7 +75,15 @@ def keep(run: Path, folder: Path, data: str):
     )
     card.write_text(text)
     tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
-    flags = ["--dataset_name", data, "--update_card", "--output_dir", f"out/{folder.name}-evaluation"]
+    flags = [
+        "--baselines",
+        "none",
+        "--dataset_name",
+        data,
+        "--update_card",
+        "--output_dir",
+        f"out/{folder.name}-evaluation",
+    ]
     run_eval.main(["--model_name_or_path", str(folder), "--task", *tasks, *flags])
     # Measured from the local folder, named as who has none can find it
     local, text = Path(data).name, card.read_text()

@@ -401,11 +401,10 @@ def figure(scale: str, path: Path):
             axes[0][0].plot([n * run["pretraining"]["flops_per_image"] / 1e12 for n in images], knn, **style)
             if has_rates:
                 axes[0][1].plot([n / measured_rate(scale, method) / 60 for n in images], knn, **style)
-    labels = (
-        "TFLOP of training",
-        f"minutes on {next(iter(results(scale, 'rate').values()))[0]['machine']}" * has_rates,
-    )
-    for axis, label in zip(axes[0], labels, strict=False):
+    labels = ["TFLOP of training"]
+    if has_rates:
+        labels.append(f"minutes on {next(iter(results(scale, 'rate').values()))[0]['pretraining']['machine']}")
+    for axis, label in zip(axes[0], labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("k-NN accuracy, %")
