@@ -31,6 +31,7 @@ from modeling_can.visualization import reconstruction_sheet  # noqa: E402
 
 
 HUB = {"dataset_name": "uoft-cs/cifar10", "image_column": "img"}
+COMMAND = "It ran from a local copy of the data set, by `benchmarks/claims.py`, on weights in fp32; this repeats it:\n"
 TILES = ROOT / "modeling_can" / "sample_data"
 
 
@@ -73,6 +74,7 @@ def keep(run: Path, folder: Path, data: str):
     text = text.replace(
         "```python\nimport torch\n", "```python\nimport modeling_can  # the package of this repository\nimport torch\n"
     )
+    text = text.replace("The command:\n", COMMAND)
     card.write_text(text)
     tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
     flags = [

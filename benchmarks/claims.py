@@ -13,9 +13,9 @@ search      each method's learning rate, MAE's mask ratio and CAN's contrastive 
             by a linear probe on a fifth of the training images, so that the test images have no say. The learning
             rate is searched on until the best is not the smallest or largest one tried.
 main        CAN (searched, and with the paper's weights), SimCLR, MAE with two views and with one; three seeds
-rate        images a second and peak memory of the methods, nothing beside them, in turns
-ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, weights,
-            normalised targets; a shorter schedule
+rate        images a second of the methods, nothing beside them, in turns
+ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalised
+            targets; a shorter schedule
 scaling     10 %, 30 %, 100 % of the images with equal steps, and a larger encoder; a shorter schedule
 downstream  of the main rows' weights: fine-tuning, common corruptions, and the labels of --further_data
 
@@ -122,17 +122,16 @@ def search(scale: str) -> list[Run]:
             own = [Run("search", method, {**short, "base_learning_rate": rate}) for rate in rates]
             if not all(read(scale, run) for run in own):
                 break
-            found = best(scale, method, own)["base_learning_rate"]
-            if rates[0] < found < rates[-1]:
+            chosen = best(scale, method, own)["base_learning_rate"]
+            if rates[0] < chosen < rates[-1]:
                 further = [contrastive_weight(weight) for weight in CONTRASTIVE_WEIGHTS] if method == "CAN" else []
                 further += [{"mask_ratio": ratio} for ratio in MASK_RATIOS] if method == "MAE" else []
-                own += [Run("search", method, {**short, "base_learning_rate": found, **more}) for more in further]
+                own += [Run("search", method, {**short, "base_learning_rate": chosen, **more}) for more in further]
                 if method == "CAN" and all(read(scale, run) for run in own):  # the best weight may want another rate
-                    chosen = {**short, **best(scale, "CAN", own)}
-                    found = chosen["base_learning_rate"]
-                    own += [Run("search", "CAN", {**chosen, "base_learning_rate": found * f}) for f in (0.5, 2)]
+                    settings = {**short, **best(scale, "CAN", own)}
+                    own += [Run("search", "CAN", {**settings, "base_learning_rate": chosen * f}) for f in (0.5, 2)]
                 break
-            rates = sorted({*rates, found * 2, found / 2})
+            rates = sorted({*rates, chosen * 2, chosen / 2})
         runs += own
     return runs
 

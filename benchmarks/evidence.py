@@ -174,11 +174,10 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def claims(stage: str) -> str:
-    from claims import downstream_table, searched, table
+def claims() -> str:
+    from claims import table
 
-    own = {"downstream": downstream_table, "search": searched}
-    return own[stage]("toy") if stage in own else table("toy", stage)
+    return table("toy", "main")
 
 
 FIGURES = {
@@ -194,11 +193,7 @@ FIGURES = {
     "photometric": photometric,
     "evaluation": evaluation,
     "quickstart": quickstart,
-    "claims-search": partial(claims, "search"),
-    "claims-main": partial(claims, "main"),
-    "claims-downstream": partial(claims, "downstream"),
-    "claims-ablations": partial(claims, "ablations"),
-    "claims-scaling": partial(claims, "scaling"),
+    "claims": claims,
 }
 
 

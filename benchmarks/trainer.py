@@ -77,7 +77,7 @@ def bare(argv: list[str], num_steps: int) -> dict:
 def trainer(
     argv: list[str], num_steps: int, launcher: tuple[str, ...] = (), processes: int = 1, threads: str = ""
 ) -> dict:
-    """Of a process's steps: seconds, and the share of them in which it waits for data; and seconds to the first."""
+    """Seconds of a step, and the share of them in which it waits for data."""
     with tempfile.TemporaryDirectory() as folder:
         command = [*(launcher or (sys.executable,)), str(ROOT / "run_pretraining.py"), *argv, "--log_with=none",
                    f"--logging_steps={num_steps // 2}", f"--output_dir={folder}/out"]  # fmt: skip

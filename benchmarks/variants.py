@@ -25,6 +25,7 @@ from evidence import facts, save
 from straightforward import StraightforwardSimCLR
 from tqdm import tqdm
 from train_step import preset, stepper, timed
+from transformers import ViTConfig, ViTModel
 
 from modeling_can import CANConfig, CANForPreTraining, CANModel
 from modeling_can.diagnostics import training_flops
@@ -133,8 +134,6 @@ def two_passes(model):
 
 def inference(name: str, config, pixels):
     """A forward pass over both views, as so many pictures."""
-    from transformers import ViTConfig, ViTModel
-
     pixels = pixels.flatten(0, 1)
     if name == "vit":
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",
