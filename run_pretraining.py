@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -57,6 +56,7 @@ from modeling_can.diagnostics import (
     embedding_health,
     embedding_spread,
     findings,
+    peak_memory,
     training_flops,
     trivial_losses,
     verdict,
@@ -265,6 +265,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 
     results = {
         "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
+        "seed": recipe.seed,
         "num_images": num_images,
         "num_parameters": num_parameters,
         "frozen": frozen,
@@ -589,6 +590,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             "health": judge(verdict),
             "images_per_second": max_steps * global_batch_size / train_seconds,
             "data_wait": sum(line["data_wait"] for line in metrics) / len(metrics),
+            "peak_memory": peak_memory(device),
             "bad_samples": dict(reasons(ledger_lines(ledger))),
             "nonfinite_steps": num_nonfinite,
             "train_seconds": train_seconds,
@@ -856,15 +858,14 @@ def preflight(
 
     picture = figures / "preflight.png"
     reconstruction_sheet(whole.eval(), pixel_values[:4].flatten(0, 1), recipe.image_mean, recipe.image_std, picture)
+    memory = f"{peak_memory(device) / 1e9:.1f}"
     if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} of {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB"
-    else:
-        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB"
+        memory += f" of {torch.cuda.mem_get_info()[1] / 1e9:.0f}"
     for name in checks:
         print(f"  {'ok  ' if name not in [failure[1] for failure in failures] else 'FAIL'}  {name}")
     print(
         f"  speed     {images_per_step / seconds:.4g} images/s ({how})\n"
-        f"  memory    {memory} a process\n"
+        f"  memory    {memory} GB a process\n"
         f"  to finish {duration(num_steps * seconds)} for {num_steps} steps of {images_per_step} images\n"
         f"  bad       {bad_samples.total()} images so far\n"
         f"  picture   {picture}: both views of four images, with noise and mask"

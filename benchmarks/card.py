@@ -45,7 +45,7 @@ def keep(run: Path, folder: Path, data: str):
     for measured_on_some in ("probe", "best_probe"):
         results.pop(measured_on_some, None)
     command = ["run_pretraining.py", f"model_cards/{folder.name}/recipe.yaml"]
-    results |= {"command": command, "seed": recipe.seed}
+    results["command"] = command
 
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "figures").mkdir(parents=True)

@@ -12,8 +12,8 @@ batch, optimiser, augmentation and number of epochs. Stages, in this order:
 search      each method's learning rate, MAE's mask ratio and CAN's contrastive weight, at a shorter schedule; judged
             by a linear probe on a fifth of the training images, so that the test images have no say. The learning
             rate is searched on until the best is not the smallest or largest one tried.
-main        CAN, SimCLR and MAE as searched, with three seeds; CAN with the paper's weights and MAE with one view, with one
-rate        images a second of the methods, nothing beside them, in turns
+main        CAN, SimCLR and MAE as searched, three seeds; CAN with the paper's weights and MAE with one view, one seed
+rate        images a second and peak memory of the methods, nothing beside them, in turns
 ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalised
             targets; a shorter schedule
 scaling     10 %, 30 %, 100 % of the images with equal steps, and a larger encoder; a shorter schedule
@@ -84,6 +84,7 @@ METHODS = {"CAN": CAN, "SimCLR": SIMCLR, "MAE": MAE}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 CONTRASTIVE_WEIGHTS = (0.1, 0.3, 0.6, 0.9)
 MASK_RATIOS = (0.25, 0.5)  # of MAE, beside its own 0.75
+ACCURACIES = (0.3, 0.4, 0.45, 0.5, 0.55)  # of k-NN along the way: which method gets there first
 
 
 def contrastive_weight(weight: float) -> dict:
@@ -332,31 +333,57 @@ def mean_and_spread(values: list[float]) -> str:
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
-def measured_rate(scale: str, method: str) -> float | None:
-    """Images a second, from the stage that has the machine to itself."""
+def measured(scale: str, method: str, fact: str) -> float | None:
+    """Images a second, peak memory: medians from the stage that has the machine to itself."""
     runs = results(scale, "rate").get(method.removesuffix(", paper's weights"))
-    return statistics.median(run["pretraining"]["images_per_second"] for run in runs) if runs else None
+    return statistics.median(run["pretraining"][fact] for run in runs) if runs else None
 
 
 def table(scale: str, stage: str) -> str:
-    lines = [
-        "| | seeds | linear probe | k-NN | 1 % of labels | 10 % | MFLOP an image | TFLOP in all | images/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Columns in which nothing has been measured are left out."""
+    rows = []
     for method, runs in results(scale, stage).items():
         few = [run["evaluation"]["results"].get("few_shot") for run in runs]
         facts = runs[0]["pretraining"]
-        rate = measured_rate(scale, method)
-        cells = [
-            method,
-            str(len(runs)),
-            *(mean_and_spread([accuracy(run, task) for run in runs]) for task in ("linear_probe", "knn")),
-            *(mean_and_spread([f[share]["accuracy"] for f in few]) if all(few) else "" for share in ("1%", "10%")),
-            f"{facts['flops_per_image'] / 1e6:.0f}",
-            f"{facts['train_flops'] / 1e12:.0f}",
-            f"{rate:.0f}" if rate else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+        rate, memory = (measured(scale, method, fact) for fact in ("images_per_second", "peak_memory"))
+        row = {"": method, "seeds": str(len(runs))}
+        row["linear probe"] = mean_and_spread([accuracy(run) for run in runs])
+        row["k-NN"] = mean_and_spread([accuracy(run, "knn") for run in runs])
+        for share in ("1%", "10%") if all(few) else ():
+            row[f"{share.replace('%', ' %')} of labels"] = mean_and_spread([f[share]["accuracy"] for f in few])
+        row["MFLOP an image"] = f"{facts['flops_per_image'] / 1e6:.0f}"
+        row["TFLOP in all"] = f"{facts['train_flops'] / 1e12:.0f}"
+        if rate:
+            row |= {"images/s": f"{rate:.0f}", "GB at most": f"{memory / 1e9:.2f}"}
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines += [f"| {' | '.join(row.get(name, '') for name in names)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def reached(scale: str) -> str:
+    """
+    Which method is first: the mean training until the first k-NN test along the way that gives so much, over the
+    seeds; empty where one of them never does.
+    """
+    lines = [
+        f"| k-NN of | {' | '.join(f'{100 * goal:.0f} %' for goal in ACCURACIES)} |",
+        "|---" * (1 + len(ACCURACIES)) + "|",
+    ]
+    for method, runs in results(scale, "main").items():
+        rate, cells = measured(scale, method, "images_per_second"), []
+        for goal in ACCURACIES:
+            first = [next((n["step"] for n in run["along_the_way"] if n["knn"] >= goal), None) for run in runs]
+            if None in first:
+                cells.append("")
+                continue
+            facts = runs[0]["pretraining"]
+            images = statistics.mean(first) * facts["global_batch_size"]
+            cells.append(f"{images * facts['flops_per_image'] / 1e12:.0f} TFLOP")
+            if rate:
+                cells[-1] += f", {images / rate / 60:.0f} min"
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -395,7 +422,7 @@ def searched(scale: str) -> str:
 def figure(scale: str, path: Path):
     """k-NN accuracy along the way, over training FLOPs and over time."""
     found = results(scale, "main")
-    has_rates = all(measured_rate(scale, method) for method in found)
+    has_rates = all(measured(scale, method, "images_per_second") for method in found)
     drawn, axes = plt.subplots(1, 1 + has_rates, figsize=(5 + 5 * has_rates, 4), sharey=True, squeeze=False)
     for method, runs in found.items():
         for index, run in enumerate(runs):
@@ -404,7 +431,8 @@ def figure(scale: str, path: Path):
             style = {"color": f"C{list(found).index(method)}", "label": method if index == 0 else None, "alpha": 0.8}
             axes[0][0].plot([n * run["pretraining"]["flops_per_image"] / 1e12 for n in images], knn, **style)
             if has_rates:
-                axes[0][1].plot([n / measured_rate(scale, method) / 60 for n in images], knn, **style)
+                rate = measured(scale, method, "images_per_second")
+                axes[0][1].plot([n / rate / 60 for n in images], knn, **style)
     labels = ["TFLOP of training"]
     if has_rates:
         labels.append(f"minutes on {next(iter(results(scale, 'rate').values()))[0]['pretraining']['machine']}")
@@ -430,6 +458,7 @@ def report(scale: str):
     if results(scale, "main"):
         figure(scale, RESULTS / scale / "figure.png")
         parts.append(f"## Main\n\n{table(scale, 'main')}\n\n![k-NN along the way](figure.png)")
+        parts.append(f"## Which is first\n\n{reached(scale)}")
     if results(scale, "downstream"):
         parts.append(f"## Downstream\n\n{downstream_table(scale)}")
     for stage in ("scaling", "ablations"):

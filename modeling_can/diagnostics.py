@@ -8,7 +8,9 @@ P pixels per patch.
 
 import copy
 import math
+import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -284,7 +286,7 @@ def check_disk(folder: Path, num_checkpoints: int, parameters: Iterable[nn.Param
     return None
 
 
-# --- Arithmetic ------------------------------------------------------------------------------------------------------
+# --- Arithmetic and memory -------------------------------------------------------------------------------------------
 
 
 def training_flops(config: CANConfig, num_views: int = 2) -> float:
@@ -303,6 +305,13 @@ def training_flops(config: CANConfig, num_views: int = 2) -> float:
     with FlopCounterMode(display=False) as counter:
         model(pixel_values, image_embeds_grad=image_embeds_grad).loss.backward()
     return counter.get_total_flops() / batch_size
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, at most so far: of tensors on a GPU; of this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # --- Words -----------------------------------------------------------------------------------------------------------

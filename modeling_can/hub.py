@@ -290,10 +290,11 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
         "steps left out, as not finite": f"{results['nonfinite_steps']:,}" if results["nonfinite_steps"] else "",
         "learning rate at its peak": f"{results['learning_rate']:.3g}",
         "not trained, as its weight is 0": ", ".join(results["frozen"]),
-        "seed": f"{recipe.seed}",
+        "seed": f"{results['seed']}",
         "hardware": f"{results['machine']}, {processes} process{'es' if processes > 1 else ''}, {precision}",
         "time": f"{duration(results['train_seconds'])} of training, {duration(results['total_seconds'])} in all; "
         f"{results['images_per_second']:.0f} images a second",
+        "memory": f"{results['peak_memory'] / 1e9:.1f} GB at most, of the main process",
         "arithmetic": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "
         f"for {'both views' if recipe.num_views == 2 else 'the one view'} of an image".replace("e+0", "e").replace(
             "e+", "e"

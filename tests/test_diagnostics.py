@@ -4,6 +4,7 @@ import json
 import math
 import time
 
+import psutil
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
@@ -18,6 +19,7 @@ from modeling_can.diagnostics import (
     effective_rank,
     embedding_health,
     findings,
+    peak_memory,
     trivial_losses,
     verdict,
 )
@@ -247,6 +249,11 @@ def test_the_room_for_checkpoints_is_weights_and_two_moments(tmp_path, monkeypat
         usage = type("Usage", (), {"free": free})
         monkeypatch.setattr(diagnostics.shutil, "disk_usage", lambda folder, usage=usage: usage)
         assert (check_disk(tmp_path, 2, model.parameters()) is None) == is_enough
+
+
+def test_peak_memory_is_bytes_of_this_process():
+    now = psutil.Process().memory_info().rss
+    assert now <= peak_memory(torch.device("cpu")) < psutil.virtual_memory().total
 
 
 def test_durations_are_read_by_people():
