@@ -101,14 +101,23 @@ def variants(study: str, size: str) -> str:
     unit = "pictures" if study == "embedding" else "images"
     factor = 2 if study == "embedding" else 1  # a pair of views is two pictures
     lines = [
-        f"| ViT-{size.capitalize()}, {report['machine']} | {unit} a second | over {first} | GiB at most |",
-        "|---|---|---|---|",
+        f"| ViT-{size.capitalize()}, {report['machine']} | {unit} a second "
+        f"{'| predicted over ' + first if study == 'tried' else ''}| over {first} | GiB at most |",
+        "|---|---|---|---|" + "---|" * (study == "tried"),
     ]
     for name, result in report["results"].items():
+        predicted = f"| {result['predicted_speed_over_first']:.2f} " if study == "tried" else ""
         lines.append(
-            f"| {name} | {factor * result['images_per_second']:.2f} | {result['speed_over_first']:.2f} "
+            f"| {name} | {factor * result['images_per_second']:.2f} {predicted}| {result['speed_over_first']:.2f} "
             f"| {result['peak_memory_gib']:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def profile() -> str:
+    report = read("profile_step-base-cpu")
+    lines = [f"| ViT-Base, batch {report['batch_size']}, {report['machine']} | share of the step |", "|---|---|"]
+    lines += [f"| {name} | {100 * share:.1f} % |" for name, share in report["shares"].items()]
     return "\n".join(lines)
 
 
@@ -183,6 +192,7 @@ def claims() -> str:
 FIGURES = {
     "train_step": train_step,
     "choices": partial(variants, "choices", "base"),
+    "profile": profile,
     "tried": partial(variants, "tried", "base"),
     "batch": partial(variants, "batch", "small"),
     "image_size": partial(variants, "image_size", "small"),

@@ -12,6 +12,7 @@ if [ "$1" = claims ]; then
 fi
 python benchmarks/train_step.py --size base --batch_size 128 --rounds 10
 python benchmarks/train_step.py --size large --batch_size 64 --rounds 10
+python benchmarks/profile_step.py --size large --batch_size 64 --num_steps 10
 python benchmarks/variants.py --study choices --size base --batch_size 64 --rounds 15
 python benchmarks/variants.py --study tried --size base --batch_size 64 --rounds 15
 python benchmarks/variants.py --study batch --size base --batch_size 32 --rounds 15

@@ -9,7 +9,8 @@ What the choices about a step cost: one optimiser step under each of them, as ra
     python benchmarks/variants.py --study choices --size large --batch_size 128 --rounds 20      # a GPU
 
 Every variant lives in a process of its own, which gives its peak memory, and steps when its turn comes: the rounds are
-interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. Peak
+interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. What is
+predicted for a thing tried is what its matrix products would save or cost, timed alone, if nothing else changed. Peak
 memory includes AdamW's states; on a CPU it is what the process held beyond what it held before the model was built.
 Writes variants-STUDY-SIZE-DEVICE.json beside this file.
 """
@@ -24,7 +25,7 @@ import torch
 from evidence import facts, save
 from straightforward import StraightforwardSimCLR
 from tqdm import tqdm
-from train_step import preset, stepper, timed
+from train_step import RecordProducts, preset, product_runner, stepper, timed
 from transformers import ViTConfig, ViTModel
 
 from modeling_can import CANConfig, CANForPreTraining, CANModel
@@ -67,7 +68,7 @@ def variants(study: str, batch_size: int, on_gpu: bool) -> dict[str, dict]:
 
 
 def worker(pipe, config, changes: dict, batch_size: int, device: str):
-    """Builds the variant, then answers every "step" with its seconds and "memory" with GiB."""
+    """Builds the variant, then answers "step" and "products" (a step's alone) with seconds, "memory" with GiB."""
     device = torch.device(device)
     changes = dict(changes)
     batch_size = changes.pop("batch_size", batch_size)
@@ -96,8 +97,16 @@ def worker(pipe, config, changes: dict, batch_size: int, device: str):
     for _ in range(2):
         run()
     pipe.send({"batch_size": batch_size, "gflop_per_image": training_flops(config) / 1e9})
+    products = None
     while (word := pipe.recv()) != "end":
-        pipe.send(timed(run, device) if word == "step" else memory(device) - before)
+        if word == "memory":
+            pipe.send(memory(device) - before)
+            continue
+        if word == "products" and not products:  # only now, as their operands take memory
+            with RecordProducts() as recorder:
+                model(pixels).loss.backward()
+            products = product_runner(recorder.products, device)
+        pipe.send(timed(products if word == "products" else run, device))
 
 
 def fuse_qkv(model):
@@ -186,6 +195,7 @@ def main():
             pipes[name].send("step")
             seconds[name].append(pipes[name].recv())
     first = next(iter(results))
+    products = {name: [] for name in results if arguments.study == "tried"}
     for name, result in results.items():
         pipes[name].send("memory")
         per_image = [s / result["batch_size"] for s in seconds[name]]
@@ -196,7 +206,15 @@ def main():
             "speed_over_first": statistics.median(f / s for f, s in zip(theirs, per_image, strict=True)),
             "peak_memory_gib": pipes[name].recv(),
         }
-        pipes[name].send("end")
+    for round_ in tqdm(range(arguments.rounds + 1), desc="products alone", disable=not products):
+        for name in products:
+            pipes[name].send("products")
+            products[name] += [pipes[name].recv()][:round_]  # the first round warms up
+    for name in products:
+        more = statistics.median(own - s for own, s in zip(products[name], products[first], strict=True))
+        results[name]["predicted_speed_over_first"] = 1 / (1 + more / results[first]["step_seconds"])
+    for pipe in pipes.values():
+        pipe.send("end")
     report = {
         **facts(seed=0, device=device), "study": arguments.study, "size": arguments.size, "rounds": arguments.rounds,
         "results": results,
