@@ -102,7 +102,7 @@ def variants(study: str, size: str) -> str:
     factor = 2 if study == "embedding" else 1  # a pair of views is two pictures
     lines = [
         f"| ViT-{size.capitalize()}, {report['machine']} | {unit} a second "
-        f"{'| predicted over ' + first if study == 'tried' else ''}| over {first} | GiB at most |",
+        f"{'| predicted over ' + first + ' ' if study == 'tried' else ''}| over {first} | GiB at most |",
         "|---|---|---|---|" + "---|" * (study == "tried"),
     ]
     for name, result in report["results"].items():
