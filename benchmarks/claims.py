@@ -16,6 +16,7 @@ main        CAN, SimCLR and MAE as searched, three seeds; CAN with the paper's w
 rate        images a second and peak memory of the methods, nothing beside them, in turns
 ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalised
             targets; a shorter schedule
+order       what may decide between CAN and SimCLR: temperature, crops, batch; a shorter schedule, and a longer one
 scaling     10 %, 30 %, 100 % of the images with equal steps, and a larger encoder; a shorter schedule
 downstream  of the main rows' weights: fine-tuning, common corruptions, and the labels of --further_data
 
@@ -27,6 +28,7 @@ the machine, each with half of its cores: more gets done, and times mean less, w
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -61,7 +63,7 @@ SCALES = {
         "dataloader_num_workers": 12,
     },
 }  # fmt: skip
-SHORT = {"toy": {"search": 2, "ablations": 4, "scaling": 4}, "tiny": {"search": 20, "ablations": 50, "scaling": 50}}
+EPOCHS = {"toy": {"search": 2, "short": 4, "long": 24}, "tiny": {"search": 20, "short": 50, "long": 800}}
 LARGER = {  # the second encoder of the scaling stage
     "toy": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768},
     "tiny": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
@@ -99,23 +101,24 @@ def contrastive_weight(weight: float) -> dict:
 
 @dataclass(frozen=True)
 class Run:
-    """A row of a table: a recipe and what is measured of it."""
+    """A recipe and what is measured of it."""
 
     stage: str
     method: str
     settings: dict = field(default_factory=dict)
     seed: int = 0
     tasks: tuple[str, ...] = ("knn", "linear_probe")
+    title: str = ""  # where tables of several stages share a run
 
     @property
     def name(self) -> str:
-        words = [f"{key}={value}" for key, value in sorted(self.settings.items())]
+        words = [re.sub(r"[^\w.,=-]", "", f"{key}={value}") for key, value in sorted(self.settings.items())]
         return "_".join([self.stage, self.method.replace(" ", "-").replace(",", ""), *words, f"seed={self.seed}"])
 
 
 def search(scale: str) -> list[Run]:
     """The learning rate with each method's own settings, then the rest at the best one, then CAN's rate again."""
-    short = {"num_train_epochs": SHORT[scale]["search"]}
+    short = {"num_train_epochs": EPOCHS[scale]["search"]}
     runs = []
     for method in METHODS:
         rates = sorted(LEARNING_RATES)
@@ -181,6 +184,11 @@ def rate(scale: str) -> list[Run]:
     ]
 
 
+def short(scale: str, method: str, title: str, **changes) -> Run:
+    settings = {**found(scale)[method], "num_train_epochs": EPOCHS[scale]["short"], **changes}
+    return Run("short", method, settings, title=f"{method}, {title}")
+
+
 def ablations(scale: str) -> list[Run]:
     changes = {
         "as searched": {},
@@ -193,23 +201,34 @@ def ablations(scale: str) -> list[Run]:
         "mask 75 %": {"mask_ratio": 0.75},
         "normalised targets": {"norm_pix_loss": True},
     }
-    settings = {**found(scale)["CAN"], "num_train_epochs": SHORT[scale]["ablations"]}
-    return [Run("ablations", f"CAN, {name}", {**settings, **change}) for name, change in changes.items()]
+    return [short(scale, "CAN", title, **change) for title, change in changes.items()]
+
+
+def order(scale: str) -> list[Run]:
+    epochs = EPOCHS[scale]["long"]
+    methods = {method: settings for method, settings in found(scale).items() if method != "MAE"}
+    changes = {
+        "as searched": {},
+        "temperature 0.2": {"temperature": 0.2},
+        "crops from 8 %": {"crop_scale": "0.08,1"},
+        "batch 128": {"per_device_train_batch_size": 128},
+    }
+    runs = [short(scale, method, title, **change) for title, change in changes.items() for method in methods]
+    return runs + [
+        Run("long", method, {**settings, "num_train_epochs": epochs}, title=f"{method}, {epochs} epochs")
+        for method, settings in methods.items()
+    ]
 
 
 def scaling(scale: str) -> list[Run]:
-    epochs = SHORT[scale]["scaling"]
+    epochs = EPOCHS[scale]["short"]
     changes = {
         "10 %": {"dataset_split": "train[:10%]", "num_train_epochs": epochs * 10},
-        "30 %": {"dataset_split": "train[:30%]", "num_train_epochs": epochs / 0.3},
-        "100 %": {"num_train_epochs": epochs},
-        "larger encoder": {**LARGER[scale], "num_train_epochs": epochs},
+        "30 %": {"dataset_split": "train[:30%]", "num_train_epochs": round(epochs / 0.3, 2)},
+        "100 %": {},
+        "larger encoder": LARGER[scale],
     }
-    return [
-        Run("scaling", f"{method}, {name}", {**more, **change})
-        for name, change in changes.items()
-        for method, more in found(scale).items()
-    ]
+    return [short(scale, method, title, **change) for title, change in changes.items() for method in METHODS]
 
 
 def downstream(scale: str) -> list[Run]:
@@ -217,7 +236,7 @@ def downstream(scale: str) -> list[Run]:
 
 
 STAGES = {
-    "search": search, "main": main_rows, "rate": rate, "ablations": ablations, "scaling": scaling,
+    "search": search, "main": main_rows, "rate": rate, "ablations": ablations, "order": order, "scaling": scaling,
     "downstream": downstream,
 }  # fmt: skip
 
@@ -240,8 +259,7 @@ def do(run: Run, arguments, threads: int):
     """Pre-trains, or takes a main row's weights, and evaluates; leaves the JSON."""
     of_main = replace(run, stage="main").name if run.stage == "downstream" else run.name
     folder = Path(arguments.output_dir) / arguments.scale / of_main
-    own = next(values for method, values in METHODS.items() if run.method.startswith(method))
-    settings = {**SCALES[arguments.scale], **own, **run.settings, "seed": run.seed}
+    settings = {**SCALES[arguments.scale], **METHODS[run.method.split(",")[0]], **run.settings, "seed": run.seed}
     if "max_steps" in settings:
         del settings["num_train_epochs"]
     result = {"stage": run.stage, "method": run.method, "seed": run.seed, "settings": settings, "threads": threads}
@@ -320,11 +338,11 @@ def python(threads: int, script: str, *words: str, log: Path):
 
 
 def results(scale: str, stage: str) -> dict[str, list[dict]]:
-    """Method -> its runs, of a stage, in its order; what is done of them."""
+    """Row of the table -> its runs, of a stage, in its order; what is done of them."""
     done = {}
     for run in STAGES[stage](scale):
         if result := read(scale, run):
-            done.setdefault(run.method, []).append(result)
+            done.setdefault(run.title or run.method, []).append(result)
     return done
 
 
@@ -461,7 +479,7 @@ def report(scale: str):
         parts.append(f"## Which is first\n\n{reached(scale)}")
     if results(scale, "downstream"):
         parts.append(f"## Downstream\n\n{downstream_table(scale)}")
-    for stage in ("scaling", "ablations"):
+    for stage in ("order", "ablations", "scaling"):
         if results(scale, stage):
             parts.append(f"## {stage.capitalize()}\n\n{table(scale, stage)}")
     if results(scale, "search"):
