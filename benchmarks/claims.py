@@ -17,7 +17,7 @@ main        CAN, SimCLR and MAE as searched, three seeds; CAN with the paper's w
 rate        images a second and peak memory of the methods, nothing beside them, in turns
 ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalised
             targets; a shorter schedule
-order       what may decide between CAN and SimCLR: temperature, crops, batch; a shorter schedule, and a longer one
+order       what may decide between CAN and SimCLR: mask, temperature, crops, batch at a shorter schedule; a longer one
 scaling     10 %, 30 %, 100 % of the images with equal steps, and a larger encoder; a shorter schedule
 downstream  of the main rows' weights: fine-tuning, common corruptions, and the labels of --further_data
 
@@ -216,11 +216,16 @@ def order(scale: str) -> list[Run]:
         "crops from 8 %": {"crop_scale": "0.08,1"},
         "batch 128": {"per_device_train_batch_size": 128},
     }
+    masks = [short(scale, "CAN", f"mask {100 * ratio:.0f} %", mask_ratio=ratio) for ratio in (0.25, 0.75)]
     runs = [short(scale, method, title, **change) for title, change in changes.items() for method in methods]
-    return runs + [
-        Run("long", method, {**settings, "num_train_epochs": epochs}, title=f"{method}, {epochs} epochs")
-        for method, settings in methods.items()
-    ]
+    return (
+        masks
+        + runs
+        + [
+            Run("long", method, {**settings, "num_train_epochs": epochs}, title=f"{method}, {epochs} epochs")
+            for method, settings in methods.items()
+        ]
+    )
 
 
 def scaling(scale: str) -> list[Run]:

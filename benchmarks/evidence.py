@@ -183,10 +183,10 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def claims() -> str:
+def claims(stage: str) -> str:
     from claims import table
 
-    return table("toy", "main")
+    return table("toy", stage)
 
 
 FIGURES = {
@@ -203,7 +203,8 @@ FIGURES = {
     "photometric": photometric,
     "evaluation": evaluation,
     "quickstart": quickstart,
-    "claims": claims,
+    "claims": partial(claims, "main"),
+    "order": partial(claims, "order"),
 }
 
 
