@@ -77,16 +77,8 @@ def keep(run: Path, folder: Path, data: str):
     text = text.replace("The command:\n", COMMAND)
     card.write_text(text)
     tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
-    flags = [
-        "--baselines",
-        "none",
-        "--dataset_name",
-        data,
-        "--update_card",
-        "--output_dir",
-        f"out/{folder.name}-evaluation",
-    ]
-    run_eval.main(["--model_name_or_path", str(folder), "--task", *tasks, *flags])
+    flags = ["--baselines", "none", "--update_card", "--output_dir", f"out/{folder.name}-evaluation"]
+    run_eval.main(["--model_name_or_path", str(folder), "--dataset_name", data, "--task", *tasks, *flags])
     # Measured from the local folder, named as who has none can find it
     local, text = Path(data).name, card.read_text()
     text = text.replace(f": {local}\n", f": {HUB['dataset_name']}\n").replace(

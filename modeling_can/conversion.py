@@ -125,13 +125,6 @@ MAE_FILE = {
     "decoder.layernorm": "decoder_norm",
     "decoder.head": "decoder_pred",
 }
-# What DINOv2's class in transformers 5.17 calls the parts of its attention; later ones use ViT's names.
-_EARLIER_NAMES = {
-    "attention.attention.query": "attention.q_proj",
-    "attention.attention.key": "attention.k_proj",
-    "attention.attention.value": "attention.v_proj",
-    "attention.output.dense": "attention.o_proj",
-}
 
 
 class Source(NamedTuple):
@@ -199,13 +192,6 @@ def their_name(name: str, table: dict[str, str]) -> str | None:
         if name == ours or name.startswith(f"{ours}."):
             return theirs + name[len(ours) :]
     return None
-
-
-def current_name(key: str) -> str:
-    """A source's key as the tables have it, whichever version of transformers has built the model."""
-    for earlier, current in _EARLIER_NAMES.items():
-        key = key.replace(earlier, current)
-    return key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,7 +365,7 @@ def _read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         raise _unreadable(name_or_path, error) from error
     drawn = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    return {current_name(key): tensor for key, tensor in model.state_dict().items() if key not in drawn}
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in drawn}
 
 
 def _warn_of_pickle(name):
@@ -679,8 +665,7 @@ def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov
         key: torch.ones_like(tensor) if key.endswith("lambda1") else torch.zeros_like(tensor)  # of the mask token
         for key, tensor in theirs.base_model.state_dict().items()
     }
-    weights = {current_name(key): tensor for key, tensor in weights.items()} | encoder_weights(model, DINOV2)
-    _load(theirs.base_model, weights)
+    theirs.base_model.load_state_dict(weights | encoder_weights(model, DINOV2))
     if head is not None:
         theirs.classifier.load_state_dict(head.state_dict())
     theirs = theirs.to(model.dtype).eval()
@@ -728,7 +713,7 @@ def to_vit(model: CANPreTrainedModel) -> ViTModel:
     theirs = ViTModel(
         ViTConfig(**_shared_fields(config), intermediate_size=config.intermediate_size), add_pooling_layer=False
     )
-    _load(theirs, encoder_weights(model, VIT))
+    theirs.load_state_dict(encoder_weights(model, VIT))
     theirs = theirs.to(model.dtype).eval()
 
     def tokens(encoder: CANModel | ViTModel, pixels: torch.Tensor, other_size: bool) -> torch.Tensor:
@@ -888,11 +873,6 @@ def _shared_fields(config: CANConfig) -> dict:
     # An int where it can be one: ViT divides by it.
     sizes = {name: size[0] if size[0] == size[1] else list(size) for name, size in sizes.items()}
     return {**{name: getattr(config, name) for name in fields}, **sizes}
-
-
-def _load(theirs: PreTrainedModel, weights: dict[str, torch.Tensor]):
-    """All of their tensors, by whatever names the installed transformers has for them."""
-    theirs.load_state_dict({key: weights[current_name(key)] for key in theirs.state_dict()})
 
 
 @torch.no_grad()
