@@ -82,7 +82,7 @@ FINE_TUNING = (
     "--finetune_mixup_alpha 0 --finetune_cutmix_alpha 0 --finetune_randaugment_magnitude 0 "
     "--finetune_random_erasing_probability 0 --finetune_drop_path_rate 0"
 ).split()
-# A corrupted picture costs sixty times a clean one: a fifth of the test images, the same ones for all rows
+# Corrupting takes longer than all the rest: a fifth of the test images, the same ones for all rows
 ROBUSTNESS = "--corruptions noise blur weather digital --test_split test[:20%]".split()
 PAPERS_WEIGHTS = {"contrastive_loss_weight": 0.03, "reconstruction_loss_weight": 0.67, "denoising_loss_weight": 0.3}
 METHODS = {"CAN": CAN, "SimCLR": SIMCLR, "MAE": MAE}

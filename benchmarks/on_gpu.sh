@@ -16,6 +16,7 @@ python benchmarks/profile_step.py --size large --batch_size 64 --num_steps 10
 python benchmarks/variants.py --study choices --size base --batch_size 64 --rounds 15
 python benchmarks/variants.py --study tried --size base --batch_size 64 --rounds 15
 python benchmarks/variants.py --study batch --size base --batch_size 32 --rounds 15
+python benchmarks/variants.py --study largest --size base --batch_size 32
 python benchmarks/variants.py --study image_size --size base --batch_size 16 --rounds 15
 python benchmarks/variants.py --study embedding --size base --batch_size 128 --rounds 15
 python benchmarks/gradient_caching.py --micro_batch_size 128 --num_micro_batches 8 --rounds 20

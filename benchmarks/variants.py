@@ -6,11 +6,13 @@ What the choices about a step cost: one optimiser step under each of them, as ra
     python benchmarks/variants.py --study batch            # growth with the batch
     python benchmarks/variants.py --study image_size       # growth with the image
     python benchmarks/variants.py --study embedding        # forward passes of CANModel and of transformers' ViTModel
+    python benchmarks/variants.py --study largest          # the largest batch: on a GPU, or under `ulimit -v`
     python benchmarks/variants.py --study choices --size large --batch_size 128 --rounds 20      # a GPU
 
 Every variant lives in a process of its own, which gives its peak memory, and steps when its turn comes: the rounds are
 interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. What is
-predicted for a thing tried is what its matrix products would save or cost, timed alone, if nothing else changed. Peak
+predicted for a thing tried is what its matrix products would save or cost, timed alone, if nothing else changed. The
+largest batch, in multiples of --batch_size, is that whose second step still has the memory, alone on the machine. Peak
 memory includes AdamW's states; on a CPU it is what the process held beyond what it held before the model was built.
 Writes variants-STUDY-SIZE-DEVICE.json beside this file.
 """
@@ -18,12 +20,13 @@ Writes variants-STUDY-SIZE-DEVICE.json beside this file.
 import argparse
 import resource
 import statistics
+from collections.abc import Callable
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 import torch
 from evidence import facts, save
-from straightforward import StraightforwardSimCLR
+from straightforward import StraightforwardCAN, StraightforwardSimCLR
 from tqdm import tqdm
 from train_step import RecordProducts, preset, product_runner, stepper, timed
 from transformers import ViTConfig, ViTModel
@@ -35,6 +38,7 @@ from modeling_can.modeling_can import CANAttention, CANLayer, CANModelOutput
 
 SIMCLR = {"mask_ratio": 0, "noise_std_max": 0, "contrastive_loss_weight": 1, "reconstruction_loss_weight": 0,
           "denoising_loss_weight": 0}  # fmt: skip
+STUDIES = ("choices", "tried", "batch", "image_size", "embedding", "largest")
 MAE = {"mask_ratio": 0.75, "noise_std_max": 0, "contrastive_loss_weight": 0, "reconstruction_loss_weight": 1,
        "denoising_loss_weight": 0}  # fmt: skip
 
@@ -64,6 +68,12 @@ def variants(study: str, batch_size: int, on_gpu: bool) -> dict[str, dict]:
         return {f"{factor * batch_size} images": {"batch_size": factor * batch_size} for factor in (1, 2, 4, 8)}
     if study == "image_size":
         return {f"{size} x {size}": {"image_size": size} for size in (160, 224, 320, 448)}
+    if study == "largest":
+        return {
+            "CAN": {},
+            "gradient checkpointing": {"checkpointing": True},
+            "straightforward CAN": {"model": "straightforward"},
+        }
     return {"CANModel": {"model": "encoder"}, "ViTModel": {"model": "vit"}}
 
 
@@ -80,7 +90,8 @@ def worker(pipe, config, changes: dict, batch_size: int, device: str):
     before = memory(device)
     run = inference(own["model"], config, pixels) if own.get("model") in ("encoder", "vit") else None
     if run is None:
-        model = StraightforwardSimCLR(config) if own.get("model") == "simclr" else CANForPreTraining(config)
+        models = {"simclr": StraightforwardSimCLR, "straightforward": StraightforwardCAN}
+        model = models.get(own.get("model"), CANForPreTraining)(config)
         if "attention" in own:
             model.set_attn_implementation(own["attention"])
         if own.get("checkpointing"):
@@ -169,26 +180,69 @@ def memory(device: torch.device) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", default="choices", choices=["choices", "tried", "batch", "image_size", "embedding"])
+    parser.add_argument("--study", default="choices", choices=STUDIES)
     parser.add_argument("--size", default="small", choices=["tiny", "small", "base", "large", "huge"])
     parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    context = get_context("spawn")
-    pipes, results = {}, {}
     todo = variants(arguments.study, arguments.batch_size, device.type == "cuda")
+    pipes, results = {}, {}
     for name, changes in todo.items():  # one after the other: they warm up alone
-        pipes[name], theirs = context.Pipe()
-        start = (theirs, preset(arguments.size), changes, arguments.batch_size, arguments.device)
-        context.Process(target=worker, args=start, daemon=True).start()
-        theirs.close()
+        if arguments.study == "largest":
+            results[name] = {"batch_size": largest_batch(partial(fits, changes, arguments), arguments.batch_size)}
+            print(f"{name}: {results[name]['batch_size']} images", flush=True)
+            continue
         try:
-            results[name] = pipes[name].recv()
+            pipes[name], results[name] = start(changes, arguments.batch_size, arguments)
         except EOFError:
             print(f"{name}: failed, left out (its message is above)")
-            del pipes[name]
+    report = {**facts(seed=0, device=device), "study": arguments.study, "size": arguments.size}
+    if arguments.study != "largest":
+        report["rounds"] = arguments.rounds
+        measure(pipes, results, arguments)
+        for name, r in results.items():
+            print(f"{name:26}{r['images_per_second']:10.2f} images/s{r['speed_over_first']:8.3f}"
+                  f"{r['peak_memory_gib']:8.2f} GiB")  # fmt: skip
+    save(f"variants-{arguments.study}-{arguments.size}-{device.type}", {**report, "results": results})
+
+
+def start(changes: dict, batch_size: int, arguments):
+    """A worker that has warmed up, and what it says of itself. Raises EOFError if it died of it."""
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    what = (theirs, preset(arguments.size), changes, batch_size, arguments.device)
+    context.Process(target=worker, args=what, daemon=True).start()
+    theirs.close()
+    return ours, ours.recv()
+
+
+def fits(changes: dict, arguments, batch_size: int) -> bool:
+    try:
+        pipe, _ = start(changes, batch_size, arguments)
+        pipe.send("end")
+        return True
+    except EOFError:
+        return False
+    finally:
+        for process in active_children():  # its memory is free only then
+            process.join()
+
+
+def largest_batch(fits: Callable[[int], bool], first: int) -> int:
+    """The largest multiple of `first` that fits, by doubling, then halving what is in between; 0 if none does."""
+    low, high = 0, first
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > first:
+        middle = (low + high) // (2 * first) * first
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def measure(pipes: dict, results: dict, arguments):
+    """Adds times and memory to each result."""
     seconds = {name: [] for name in results}
     for round_ in tqdm(range(arguments.rounds)):
         for name in results if round_ % 2 else reversed(results):
@@ -215,14 +269,6 @@ def main():
         results[name]["predicted_speed_over_first"] = 1 / (1 + more / results[first]["step_seconds"])
     for pipe in pipes.values():
         pipe.send("end")
-    report = {
-        **facts(seed=0, device=device), "study": arguments.study, "size": arguments.size, "rounds": arguments.rounds,
-        "results": results,
-    }  # fmt: skip
-    save(f"variants-{arguments.study}-{arguments.size}-{device.type}", report)
-    for name, r in results.items():
-        print(f"{name:26}{r['images_per_second']:10.2f} images/s{r['speed_over_first']:8.3f}"
-              f"{r['peak_memory_gib']:8.2f} GiB")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import inputs, tiny_model
 
@@ -11,6 +12,7 @@ from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_n
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from straightforward import StraightforwardCAN  # noqa: E402
+from variants import largest_batch  # noqa: E402
 
 
 def test_the_straightforward_can_computes_our_loss():
@@ -34,3 +36,15 @@ def test_the_straightforward_can_computes_our_loss():
     expected.backward()
     torch.testing.assert_close(theirs.patch_embed.bias.grad, ours.can.embeddings.patch_embeddings.bias.grad)
     torch.testing.assert_close(theirs.decoder_embed.weight.grad, ours.decoder.embed.weight.grad)
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(3, 0), (4, 4), (31, 28), (32, 32), (100, 100), (103, 100)])
+def test_the_largest_batch_is_the_last_multiple_that_fits(limit, expected):
+    tried = []
+
+    def fits(batch_size):
+        tried.append(batch_size)
+        return batch_size <= limit
+
+    assert largest_batch(fits, 4) == expected
+    assert len(tried) == len(set(tried)) <= 12
