@@ -233,8 +233,8 @@ def order(scale: str) -> list[Run]:
 def scaling(scale: str) -> list[Run]:
     epochs = EPOCHS[scale]["short"]
     changes = {
-        "10 %": {"dataset_split": "train[:10%]", "num_train_epochs": epochs * 10},
-        "30 %": {"dataset_split": "train[:30%]", "num_train_epochs": round(epochs / 0.3, 2)},
+        "10 %": {"dataset_split": "train[:10%]", "streaming": False, "num_train_epochs": epochs * 10},
+        "30 %": {"dataset_split": "train[:30%]", "streaming": False, "num_train_epochs": round(epochs / 0.3, 2)},
         "100 %": {},
         "larger encoder": LARGER[scale],
     }
