@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,6 @@ def keep(run: Path, folder: Path, data: str):
     command = ["run_pretraining.py", f"model_cards/{folder.name}/recipe.yaml"]
     results["command"] = command
 
-    shutil.rmtree(folder, ignore_errors=True)
     (folder / "figures").mkdir(parents=True)
     model = CANForPreTraining.from_pretrained(run)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
@@ -77,7 +77,8 @@ def keep(run: Path, folder: Path, data: str):
     text = text.replace("The command:\n", COMMAND)
     card.write_text(text)
     tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
-    flags = ["--baselines", "none", "--update_card", "--output_dir", f"out/{folder.name}-evaluation"]
+    evaluation = folder.parent / "evaluation"
+    flags = ["--baselines", "none", "--update_card", "--output_dir", str(evaluation)]
     run_eval.main(["--model_name_or_path", str(folder), "--dataset_name", data, "--task", *tasks, *flags])
     # Measured from the local folder, named as who has none can find it
     local, text = Path(data).name, card.read_text()
@@ -85,8 +86,14 @@ def keep(run: Path, folder: Path, data: str):
         f"| {local} |", f"| {HUB['dataset_name']} |"
     )
     card.write_text(text)
-    evaluation = Path(f"out/{folder.name}-evaluation/results.json").read_text()
-    (folder / "evaluation.json").write_text(evaluation.replace(data, HUB["dataset_name"]).replace(f"{ROOT}/", ""))
+    text = (evaluation / "results.json").read_text()
+    for path, name in (
+        (data, HUB["dataset_name"]),
+        (f"{folder.parent}/evaluation", "out"),
+        (folder.parent, "model_cards"),
+    ):
+        text = text.replace(str(path), name)
+    (folder / "evaluation.json").write_text(text)
 
 
 def main():
@@ -95,7 +102,11 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--name", required=True)
     arguments = parser.parse_args()
-    keep(arguments.run, ROOT / "model_cards" / arguments.name, arguments.data)
+    kept = ROOT / "model_cards" / arguments.name
+    with tempfile.TemporaryDirectory() as place:  # until all is done, so that the commit that is noted is clean
+        keep(arguments.run, Path(place) / arguments.name, arguments.data)
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(Path(place) / arguments.name, kept)
 
 
 if __name__ == "__main__":
