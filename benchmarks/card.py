@@ -87,12 +87,8 @@ def keep(run: Path, folder: Path, data: str):
     )
     card.write_text(text)
     text = (evaluation / "results.json").read_text()
-    for path, name in (
-        (data, HUB["dataset_name"]),
-        (f"{folder.parent}/evaluation", "out"),
-        (folder.parent, "model_cards"),
-    ):
-        text = text.replace(str(path), name)
+    for path, name in {data: HUB["dataset_name"], str(evaluation): "out", str(folder.parent): "model_cards"}.items():
+        text = text.replace(path, name)
     (folder / "evaluation.json").write_text(text)
 
 
