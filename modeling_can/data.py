@@ -71,7 +71,7 @@ class ImageSource:
         data_files (`str` or `list[str]`, *optional*):
             Paths, globs or URLs (http, s3, hf, whatever fsspec reads) of parquet, WebDataset tar, arrow or jsonl.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): As it is.
-        split (`str`): Split of `dataset_name`.
+        split (`str`): Split of `dataset_name`; a part of one, such as `train[:10%]`, only where it is not streamed.
         image_column (`str`):
             Column that holds the images. Where there is no `"image"`, the default, it is the columns of type `Image`
             (a WebDataset has one for each file extension), of which a row fills one.
@@ -81,8 +81,8 @@ class ImageSource:
         extra_columns (`tuple[str, ...]`): Columns to be kept beside the images; `data_dir` has none.
 
     Raises:
-        ValueError: if not exactly one source is given, if it holds no images, has no such column, or if fsspec needs
-            a package that is not installed.
+        ValueError: if not exactly one source is given, if it holds no images, has no such split or column, or if fsspec
+            needs a package that is not installed.
     """
 
     def __init__(
@@ -161,6 +161,11 @@ class ImageSource:
             return self._undecoded(self._builder.as_streaming_dataset(split=self.split))
         except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
             raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
+        except ValueError as error:
+            if not str(error).startswith(("Bad split", "Unknown split")):
+                raise
+            advice = " A part of one, or several, needs --streaming false." if streaming else ""
+            raise ValueError(f"dataset_split={self.split}: {error}.{advice}") from error
         except ImportError as error:  # fsspec names the package
             raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
 

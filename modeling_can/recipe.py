@@ -36,7 +36,7 @@ class Recipe:
     data_dir: str | None = option(None, "any folder of images, nested or flat")
     data_files: str | list[str] | None = option(None, "paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
     streaming: bool = option(True, "read while training; false: download all of it first")
-    dataset_split: str = option("train", "split of dataset_name")
+    dataset_split: str = option("train", "split of dataset_name; parts such as train[:10%] only with streaming: false")
     image_column: str = option("image", "column that holds the images; else all columns of type Image")
     max_bad_fraction: float = option(0.01, "share of bad images above which the run stops")
     transparent_background: str = option("white", "colour behind transparent pixels: a name or #rrggbb")

@@ -162,6 +162,8 @@ def test_tar_shards_and_data_sets_built_in_python_are_sources(tmp_path):
 def test_a_source_can_be_downloaded_first(shards):
     source = ImageSource(data_files=f"{shards[0]}/*.parquet", streaming=False)
     assert source.num_images() == 24 and sorted(read(ViewStream(source, identity), 24)) == shards[1]
+    part = ImageSource(dataset_name=str(shards[0]), split="train[:25%]", streaming=False)
+    assert part.num_images() == 6 and set(read(ViewStream(part, identity), 6)) < set(shards[1])
 
 
 def test_what_is_no_source_is_refused(tmp_path, shards):
@@ -185,6 +187,11 @@ def test_what_is_no_source_is_refused(tmp_path, shards):
         ImageSource(data_files="s3://bucket/train-*.parquet")
     with pytest.raises(ValueError, match="ends in '.zip'"):
         ImageSource(data_files="images.zip")
+    for streaming in (True, False):
+        with pytest.raises(ValueError, match=r"dataset_split=val: .*train"):
+            ImageSource(dataset_name=str(shards[0]), split="val", streaming=streaming)
+    with pytest.raises(ValueError, match=r"dataset_split=train\[:50%\]: .* --streaming false"):
+        ImageSource(dataset_name=str(shards[0]), split="train[:50%]")
     with pytest.raises(ValueError, match=r"no column 'img'; set image_column to one of \['image', 'label'\]"):
         ImageSource(dataset_name=str(shards[0]), image_column="img")
 
