@@ -77,16 +77,32 @@ def bare(argv: list[str], num_steps: int) -> dict:
 def trainer(
     argv: list[str], num_steps: int, launcher: tuple[str, ...] = (), processes: int = 1, threads: str = ""
 ) -> dict:
-    """Seconds of a step, and the share of them in which it waits for data."""
+    """Seconds of a step, the share of them in which it waits for data, and that in which a GPU is busy."""
+    on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         command = [*(launcher or (sys.executable,)), str(ROOT / "run_pretraining.py"), *argv, "--log_with=none",
                    f"--logging_steps={num_steps // 2}", f"--output_dir={folder}/out"]  # fmt: skip
         environment = {**os.environ, **({"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"} if threads else {})}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        lines = (Path(folder) / "out" / "metrics.jsonl").read_text().splitlines()
-    line = json.loads(lines[1])
+        metrics, busy = Path(folder) / "out" / "metrics.jsonl", []
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, env=environment, **silent) as process:
+            while process.poll() is None:
+                if on_gpu and metrics.exists() and metrics.read_text().count("\n") == 1:  # the half that is timed
+                    busy.append(utilization())
+                time.sleep(0.1)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)} failed")
+        line = json.loads(metrics.read_text().splitlines()[1])
     batch = parse_arguments(argv, run_pretraining.QUICKSTART, "").per_device_train_batch_size * processes
-    return {"step_seconds": batch / line["images_per_second"], "data_wait": line["data_wait"]}
+    return {"step_seconds": batch / line["images_per_second"], "data_wait": line["data_wait"],
+            "gpu_busy": statistics.mean(busy) if busy else None}  # fmt: skip
+
+
+def utilization() -> float:
+    """Share of the last moments in which some kernel ran, the mean of all GPUs, as the driver tells it."""
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return statistics.mean(map(float, lines)) / 100
 
 
 def start_up(argv: list[str]) -> float:
@@ -147,6 +163,7 @@ def main():
         "trainer_over_bare": ratio("trainer", "bare"),
         "trainer_over_bare_without_wait": ratio("trainer", "bare", "step_seconds_without_wait"),
         "data_wait": statistics.median(line["data_wait"] for line in rounds["trainer"]),
+        "gpu_busy": statistics.median(line["gpu_busy"] for line in rounds["trainer"]) if on_gpu else None,
         "images_per_second": statistics.median(
             arguments.batch_size / line["step_seconds"] for line in rounds["trainer"]
         ),
@@ -155,8 +172,8 @@ def main():
         "seconds_to_first_step": statistics.median(first_step),
     }
     save(f"trainer-{arguments.size}-{'cuda' if on_gpu else 'cpu'}", report)
-    for name in ("trainer_over_bare", "trainer_over_bare_without_wait", "data_wait", "step_of_all_over_one",
-                 "seconds_to_first_step"):  # fmt: skip
+    for name in ("trainer_over_bare", "trainer_over_bare_without_wait", "data_wait", "gpu_busy",
+                 "step_of_all_over_one", "seconds_to_first_step"):  # fmt: skip
         print(f"{name:34}{report[name]}")
 
 

@@ -81,8 +81,8 @@ class ImageSource:
         extra_columns (`tuple[str, ...]`): Columns to be kept beside the images; `data_dir` has none.
 
     Raises:
-        ValueError: if not exactly one source is given, if it holds no images, has no such split or column, or if fsspec
-            needs a package that is not installed.
+        ValueError: if not exactly one source is given, if it holds no images, has no such split or column, or if
+            fsspec needs a package that is not installed.
     """
 
     def __init__(
