@@ -418,7 +418,7 @@ def reached(scale: str) -> str:
 
 def downstream_table(scale: str) -> str:
     lines = [
-        "| | seeds | fine-tuned | clean | corrupted | transfer: linear probe | k-NN |",
+        "|  | seeds | fine-tuned | probe, a fifth of the test images | corrupted | photographs: probe | k-NN |",
         "|---|---|---|---|---|---|---|",
     ]
     for method, runs in results(scale, "downstream").items():

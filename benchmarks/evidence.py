@@ -189,6 +189,12 @@ def claims(stage: str) -> str:
     return table("toy", stage)
 
 
+def downstream() -> str:
+    from claims import downstream_table
+
+    return downstream_table("toy")
+
+
 FIGURES = {
     "train_step": train_step,
     "choices": partial(variants, "choices", "base"),
@@ -205,6 +211,8 @@ FIGURES = {
     "quickstart": quickstart,
     "claims": partial(claims, "main"),
     "order": partial(claims, "order"),
+    "downstream": downstream,
+    "scaling": partial(claims, "scaling"),
 }
 
 

@@ -23,7 +23,7 @@ def run(seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "run_pretraining.py"), "--seed", str(seed), "--output_dir", folder]
         subprocess.run(command, check=True)
-        return json.loads((Path(folder) / "results.json").read_text())
+        return json.loads((Path(folder) / "results.json").read_text().replace(folder, "OUT"))
 
 
 def card(runs: list[dict]) -> str:
