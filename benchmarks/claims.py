@@ -117,7 +117,7 @@ class Run:
     def name(self) -> str:
         words = [f"{key}={value}" for key, value in sorted(self.settings.items())]
         words = [self.stage, self.method.replace(" ", "-").replace(",", ""), *words, f"seed={self.seed}"]
-        return "_".join(re.sub(r"[^\w.,='-]", "", word) for word in words)
+        return "_".join(re.sub(r"[^\w.='-]", "", word.replace(",", "-")) for word in words)
 
 
 def search(scale: str) -> list[Run]:
