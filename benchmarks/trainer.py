@@ -7,7 +7,8 @@ The whole trainer, from JPEG files on the disk to a checkpoint, over a bare step
 
 Bare: uint8 views -> augmentation -> forward -> backward -> AdamW, in a loop of six lines. Trainer:
 `run_pretraining.py` on 256 JPEGs of 500 x 375, its steps as its own log times them, with and without the time in which
-it waits for data. Each in fresh processes, in turn; the second half of the steps counts.
+it waits for data, and on a GPU the share of the time in which it is busy. Each in fresh processes, in turn; the second
+half of the steps counts.
 
 Start-up: from the command to the end of the first step, in a fresh process. World size: as many images for each
 process, one thread a process on a CPU, under `torchrun` (2 processes on a CPU, all GPUs otherwise): 1.0 would be
@@ -99,10 +100,10 @@ def trainer(
 
 
 def utilization() -> float:
-    """Share of the last moments in which some kernel ran, the mean of all GPUs, as the driver tells it."""
+    """Share of the last moments in which the busiest GPU ran some kernel, as the driver tells it."""
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return statistics.mean(map(float, lines)) / 100
+    return max(map(float, lines)) / 100
 
 
 def start_up(argv: list[str]) -> float:

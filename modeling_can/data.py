@@ -165,7 +165,7 @@ class ImageSource:
             if not str(error).startswith(("Bad split", "Unknown split")):
                 raise
             advice = " A part of one, or several, needs --streaming false." if streaming else ""
-            raise ValueError(f"dataset_split={self.split}: {error}.{advice}") from error
+            raise ValueError(f"dataset_split={self.split}: {str(error).rstrip('.')}.{advice}") from error
         except ImportError as error:  # fsspec names the package
             raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
 

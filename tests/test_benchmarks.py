@@ -1,5 +1,6 @@
 """What the benchmarks compare is the same computation."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_n
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import claims  # noqa: E402
 from straightforward import StraightforwardCAN  # noqa: E402
 from variants import largest_batch  # noqa: E402
 
@@ -48,3 +50,11 @@ def test_the_largest_batch_is_the_last_multiple_that_fits(limit, expected):
 
     assert largest_batch(fits, 4) == expected
     assert len(tried) == len(set(tried)) <= 12
+
+
+@pytest.mark.parametrize("stage", claims.STAGES)
+def test_the_runs_of_the_study_have_names_that_files_and_the_evaluation_can_bear(stage):
+    names = [run.name for run in claims.STAGES[stage]("toy")]
+    assert len(names) == len(set(names)) > 0
+    for name in names:  # run_eval.py takes a comma between two models
+        assert re.fullmatch(r"[\w.='-]+", name) and len(f"{name}.partial") <= 255, name
