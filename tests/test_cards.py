@@ -378,7 +378,7 @@ def test_the_quickstarts_card_is_its_results():
     folder = ROOT / "model_cards" / "can-quickstart"
     card, runs = (folder / "README.md").read_text(), json.loads((folder / "results.json").read_text())
     rows = {row[0]: row[1:] for row in tables(card)}
-    for name, features in runs[0]["probe"].items():
+    for name in runs[0]["probe"]:
         for column, probe in enumerate(("knn", "linear_probe")):
             values = [100 * run["probe"][name][probe] for run in runs]
             assert list(map(float, re.findall(r"[\d.]+", rows[name][column]))) == pytest.approx(
