@@ -71,13 +71,16 @@ def read(name: str) -> dict:
     return json.loads((Path(__file__).parent / f"{name}.json").read_text())
 
 
+def by_size(name: str, *sizes: str) -> dict[str, dict]:
+    """Of the sizes those that were measured."""
+    names = {size: f"{name}-{size}-cpu" for size in sizes}
+    return {size: read(name) for size, name in names.items() if (Path(__file__).parent / f"{name}.json").exists()}
+
+
 def train_step() -> str:
-    paths = {
-        size: Path(__file__).parent / f"train_step-{size.lower()}-cpu.json" for size in ("Small", "Base", "Large")
-    }
-    reports = {size: json.loads(path.read_text()) for size, path in paths.items() if path.exists()}
+    reports = by_size("train_step", "small", "base", "large")
     lines = [
-        "| at 224, " + reports["Base"]["machine"] + " | batch | images a second | share of the product rate "
+        "| at 224, " + reports["base"]["machine"] + " | batch | images a second | share of the product rate "
         "| speed over ViT-MAE | over straightforward |",
         "|---|---|---|---|---|---|",
     ]
@@ -89,7 +92,7 @@ def train_step() -> str:
                 else " | "
             )
             lines.append(
-                f"| ViT-{size}: {name} | {report['batch_size']} | {result['images_per_second']:.2f} "
+                f"| ViT-{size.capitalize()}: {name} | {report['batch_size']} | {result['images_per_second']:.2f} "
                 f"| {result['share_of_product_rate']:.0%} | {ratios} |".replace("%", " %")
             )
     return "\n".join(lines)
@@ -115,9 +118,15 @@ def variants(study: str, size: str) -> str:
 
 
 def profile() -> str:
-    report = read("profile_step-base-cpu")
-    lines = [f"| ViT-Base, batch {report['batch_size']}, {report['machine']} | share of the step |", "|---|---|"]
-    lines += [f"| {name} | {100 * share:.1f} % |" for name, share in report["shares"].items()]
+    reports = by_size("profile_step", "base", "large")
+    titles = [f"ViT-{size.capitalize()}, batch {report['batch_size']}" for size, report in reports.items()]
+    lines = [
+        f"| share of the step, {reports['base']['machine']} | {' | '.join(titles)} |",
+        "|---|" + "---|" * len(reports),
+    ]
+    for name in reports["base"]["shares"]:
+        shares = [f"{100 * report['shares'][name]:.1f} %" for report in reports.values()]
+        lines.append(f"| {name} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
