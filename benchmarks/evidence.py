@@ -71,15 +71,16 @@ def read(name: str) -> dict:
     return json.loads((Path(__file__).parent / f"{name}.json").read_text())
 
 
-def by_size(name: str, *sizes: str) -> dict[str, dict]:
-    """Of the sizes those that were measured."""
+def by_size(name: str, *sizes: str) -> tuple[str, dict[str, dict]]:
+    """The machine, and of the sizes those measured. Raises ValueError for two machines: a table's rows are compared."""
     names = {size: f"{name}-{size}-cpu" for size in sizes}
-    return {size: read(name) for size, name in names.items() if (Path(__file__).parent / f"{name}.json").exists()}
+    reports = {size: read(name) for size, name in names.items() if (Path(__file__).parent / f"{name}.json").exists()}
+    (machine,) = {report["machine"] for report in reports.values()}
+    return machine, reports
 
 
 def train_step() -> str:
-    reports = by_size("train_step", "small", "base", "large")
-    (machine,) = {report["machine"] for report in reports.values()}  # the rows are compared
+    machine, reports = by_size("train_step", "small", "base", "large")
     lines = [
         f"| at 224, {machine} | batch | images a second | share of the product rate "
         "| speed over ViT-MAE | over straightforward |",
@@ -119,8 +120,7 @@ def variants(study: str, size: str) -> str:
 
 
 def profile() -> str:
-    reports = by_size("profile_step", "base", "large")
-    (machine,) = {report["machine"] for report in reports.values()}
+    machine, reports = by_size("profile_step", "base", "large")
     titles = [f"ViT-{size.capitalize()}, batch {report['batch_size']}" for size, report in reports.items()]
     lines = [
         f"| share of the step, {machine} | {' | '.join(titles)} |",
