@@ -72,7 +72,7 @@ def read(name: str) -> dict:
 
 
 def by_size(name: str, *sizes: str) -> tuple[str, dict[str, dict]]:
-    """The machine, and of the sizes those measured. Raises ValueError for two machines: a table's rows are compared."""
+    """The machine, and of the sizes those measured. ValueError for two machines: the rows of a table are compared."""
     names = {size: f"{name}-{size}-cpu" for size in sizes}
     reports = {size: read(name) for size, name in names.items() if (Path(__file__).parent / f"{name}.json").exists()}
     (machine,) = {report["machine"] for report in reports.values()}
