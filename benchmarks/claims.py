@@ -17,7 +17,8 @@ main        CAN, SimCLR and MAE as searched and CAN with fewer patches masked, t
 rate        images a second and peak memory of the methods, nothing beside them, in turns
 ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalised
             targets; a shorter schedule
-order       what may decide between CAN and SimCLR: mask, temperature, crops, batch at a shorter schedule; a longer one
+order       what may decide between CAN and SimCLR: mask, temperature, crops, batch, number of patches at a shorter
+            schedule; a longer one
 scaling     10 %, 30 %, 100 % of the images with equal steps, and a larger encoder; a shorter schedule
 downstream  of the main rows' weights, pre-trained again where they are gone: fine-tuning, common corruptions (of a
             fifth of the test images), and the labels of --further_data
@@ -210,24 +211,25 @@ def ablations(scale: str) -> list[Run]:
 
 
 def order(scale: str) -> list[Run]:
-    epochs = EPOCHS[scale]["long"]
-    methods = {method: settings for method, settings in found(scale).items() if method != "MAE"}
+    epochs, smaller = EPOCHS[scale]["long"], {"patch_size": SCALES[scale]["patch_size"] // 2}
     changes = {
         "as searched": {},
         "temperature 0.2": {"temperature": 0.2},
         "crops from 8 %": {"crop_scale": "0.08,1"},
         "batch 128": {"per_device_train_batch_size": 128},
+        "4 x the patches": smaller,
     }
-    masks = [short(scale, "CAN", f"mask {100 * ratio:.0f} %", mask_ratio=ratio) for ratio in (0.25, 0.75)]
-    runs = [short(scale, method, title, **change) for title, change in changes.items() for method in methods]
-    return (
-        masks
-        + runs
-        + [
-            Run("long", method, {**settings, "num_train_epochs": epochs}, title=f"{method}, {epochs} epochs")
-            for method, settings in methods.items()
-        ]
-    )
+    return [
+        *(short(scale, "CAN", f"mask {100 * ratio:.0f} %", mask_ratio=ratio) for ratio in (0.25, 0.75)),
+        *(short(scale, method, title, **change) for title, change in changes.items() for method in ("CAN", "SimCLR")),
+        short(scale, "CAN", "4 x the patches, mask 25 %", **smaller, mask_ratio=0.25),
+        *(
+            Run(
+                "long", method, {**rows(scale)[method], "num_train_epochs": epochs}, title=f"{method}, {epochs} epochs"
+            )
+            for method in ("CAN", "SimCLR", "CAN, mask 0.25")
+        ),
+    ]
 
 
 def scaling(scale: str) -> list[Run]:
