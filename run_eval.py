@@ -13,6 +13,7 @@ needs no labels and stands alone. Every setting is a flag; `--help` lists them a
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,7 @@ import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
-from datasets import ClassLabel, Value
+from datasets import ClassLabel, ReadInstruction, Value, load_dataset
 from huggingface_hub import EvalResult
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
@@ -41,7 +42,7 @@ from transformers.utils import is_peft_available
 
 from modeling_can import CANConfig
 from modeling_can.conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
-from modeling_can.data import ImageSource
+from modeling_can.data import ImageSource, resolve_name
 from modeling_can.embedding import embed, totals
 from modeling_can.encoders import (
     POOLINGS,
@@ -94,7 +95,7 @@ from modeling_can.robustness import (
     load_further_sets,
 )
 from modeling_can.training import mixed_precision
-from modeling_can.views import decode
+from modeling_can.views import check_decoding, decode
 from modeling_can.visualization import (
     evaluation_figure,
     reconstruction_errors,
@@ -103,6 +104,7 @@ from modeling_can.visualization import (
 )
 
 
+DECODING = ("transparent_background", "high_bit_depth")
 TASKS = ("knn", "linear_probe", "linear_probe_sgd", "few_shot", "finetune", "robustness", "reconstruction",
          "retrieval", "embed")  # fmt: skip
 FROZEN = ("knn", "linear_probe", "few_shot")  # which the baselines take
@@ -133,6 +135,8 @@ class Settings:
     # Models
     processor_name_or_path: str | None = option(None, "where the image processor is, if not with the model")
     image_size: tuple[int, ...] | None = option(None, "height,width of the model's input, instead of the processor's")
+    transparent_background: str | None = option(None, "colour behind transparent pixels; by default as pre-trained")
+    high_bit_depth: str | None = option(None, "16-bit greyscale to 8: full_range, stretch, skip; as pre-trained")
     pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both")
     baselines: tuple[str, ...] | None = option(BASELINES, "to compare with: pixels, untrained; or none")
     trust_remote_code: bool = option(False, "run code that comes with a model from the Hub")
@@ -183,6 +187,7 @@ class Settings:
         for name in ("batch_size", "num_draws", "rows_per_file", "sgd_num_epochs", "sgd_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_decoding(**{name: getattr(self, name) for name in DECODING if getattr(self, name)})
         if not 0 <= self.test_size < 1:
             raise ValueError(f"test_size={self.test_size} is outside [0, 1)")
         if not self.sgd_layers or min(self.sgd_layers) < 1:
@@ -287,9 +292,7 @@ class Evaluation:
         names = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
         for path, name in zip(paths, names, strict=True):
             with self.accelerator.local_main_process_first():  # which downloads it
-                encoder = load_encoder(
-                    path, settings.processor_name_or_path, settings.image_shape, settings.trust_remote_code
-                )
+                encoder = load(path, settings)
             models.append(self.entry(encoder, path if names.count(name) > 1 or name in BASELINES else name, path))
             fresh = untrained(encoder, settings.seed)
             if "untrained" in wanted_baselines and fresh.digest() not in [b.digest for b in baselines]:
@@ -327,7 +330,8 @@ class Evaluation:
         if "robustness" in tasks:
             names = [name for names in corruptions_by_group(self.settings.corruptions).values() for name in names]
             Corrupted(entry.preprocessor, names)
-        if self.settings.update_card and entry.path and not Path(entry.path).is_dir():
+        is_ours = entry.path and is_listed(entry.path, self.settings)
+        if self.settings.update_card and is_ours and not Path(entry.path).is_dir():
             raise ValueError(
                 f"update_card: {entry.path} is no folder; download the model (hf download {entry.path} --local-dir "
                 "FOLDER), measure that, and upload its README.md"
@@ -425,7 +429,7 @@ class Evaluation:
         labels, (_, nearest) = self.data.test.labels, nearest_neighbours(train, test, SHOWN, self.device)
         right = self.data.train.labels[nearest] == labels[:, None]
         rows = np.random.default_rng(self.settings.seed).permutation(len(labels))[:QUERIES]
-        draw = lambda split, row: entry.preprocessor.decode(split.read(row))  # noqa: E731
+        draw = lambda split, row: entry.preprocessor.shown(split.read(row))  # noqa: E731
         path = self.output_dir / "figures" / f"retrieval-{file_name(entry.name)}.png"
         retrieval_sheet(
             torch.stack([draw(self.data.test, row) for row in rows]),
@@ -855,25 +859,65 @@ def main(argv: list[str] | None = None) -> dict:
             )
         if settings.update_card:
             for name, model in results["models"].items():
+                if not is_listed(model["path"], settings):  # no more than the reference
+                    continue
                 update_card(model["path"], card_results(results, results["results"][name], name))
                 print(f"Updated: {model['path']}/README.md")
     accelerator.end_training()
     return results
 
 
-def seen_in_pretraining(path: str, settings: Settings) -> bool:
-    """Whether the recipe beside a model says that it was pre-trained on the test images too, without their labels."""
+def recipe_of(path: str) -> dict:
+    """The recipe beside a model that `run_pretraining.py` made; empty for any other."""
     file = Path(path) / "recipe.yaml"
-    if not file.exists():
-        return False
-    recipe, name, holds_out = yaml.safe_load(file.read_text()), settings.dataset_name, settings.test_size > 0
-    if recipe.get("dataset_name"):
-        is_same = recipe["dataset_name"] == name or Path(recipe["dataset_name"]).resolve() == Path(name).resolve()
-        return is_same and (holds_out or recipe["dataset_split"] == settings.test_split)
-    if not recipe.get("data_dir"):
-        return False
-    source, tested = Path(recipe["data_dir"]).resolve(), Path(name).resolve()
-    return source == tested or source in tested.parents or (holds_out and tested in source.parents)
+    return yaml.safe_load(file.read_text()) if file.exists() else {}
+
+
+def load(path: str, settings: Settings) -> Encoder:
+    """An encoder that gets its pictures as in pre-training, where the settings do not say otherwise."""
+    recipe = recipe_of(path)
+    decoding = {name: getattr(settings, name) or recipe.get(name) for name in DECODING}
+    return load_encoder(
+        path,
+        settings.processor_name_or_path,
+        settings.image_shape,
+        settings.trust_remote_code,
+        {name: value for name, value in decoding.items() if value},
+    )
+
+
+def seen_in_pretraining(path: str, settings: Settings) -> bool | None:
+    """
+    Whether the recipe beside a model says that it was pre-trained on test images too, without their labels; `None`
+    where it names files of the tested folder, which may be of any split. Copies are not found out.
+    """
+    recipe, holds_out = recipe_of(path), settings.test_size > 0
+    tested_split = settings.train_split if holds_out else settings.test_split
+    tested = Path(resolve_name(settings.dataset_name)).resolve()
+    if name := recipe.get("dataset_name"):
+        is_same = name == settings.dataset_name or Path(resolve_name(name)).resolve() == tested
+        if not is_same or recipe.get("dataset_config_name") != settings.dataset_config_name:
+            return False
+        return have_common_rows(recipe["dataset_split"], tested_split, settings)
+    if recipe.get("data_dir"):
+        source = Path(recipe["data_dir"]).resolve()
+        if tested in source.parents:  # a part of it
+            return source.relative_to(tested).parts[0] == re.match(r"\w+", tested_split)[0]
+        return source == tested or source in tested.parents
+    files = recipe.get("data_files") or []
+    folders = {Path(file).resolve().parent for file in ([files] if isinstance(files, str) else files)}
+    return None if any(folder == tested or tested in folder.parents for folder in folders) else False
+
+
+def have_common_rows(split: str, other: str, settings: Settings) -> bool:
+    """Of two splits of the set, such as `train[:80%]` and `train+test`."""
+    splits = load_dataset(resolve_name(settings.dataset_name), settings.dataset_config_name)
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    ours, theirs = (ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (split, other))
+    return any(
+        a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to)
+        for a, b in itertools.product(ours, theirs)
+    )
 
 
 def remarks(results: dict) -> list[str]:
@@ -881,7 +925,9 @@ def remarks(results: dict) -> list[str]:
     lines = []
     for name, model in results["models"].items():
         if model["test_images_seen_without_labels"]:
-            lines.append(f"{name} was pre-trained on these test images too, without their labels")
+            lines.append(f"{name} was pre-trained on test images too, without their labels")
+        if model["test_images_seen_without_labels"] is None:
+            lines.append(f"{name} was pre-trained on files of this folder; whether on test images, is not known")
         ours = results["results"].get(name, {})
         for other, theirs in results["results"].items():
             if not other.startswith("untrained") or "linear_probe" not in ours or "linear_probe" not in theirs:
@@ -895,6 +941,11 @@ def remarks(results: dict) -> list[str]:
     return lines
 
 
+def is_listed(path: str, settings: Settings) -> bool:
+    """Whether a model is one to be measured, and not only the reference."""
+    return path in map(os.path.normpath, settings.model_name_or_path)
+
+
 def planned(entry: Entry, settings: Settings, reference: str | None) -> list[str]:
     """
     The tasks of an entry: baselines take those on features; a model or a baseline that was named as the reference
@@ -904,8 +955,7 @@ def planned(entry: Entry, settings: Settings, reference: str | None) -> list[str
         kind = "untrained" if entry.encoder else "pixels"
         tasks = [task for task in settings.task if task in FROZEN and kind in (settings.baselines or ())]
     else:
-        is_listed = entry.path in map(os.path.normpath, settings.model_name_or_path)
-        tasks = list(settings.task) if is_listed else []
+        tasks = list(settings.task) if is_listed(entry.path, settings) else []
     is_reference = entry.name == reference and "robustness" in settings.task
     return tasks + (["robustness"] if is_reference and "robustness" not in tasks else [])
 
@@ -926,12 +976,7 @@ def compare_corruption(results: dict[str, dict], reference: str):
 def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> dict:
     """The task that writes embeddings; each process does its share, and waits for no other."""
     with accelerator.local_main_process_first():
-        encoder = load_encoder(
-            settings.model_name_or_path[0],
-            settings.processor_name_or_path,
-            settings.image_shape,
-            settings.trust_remote_code,
-        )
+        encoder = load(settings.model_name_or_path[0], settings)
     digest = encoder.digest()
     encoder.to(accelerator.device)
 
@@ -950,6 +995,7 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
             settings.image_column,
             settings.streaming,
             extra_columns=tuple(filter(None, (settings.id_column, label_column))),
+            config_name=settings.dataset_config_name,
         )
 
     label_column, source = settings.label_column, source_with(settings.label_column)

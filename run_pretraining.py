@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe.image_column,
         recipe.streaming,
         dataset,
+        config_name=recipe.dataset_config_name,
     )
     if recipe.measure_mean_std:
         mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
@@ -178,8 +179,14 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     augment = augmentation(recipe).to(device)
     processor, probe = image_processor(recipe), None
     if recipe.probe_dataset_name and is_main:
-        column = recipe.probe_image_column or recipe.image_column
-        probe = Probe(recipe.probe_dataset_name, column, recipe.probe_label_column, Preprocessor(processor))
+        probe = Probe(
+            recipe.probe_dataset_name,
+            recipe.probe_train_split,
+            recipe.probe_test_split,
+            recipe.probe_image_column or recipe.image_column,
+            recipe.probe_label_column,
+            Preprocessor(processor, decoding=recipe.decoding),
+        )
 
     # --- Length and learning rate, derived once ----------------------------------------------------------------------
     num_micro_batches = recipe.gradient_accumulation_steps
@@ -729,8 +736,7 @@ def view_maker(recipe: Recipe) -> RandomCrops:
         recipe.resample,
         recipe.seed,
         recipe.num_views,
-        transparent_background=recipe.transparent_background,
-        high_bit_depth=recipe.high_bit_depth,
+        **recipe.decoding,
         min_size=config.patch_shape,
     )
 

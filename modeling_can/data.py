@@ -67,14 +67,17 @@ class ImageSource:
 
     Args:
         dataset_name (`str`, *optional*): Hub id, local folder, or `"sample_data"`.
+        config_name (`str`, *optional*): Which configuration of `dataset_name`, where it has several.
         data_dir (`str`, *optional*): A folder with images anywhere below it.
         data_files (`str` or `list[str]`, *optional*):
             Paths, globs or URLs (http, s3, hf, whatever fsspec reads) of parquet, WebDataset tar, arrow or jsonl.
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): As it is.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
+            As it is. Pictures that `.map()` or `.filter()` of a stream decoded are encoded anew, without loss;
+            `.decode(False)` before it saves both.
         split (`str`): Split of `dataset_name`; a part of one, such as `train[:10%]`, only where it is not streamed.
         image_column (`str`):
             Column that holds the images. Where there is no `"image"`, the default, it is the columns of type `Image`
-            (a WebDataset has one for each file extension), of which a row fills one.
+            (a WebDataset has one for each file extension), of which a row fills one, or the stream ends in ValueError.
         streaming (`bool`):
             Read while training. `False` first downloads everything of `dataset_name` or `data_files` into the cache
             of `datasets`.
@@ -95,6 +98,7 @@ class ImageSource:
         streaming=True,
         dataset=None,
         extra_columns=(),
+        config_name=None,
     ):
         given = {"dataset_name": dataset_name, "data_dir": data_dir, "data_files": data_files, "dataset": dataset}
         given = {name: value for name, value in given.items() if value is not None and value != ""}
@@ -102,6 +106,8 @@ class ImageSource:
             raise ValueError(
                 f"give exactly one of dataset_name, data_dir, data_files and dataset, got {given or 'none'}"
             )
+        if config_name and not dataset_name:
+            raise ValueError(f"config_name={config_name!r} is of a dataset_name, and {', '.join(given)} is given")
         data_files = data_files if not data_files or isinstance(data_files, str) else list(data_files)
         self.name = str(dataset_name or data_dir or data_files or "the data set")
         self.image_column, self.extra_columns, self.is_folder = image_column, tuple(extra_columns), bool(data_dir)
@@ -114,15 +120,18 @@ class ImageSource:
         elif dataset is not None:
             self.dataset = self._undecoded(dataset)
         else:
-            self.dataset = self._build(dataset_name, data_files, streaming)
+            self.dataset = self._build(dataset_name, config_name, data_files, streaming)
 
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
         if not folder.is_dir():
             raise ValueError(f"data_dir={folder} is not a folder")
         paths = sorted(path for path in walk(folder) if Path(path).suffix.lower() in IMAGES)
         for path in paths:
-            if not path.isprintable():
-                raise ValueError(f"data_dir={folder} holds {path!r}, a name that is not UTF-8 text; rename the file")
+            try:
+                path.encode()
+            except UnicodeEncodeError as error:
+                message = f"data_dir={folder} holds {path!r}, a name that is not UTF-8 text; rename the file"
+                raise ValueError(message) from error
         if not paths:
             raise ValueError(
                 f"data_dir={folder} holds no images; for parquet or tar files use "
@@ -134,7 +143,7 @@ class ImageSource:
         features = datasets.Features({self.image_column: datasets.Image(decode=False)})
         return self._undecoded(datasets.Dataset.from_dict({self.image_column: paths}, features=features))
 
-    def _build(self, dataset_name, data_files, streaming) -> datasets.IterableDataset:
+    def _build(self, dataset_name, config_name, data_files, streaming) -> datasets.IterableDataset:
         if data_files:
             first = data_files if isinstance(data_files, str) else data_files[0]
             suffix = Path(first).suffix
@@ -149,7 +158,7 @@ class ImageSource:
                 arguments["storage_options"] = {"http": options, "https": options}
             self.split = "train"
         else:
-            arguments = {"path": resolve_name(dataset_name)}
+            arguments = {"path": resolve_name(dataset_name), "name": config_name}
             self.is_remote = not Path(arguments["path"]).exists()
         try:
             if not streaming:
@@ -179,7 +188,7 @@ class ImageSource:
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
         if not isinstance(dataset, datasets.IterableDataset):
             raise ValueError(f"dataset is a {type(dataset).__name__}; give one split, a Dataset or IterableDataset")
-        if has_shuffle_buffer(dataset):
+        if any(name.startswith("BufferShuffled") for name, _ in steps(dataset)):
             raise ValueError(
                 "dataset has a shuffle buffer, whose images are lost when reading goes on after a fault or a resume; "
                 "leave out .shuffle(), the images are shuffled here"
@@ -194,10 +203,22 @@ class ImageSource:
             if name not in names:
                 raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
         self.image_columns = columns
+        # datasets deals the number of rows to skip or take to the shards: other rows for any number of readers
+        counted = [is_part for name, is_part in steps(dataset) if name.startswith(("SkipExamples", "TakeExamples"))]
+        if any(counted):
+            raise ValueError(
+                "dataset joins parts that were made by .skip() or .take(), which then begin and end elsewhere; use "
+                "one part, or make them from a Dataset by .select()"
+            )
+        self.num_shards = 1 if counted else dataset.num_shards
         dataset = dataset.select_columns(list(dict.fromkeys((*columns, *self.extra_columns))))
-        for name in columns:
+        for name in columns if dataset.features else ():  # .map() may leave them unknown
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         return dataset
+
+    def shard(self, index: int) -> datasets.IterableDataset:
+        """One of the `num_shards` parts of `dataset`."""
+        return self.dataset if self.num_shards == 1 else self.dataset.shard(self.num_shards, index)
 
     def num_images(self) -> int | None:
         """How many images an epoch has, without reading them: None where only reading would tell."""
@@ -243,8 +264,15 @@ class ImageSource:
 
     def images(self, block: dict) -> list[dict | None]:
         """For each row of a block `{"bytes": ..., "path": ...}`, either of which may be `None`, or `None`."""
-        columns = [block[name] for name in self.image_columns]
-        return [next(filter(None, row), None) for row in zip(*columns, strict=True)]
+        images = []
+        for row in zip(*(block[name] for name in self.image_columns), strict=True):
+            filled = [image for image in row if image is not None]
+            if len(filled) > 1:
+                raise ValueError(
+                    f"{self.name} has rows with several images; set image_column to one of {self.image_columns}"
+                )
+            images.append(encoded(filled[0]) if filled else None)
+        return images
 
     def fetch(self, image: dict | None) -> bytes:
         """What `read_bytes` says; a connection that fails is tried again, until it is an `OSError`."""
@@ -338,11 +366,11 @@ class ViewStream(torch.utils.data.IterableDataset):
 
     def _read(self, reader: int, num_readers: int):
         dataset, state = self.source.dataset, self._state
-        strategy = "shards" if dataset.num_shards >= num_readers else "examples"
+        strategy = "shards" if self.source.num_shards >= num_readers else "examples"
         if strategy == "examples" and reader == 0:
             logger.warning(
                 "%s has %d shards for %d readers: every reader reads everything and keeps its rows of it",
-                self.source.name, dataset.num_shards, num_readers,
+                self.source.name, self.source.num_shards, num_readers,
             )  # fmt: skip
         bad, line = [], ""
         reported = {hash(known) for known in ledger_lines(self.ledger)}  # before this run was resumed
@@ -398,6 +426,11 @@ class ViewStream(torch.utils.data.IterableDataset):
 def image_name(image: dict) -> str:
     """What an image is called in messages: its path, or the CRC-32 of its bytes."""
     return image["path"] or f"crc32:{zlib.crc32(image['bytes']):08x}"
+
+
+def encoded(image) -> dict:
+    """`{"bytes": ..., "path": ...}` as it is; a picture that is already decoded, as PNG or TIFF."""
+    return image if isinstance(image, dict) else datasets.Image().encode_example(image.copy())  # without its format
 
 
 def read_bytes(image: dict | None) -> bytes:
@@ -457,14 +490,14 @@ def walk(folder: Path):
         yield from (os.path.join(parent, file) for file in files)
 
 
-def has_shuffle_buffer(dataset: datasets.IterableDataset) -> bool:
-    """Whether `.shuffle()` is one of the steps that this data set was made by."""
-    step = getattr(dataset, "_ex_iterable", None)
-    while step is not None:
-        if "BufferShuffled" in type(step).__name__:
-            return True
-        step = getattr(step, "ex_iterable", None)
-    return False
+def steps(dataset: datasets.IterableDataset):
+    """What this data set was made by, each as the name of datasets' class for it and whether it made a part of it."""
+    waiting = [(dataset._ex_iterable, False)]
+    while waiting:
+        step, is_part = waiting.pop()
+        yield type(step).__name__, is_part
+        waiting += [(step.ex_iterable, is_part)] if hasattr(step, "ex_iterable") else []
+        waiting += [(part, True) for part in getattr(step, "ex_iterables", [])]  # joined or interleaved
 
 
 def hash_of(values: list) -> str:

@@ -95,7 +95,7 @@ def embed(
         raise ValueError(f"batch_size={batch_size} must be from 1 to rows_per_file={rows_per_file}")
     check_column(source, "id_column", id_column)
     check_column(source, "label_column", label_column)
-    folder, num_shards = Path(output_dir), source.dataset.num_shards
+    folder, num_shards = Path(output_dir), source.num_shards
     settings = {
         "source": source.name,
         "source_split": source.split,
@@ -205,9 +205,8 @@ class Batches(torch.utils.data.IterableDataset):
 
     def _read(self, unit: int, first_row: int):
         shard, part = divmod(unit, self.num_parts)
-        dataset, row = self.source.dataset, 0
-        batch = Batch(unit, first_row)
-        for block, _ in self.source.blocks(dataset.shard(dataset.num_shards, shard), block_size=self.batch_size):
+        batch, row = Batch(unit, first_row), 0
+        for block, _ in self.source.blocks(self.source.shard(shard), block_size=self.batch_size):
             images = self.source.images(block)
             ids, labels = (block.get(name, [None] * len(images)) for name in (self.id_column, self.label_column))
             for image, own_id, label in zip(images, ids, labels, strict=True):

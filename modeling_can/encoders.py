@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn.functional import interpolate
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -41,10 +42,12 @@ class Preprocessor:
     Args:
         processor: A transformers image processor.
         image_size (`(int, int)`, *optional*): Height and width that the model gets, instead of the processor's own.
+        decoding (`dict`, *optional*): `transparent_background` and `high_bit_depth` of `views.decode`.
     """
 
-    def __init__(self, processor, image_size: tuple[int, int] | None = None):
+    def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
         self.processor, self.num_channels = processor, len(processor.image_mean or (0, 0, 0))
+        self.decoding = dict(decoding or {})
         self.sizes = self._sizes(image_size)
         self.in_two_steps = True
         picture = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
@@ -99,7 +102,14 @@ class Preprocessor:
 
     def decode(self, encoded: bytes, index: int | None = None) -> torch.Tensor:
         """The same for an encoded picture, whatever its index; raises what `views.decode` raises."""
-        return self(decode(encoded, self.num_channels))
+        return self(decode(encoded, self.num_channels, **self.decoding))
+
+    def shown(self, encoded: bytes) -> torch.Tensor:
+        """An encoded picture to be looked at, uint8 `(channels, height, width)` of the model's size."""
+        if self.in_two_steps:
+            return self.decode(encoded)
+        pixels = torch.from_numpy(decode(encoded, self.num_channels, **self.decoding)).permute(2, 0, 1)
+        return interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """What `__call__` returned, in batch `(B, C, H, W)`, -> the model's pixel values in fp32."""
@@ -125,7 +135,7 @@ class Preprocessor:
         """Of one for grey pictures, one that treats the three colours alike."""
         values = self.processor.to_dict()
         values |= {name: list(values[name]) * 3 for name in ("image_mean", "image_std")} | {"do_convert_rgb": True}
-        return Preprocessor(type(self.processor).from_dict({**values, **self.sizes}))
+        return Preprocessor(type(self.processor).from_dict({**values, **self.sizes}), decoding=self.decoding)
 
     def save_pretrained(self, folder: Path):
         """The processor, for pictures of this size."""
@@ -135,7 +145,8 @@ class Preprocessor:
         """Everything that its result depends on."""
         versions = {package: version(package) for package in ("modeling-can", "transformers", "pillow", "simplejpeg")}
         numbers = json.loads(self.processor.to_json_string())
-        return {**numbers, **self.sizes, "class": type(self.processor).__name__, "versions": versions}
+        kind = type(self.processor).__name__
+        return {**numbers, **self.sizes, "class": kind, "decoding": self.decoding, "versions": versions}
 
 
 class Encoder(nn.Module):
@@ -247,6 +258,7 @@ def load_encoder(
     processor_name: str | None = None,
     image_size: tuple[int, int] | None = None,
     trust_remote_code: bool = False,
+    decoding: dict | None = None,
 ) -> Encoder:
     """
     Args:
@@ -254,6 +266,7 @@ def load_encoder(
         processor_name (`str`, *optional*): Where its image processor is, if not there.
         image_size (`(int, int)`, *optional*): Height and width of the model's input, instead of the processor's own.
         trust_remote_code (`bool`): Whether to run code that comes with the model.
+        decoding (`dict`, *optional*): As of `Preprocessor`.
 
     Raises:
         ValueError: if it cannot be found, is no vision model, lacks weights or a processor, or refuses the size.
@@ -261,20 +274,24 @@ def load_encoder(
     model = load_model(name, AutoModel, trust_remote_code)
     if hasattr(model, "vision_model"):  # of a pair with a text encoder: CLIP, SigLIP
         model = model.vision_model
-    return Encoder(model, load_preprocessor(processor_name or name, image_size, trust_remote_code), name)
+    preprocessor = load_preprocessor(processor_name or name, image_size, trust_remote_code, decoding)
+    return Encoder(model, preprocessor, name)
 
 
-def load_preprocessor(name: str, image_size: tuple[int, int] | None = None, trust_remote_code=False) -> Preprocessor:
+def load_preprocessor(
+    name: str, image_size: tuple[int, int] | None = None, trust_remote_code=False, decoding: dict | None = None
+) -> Preprocessor:
     """Raises ValueError where there is none."""
     with quiet():
         try:
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"{name} has no image processor that can be loaded ({str(error).splitlines()[0]}); name a model that "
+                f"{name} has no image processor that can be loaded ({reason}); name a model that "
                 "was trained on images prepared alike: --processor_name_or_path"
             ) from error
-    return Preprocessor(processor, image_size)
+    return Preprocessor(processor, image_size, decoding)
 
 
 def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, ...] = (), **options) -> nn.Module:

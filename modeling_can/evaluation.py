@@ -98,9 +98,9 @@ def load_split(
     except ValueError as error:
         advice = ""
         if "split" in str(error).lower():
-            advice = " Name other splits with --train_split and --test_split; --test_size 0.2 holds out a share"
+            advice = " Set train_split and test_split to others; with run_eval.py test_size=0.2 holds out a share"
         if "config" in str(error).lower():
-            advice = " Name it with --dataset_config_name"
+            advice = " Set dataset_config_name"
         raise ValueError(f"{name}: {error}{advice}") from error
     for field, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in rows.column_names:
@@ -114,7 +114,8 @@ def load_split(
     if not len(rows):
         raise ValueError(f"{name} is empty")
 
-    labels, kind = np.asarray(rows.with_format(None)[label_column][:]), rows.features[label_column]
+    labels, kind = rows.with_format(None)[label_column][:], rows.features[label_column]
+    labels = np.asarray(labels) if isinstance(kind, datasets.Value | datasets.ClassLabel) else np.empty((0, 0))
     if labels.ndim != 1 or labels.dtype.kind not in "iubUO":
         raise ValueError(f"{name}: {label_column!r} must hold one class for each image, not {kind}")
     is_class = isinstance(kind, datasets.ClassLabel)
@@ -122,7 +123,7 @@ def load_split(
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} rows have no label, the first is row {missing[0]}; remove them, or name a "
-            "labelled split (--train_split, --test_split)"
+            "labelled split (train_split, test_split)"
         )
     values, indices = np.unique(labels, return_inverse=True)
     names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
@@ -175,7 +176,7 @@ def load_labelled(
     if unseen:
         raise ValueError(
             f"{len(unseen)} labels of {test.name} have no image in {train.name}: {', '.join(unseen[:10])}; remove "
-            "those rows, or name other splits (--train_split, --test_split)"
+            "those rows, or name other splits (train_split, test_split)"
         )
     ours = np.array([names.index(name) if name in names else -1 for name in test_names])
     return LabelledSet(train, Split(test.name, test.pictures, ours[test.labels]), names)
@@ -414,13 +415,16 @@ def linear_probe(
         moments (`(np.ndarray, np.ndarray)`, *optional*): Mean and deviation to standardise by, if not those of these.
     """
     mean, std = moments or mean_and_std(features)
-    scaled = (features - mean) / std
     held_out, fit = hold_out(labels, 0.2, seed)
+    order, num_fit = np.concatenate([fit, held_out]), len(fit)
+    scaled, labels = features[order], labels[order]  # the one copy: parts of it are views
+    scaled -= mean
+    scaled /= std
     fit_weights, best, accuracies = _logistic_regression(num_classes, device), 1.0, {}
     for inverse_penalty in INVERSE_PENALTIES if len(held_out) else ():
-        weights = fit_weights(scaled[fit], labels[fit], inverse_penalty)
-        predicted = (scaled[held_out] @ weights[:-1] + weights[-1]).argmax(axis=1)
-        accuracies[inverse_penalty] = float((predicted == labels[held_out]).mean())
+        weights = fit_weights(scaled[:num_fit], labels[:num_fit], inverse_penalty)
+        predicted = (scaled[num_fit:] @ weights[:-1] + weights[-1]).argmax(axis=1)
+        accuracies[inverse_penalty] = float((predicted == labels[num_fit:]).mean())
         best = max(accuracies, key=accuracies.get)  # the strongest of equals
         if len(accuracies) >= 3 and max(list(accuracies.values())[-2:]) < accuracies[best]:
             break  # the weakest ones take the longest
@@ -572,13 +576,20 @@ class Probe:
     A labelled set on which features are measured again and again.
 
     Args:
-        dataset_name, image_column, label_column: What `load_labelled` takes.
+        dataset_name, train_split, test_split, image_column, label_column: What `load_labelled` takes.
         preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
             measured.
     """
 
-    def __init__(self, dataset_name: str, image_column: str, label_column: str, preprocessor):
-        self.set = load_labelled(dataset_name, image_column=image_column, label_column=label_column)
+    def __init__(
+        self, dataset_name: str, train_split: str, test_split: str, image_column: str, label_column: str, preprocessor
+    ):
+        names = {"train_split": train_split, "test_split": test_split, "image_column": image_column}
+        try:
+            self.set = load_labelled(dataset_name, **names, label_column=label_column)
+        except ValueError as error:
+            message = f"probe_dataset_name={dataset_name}: {error} (here all these names begin with probe_)"
+            raise ValueError(message) from error
         self.preprocessor = preprocessor
 
     def measure(self, embed: Callable[[torch.Tensor], torch.Tensor], linear: bool = True) -> dict:

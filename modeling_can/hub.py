@@ -244,7 +244,7 @@ def probe_results(recipe: Recipe, results: dict) -> list[EvalResult]:
             task_type="image-classification",
             dataset_type=where,
             dataset_name=where,
-            dataset_split="test",
+            dataset_split=recipe.probe_test_split,
             metric_type="accuracy",
             metric_name=title,
             metric_value=round(figures[probe], 4),

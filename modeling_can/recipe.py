@@ -16,9 +16,9 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from PIL import ImageColor
 
 from .configuration_can import CANConfig
+from .views import check_decoding
 
 
 def option(default, text):
@@ -36,12 +36,15 @@ class Recipe:
     data_dir: str | None = option(None, "any folder of images, nested or flat")
     data_files: str | list[str] | None = option(None, "paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
     streaming: bool = option(True, "read while training; false: download all of it first")
+    dataset_config_name: str | None = option(None, "configuration of dataset_name, where it has several")
     dataset_split: str = option("train", "split of dataset_name; parts such as train[:10%] only with streaming: false")
     image_column: str = option("image", "column that holds the images; else all columns of type Image")
     max_bad_fraction: float = option(0.01, "share of bad images above which the run stops")
     transparent_background: str = option("white", "colour behind transparent pixels: a name or #rrggbb")
     high_bit_depth: str = option("full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip")
-    probe_dataset_name: str | None = option(None, "labelled set with train and test splits, to measure the features")
+    probe_dataset_name: str | None = option(None, "labelled set with two splits, to measure the features")
+    probe_train_split: str = option("train", "its split to learn from")
+    probe_test_split: str = option("test", "its split to be tested on")
     probe_label_column: str = option("label", "its column of class indices")
     probe_image_column: str | None = option(None, "its column of images; image_column if none")
     probe_every: int = option(0, "steps between k-NN tests on it; 0 measures before and after training only")
@@ -104,6 +107,11 @@ class Recipe:
     hub_model_id: str | None = option(None, "repository, NAME or ORGANISATION/NAME; the output folder's name if none")
     hub_private: bool = option(False, "the repository is, or is made, private")
     hub_strategy: str = option("every_save", "end, every_save, or checkpoint: with it also the newest checkpoint")
+
+    @property
+    def decoding(self) -> dict:
+        """What `views.decode` is told."""
+        return {"transparent_background": self.transparent_background, "high_bit_depth": self.high_bit_depth}
 
     def __post_init__(self):
         if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
@@ -175,7 +183,6 @@ class Recipe:
             "resample": ("bilinear", "bicubic"),
             "mixed_precision": ("auto", "no", "bf16"),
             "on_nonfinite": ("stop", "skip"),
-            "high_bit_depth": ("full_range", "stretch", "skip"),
             "hub_strategy": ("end", "every_save", "checkpoint"),
         }
         for name, known in choices.items():
@@ -193,12 +200,7 @@ class Recipe:
                 raise ValueError(
                     f"hub_model_id={self.repo_id!r}; give --hub_model_id NAME or ORGANISATION/NAME: {error}"
                 ) from error
-        try:
-            ImageColor.getrgb(self.transparent_background)
-        except ValueError as error:
-            raise ValueError(
-                f"transparent_background={self.transparent_background!r} is no colour; give a name or #rrggbb"
-            ) from error
+        check_decoding(**self.decoding)
 
     @property
     def repo_id(self) -> str:

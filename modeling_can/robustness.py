@@ -3,6 +3,7 @@ Accuracy where the pictures are not those of the training set: under common corr
 arXiv 1903.12261) and on further labelled sets with some of its classes.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -165,7 +166,11 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
     if not set(entry) <= known or "dataset_name" not in entry:
         raise ValueError(f"further set {name} needs dataset_name and knows {', '.join(sorted(known))}, class_map")
     if isinstance(class_map, str):
-        class_map = yaml.safe_load((folder / class_map).read_text())  # JSON is YAML
+        try:
+            text = (folder / class_map).read_text()
+            class_map = json.loads(text) if class_map.endswith(".json") else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"further set {name}: class_map={class_map} cannot be read: {error}") from error
     split, names = load_split(**{"split": "test", **entry})
     position = {class_name: index for index, class_name in enumerate(class_names)}
     classes = np.full(len(names), -1)

@@ -31,6 +31,21 @@ class BadImage(ValueError):
         self.reason = reason
 
 
+HIGH_BIT_DEPTH = ("full_range", "stretch", "skip")
+
+
+def check_decoding(transparent_background: str = "white", high_bit_depth: str = "full_range"):
+    """`ValueError` for what `decode` does not know."""
+    if high_bit_depth not in HIGH_BIT_DEPTH:
+        raise ValueError(f"high_bit_depth={high_bit_depth!r} is not one of {', '.join(HIGH_BIT_DEPTH)}")
+    try:
+        ImageColor.getrgb(transparent_background)
+    except ValueError as error:
+        raise ValueError(
+            f"transparent_background={transparent_background!r} is no colour; give a name or #rrggbb"
+        ) from error
+
+
 def decode(
     encoded: bytes,
     num_channels: int = 3,

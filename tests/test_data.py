@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
@@ -157,6 +158,81 @@ def test_tar_shards_and_data_sets_built_in_python_are_sources(tmp_path):
     for built in (rows, rows.to_iterable_dataset(num_shards=3)):
         assert sorted(read(ViewStream(ImageSource(dataset=built), identity), 12)) == everything
     assert ImageSource(dataset=rows).num_images() == 12
+
+
+def test_streams_that_filter_or_map_decoded_lose_nothing(shards):
+    def pixels(encoded, epoch):
+        return np.array([zlib.crc32(decode(encoded).tobytes())])
+
+    def stream():
+        return load_dataset("parquet", data_files=f"{shards[0]}/*.parquet", split="train", streaming=True)
+
+    everything = sorted(read(ViewStream(ImageSource(dataset=stream()), pixels), 24))
+    whole = stream().features
+    built = {
+        "filter": stream().filter(lambda row: row["image"].width > 0),
+        "filter, label alone": stream().filter(lambda label: label >= 0, input_columns=["label"]),
+        "map": stream().map(lambda row: {"label": 0}),
+        "map to pictures": stream().map(lambda row: {"image": row["image"].crop((0, 0, *row["image"].size))}),
+        "map with features": stream().map(lambda row: {"label": 0}, features=whole),
+        "not decoded": stream().decode(False).filter(lambda row: True).map(lambda row: {"label": 0}),
+    }
+    for name, dataset in built.items():
+        assert sorted(read(ViewStream(ImageSource(dataset=dataset), pixels), 24)) == everything, name
+    original = read(ViewStream(ImageSource(dataset=built["not decoded"]), identity), 24)
+    assert sorted(original) == shards[1]
+
+
+@pytest.mark.parametrize("num_readers", [1, 2, 3, 8])
+def test_skipped_and_taken_rows_are_the_same_for_any_number_of_readers(shards, num_readers):
+    stream = load_dataset("parquet", data_files=f"{shards[0]}/*.parquet", split="train", streaming=True)
+    in_order = [zlib.crc32(row["image"]["bytes"]) for row in stream.decode(False)]
+    both = {"skip": (stream.skip(8), in_order[8:]), "take": (stream.take(16), in_order[:16])}
+    for name, (part, expected) in both.items():
+        source = ImageSource(dataset=part)
+        shares = [
+            read(ViewStream(source, identity, 0, rank, num_readers), 2 * 16 // num_readers)
+            for rank in range(num_readers)
+        ]
+        assert {x for share in shares for x in share} <= set(expected), name
+        if 16 % num_readers == 0:
+            assert sorted(x for share in shares for x in share) == sorted(2 * expected), name
+    with pytest.raises(ValueError, match=r"joins parts that were made by \.skip\(\) or \.take\(\)"):
+        ImageSource(dataset=concatenate_datasets([stream.take(8), stream.skip(16)]))
+
+
+def test_rows_with_several_images_are_refused():
+    features = Features({"mask": ImageFeature(), "photo": ImageFeature()})
+    rows = [{"bytes": picture(), "path": None}] * 2
+    source = ImageSource(dataset=Dataset.from_dict({"mask": rows, "photo": rows}, features=features))
+    with pytest.raises(ValueError, match=r"several images; set image_column to one of \['mask', 'photo'\]"):
+        read(ViewStream(source, identity), 1)
+
+
+def test_configurations_and_unusual_file_names(tmp_path, shards):
+    for number, name in enumerate(["one", "two"]):
+        (tmp_path / name).mkdir()
+        shutil.copy(f"{shards[0]}/train-{number}.parquet", tmp_path / name / "train.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("one", "two"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    seen = []
+    for name, streaming in (("one", True), ("two", True), ("two", False)):
+        source = ImageSource(dataset_name=str(tmp_path), config_name=name, streaming=streaming)
+        seen.append(sorted(read(ViewStream(source, identity), 6)))
+    assert seen[0] != seen[1] == seen[2]
+    with pytest.raises(ValueError, match="Config name is missing|one.*two"):
+        ImageSource(dataset_name=str(tmp_path))
+    with pytest.raises(ValueError, match="config_name='two' is of a dataset_name, and data_dir is given"):
+        ImageSource(data_dir=str(tmp_path), config_name="two")
+
+    (tmp_path / "shots").mkdir()
+    (tmp_path / "shots" / "Screenshot at 3.45.12\u202fPM.png").write_bytes(
+        picture(format="PNG")
+    )  # as macOS names them
+    assert ImageSource(data_dir=str(tmp_path / "shots")).num_images() == 1
+    (tmp_path / "shots" / os.fsdecode(b"\xff.png")).write_bytes(picture(format="PNG"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        ImageSource(data_dir=str(tmp_path / "shots"))
 
 
 def test_a_source_can_be_downloaded_first(shards):

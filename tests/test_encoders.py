@@ -1,5 +1,6 @@
 """Every kind of vision encoder: loaded, pooled, normalised as its processor does; and refused in words."""
 
+import io
 import json
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import TINY, tiny_model
+from PIL import Image
 from transformers import BertConfig, BertModel, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from modeling_can import CANForImageClassification
@@ -165,6 +167,11 @@ def test_another_kind_of_processor_is_applied_as_a_whole():
     whole, picture = Preprocessor(odd), np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     expected = odd([picture], return_tensors="pt").pixel_values
     assert not whole.in_two_steps and torch.equal(whole.normalise(whole(picture)[None]), expected)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40), (250, 120, 10)).save(buffer, "PNG")
+    shown = whole.shown(buffer.getvalue())  # not what the model gets, which is normalised
+    assert shown.dtype == torch.uint8 and shown.shape == (3, 32, 32)
+    assert shown.flatten(1).float().mean(1).tolist() == [250, 120, 10]
 
 
 def test_another_size_keeps_the_proportions_and_is_interpolated(tmp_path):
@@ -201,6 +208,10 @@ def test_a_model_without_a_processor_can_borrow_one(tmp_path):
     with pytest.raises(ValueError, match="no image processor .*--processor_name_or_path"):
         load_encoder(str(tmp_path / "model"))
     assert load_encoder(str(tmp_path / "model"), str(tmp_path / "processor")).preprocessor.image_size == (32, 32)
+    config = {"image_processor_type": "DINOv3ViTImageProcessorFast"}  # which needs torchvision
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no image processor .*orchvision.*--processor_name_or_path"):
+        load_encoder(str(tmp_path / "model"))
 
 
 def test_a_size_that_the_model_refuses_names_the_one_it_takes(tmp_path):

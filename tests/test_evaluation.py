@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -21,6 +22,7 @@ from modeling_can.evaluation import (
     INVERSE_PENALTIES,
     NEIGHBOURS,
     Pictures,
+    Probe,
     Processes,
     Split,
     bootstrap_interval,
@@ -32,6 +34,7 @@ from modeling_can.evaluation import (
     knn_predictions,
     linear_probe,
     load_labelled,
+    mean_and_std,
 )
 from modeling_can.metrics import Accuracy
 from modeling_can.views import decode
@@ -102,6 +105,16 @@ def test_the_probe_is_the_regularised_optimum_on_standardised_features(num_class
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
     (loss + weight.square().sum() / (2 * probe.inverse_penalty * len(train))).backward()
     assert weight.grad.abs().max() < 1e-3 and bias.grad.abs().max() < 1e-3  # scikit-learn stops at 1e-4, in float32
+
+
+def test_the_probe_takes_the_memory_of_the_features_once_more():
+    features, labels = blobs(20_000, width=128, spread=5)
+    moments = mean_and_std(features)
+    tracemalloc.start()
+    linear_probe(features, labels, 3, moments=moments)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert features.nbytes < peak < 1.5 * features.nbytes
 
 
 def test_the_probe_does_not_depend_on_scale_and_shift_of_the_features():
@@ -323,6 +336,15 @@ def test_parquet_shards_and_class_folders_are_read_alike(tmp_path):
         assert pairs[0] == pairs[1] and len(pairs[0]) == len(ours)
 
 
+def test_the_trainers_probe_takes_splits_by_name(tmp_path):
+    write_split(tmp_path, "train", rows([0, 1, 0, 1]))
+    write_split(tmp_path, "validation", rows([1, 0]))
+    probe = Probe(str(tmp_path), "train", "validation", "image", "label", None)
+    assert (len(probe.set.train), len(probe.set.test)) == (4, 2)
+    with pytest.raises(ValueError, match='Unknown split "test".* all these names begin with probe_'):
+        Probe(str(tmp_path), "train", "test", "image", "label", None)
+
+
 def test_labels_of_any_type_become_class_indices(tmp_path):
     write_split(tmp_path, "train", rows(["cat", "dog", "ant", "dog"]), Value("string"))
     write_split(tmp_path, "test", rows(["dog", "ant"]), Value("string"))  # fewer classes, other indices of its own
@@ -342,7 +364,7 @@ def test_a_share_is_held_out_where_there_is_no_test_split(tmp_path):
 
 
 ERRORS = {
-    "no split": (dict(test=None), {}, "--test_split; --test_size 0.2 holds out"),
+    "no split": (dict(test=None), {}, "train_split and test_split to others.* test_size=0.2 holds out"),
     "no label column": ({}, dict(label_column="klass"), "no column 'klass'; set label_column to one of label"),
     "no image column": ({}, dict(image_column="photo"), "no column 'photo'; set image_column to one of image, label"),
     "unseen": (dict(train=[0, 0, 1, 1], test=[0, 2]), {}, "1 labels of .*test have no image in .*train: blue"),
@@ -363,6 +385,9 @@ def test_errors_name_what_is_wrong_and_what_helps(tmp_path, changes, arguments, 
 
 def test_several_labels_an_image_and_sets_that_are_not_there_are_refused(tmp_path):
     write_split(tmp_path, "train", rows([[0, 1], [1, 2]]), List(Value("int64")))
+    with pytest.raises(ValueError, match="'label' must hold one class for each image"):
+        load_labelled(str(tmp_path))
+    write_split(tmp_path, "train", rows([[0], [1, 2]]), List(Value("int64")))
     with pytest.raises(ValueError, match="'label' must hold one class for each image"):
         load_labelled(str(tmp_path))
     with pytest.raises(ValueError, match="dataset_name=nobody/nothing cannot be loaded: .*class folders"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features
+from datasets import Dataset, Features, interleave_datasets
 from datasets import Image as ImageFeature
 from test_data import add_to_tar, identity, picture
 
@@ -176,6 +176,8 @@ def test_a_shuffle_buffer_is_refused():
     rows = Dataset.from_dict({"image": [None] * 9}).to_iterable_dataset(num_shards=3)
     with pytest.raises(ValueError, match=r"leave out \.shuffle\(\)"):
         ImageSource(dataset=rows.shuffle(buffer_size=3).map(lambda row: row))
+    with pytest.raises(ValueError, match=r"leave out \.shuffle\(\)"):
+        ImageSource(dataset=interleave_datasets([rows, rows.shuffle(buffer_size=3)]))
 
 
 @pytest.mark.slow

@@ -153,7 +153,7 @@ def test_a_further_set_has_our_classes_by_name(tmp_path):
 
 
 def test_a_class_map_renames_and_leaves_out(tmp_path):
-    (tmp_path / "classes.json").write_text(json.dumps({"n01": "cat", "n02": 0, "n03": None}))
+    (tmp_path / "classes.json").write_text(json.dumps({"n01": "cat", "n02": 0, "n03": None}, indent="\t"))
     other = further(tmp_path, ["n02", "n03", "n01", "n02"], Value("string"), class_map="classes.json")
     assert other.split.labels.tolist() == [0, 2, 0] and other.classes.tolist() == [0, 2]
     assert [other.split.read(row) for row in range(3)] == [encoded(0), encoded(2), encoded(3)]
@@ -172,11 +172,14 @@ def test_a_class_map_may_go_by_index(tmp_path):
         ({"class_map": {"x": "dgo", "y": "ant"}}, "'dgo' is none of our 4 classes"),
         ({"class_map": {"x": 7, "y": 0}}, "7 is none of our 4 classes"),
         ({"class_map": {"x": None, "y": None}}, "leaves all rows out"),
+        ({"class_map": "tabs.yaml"}, "class_map=tabs.yaml cannot be read"),
+        ({"class_map": "none.json"}, "class_map=none.json cannot be read"),
         ({"splt": "test"}, "needs dataset_name and knows"),
         ({"split": "train"}, "split"),
     ],
 )
 def test_further_sets_that_do_not_fit_are_refused(tmp_path, entry, message):
+    (tmp_path / "tabs.yaml").write_text("\tx: dog")
     with pytest.raises(ValueError, match=message):
         further(tmp_path, [0, 1], ClassLabel(names=["x", "y"]), **entry)
 

@@ -15,6 +15,7 @@ import torch
 from conftest import free_port, tiny_config
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from huggingface_hub import ModelCard
+from PIL import Image as Picture
 from test_evaluation import encoded
 from transformers import (
     Dinov2Config,
@@ -154,6 +155,28 @@ def test_the_card_keeps_what_it_had_and_says_each_result_once(measured):
     assert str(out) not in (out / "can" / "README.md").read_text()
     made = ModelCard.load(out / "dinov2" / "README.md")  # it had none
     assert made.data.model_name == "dinov2" and made.data.library_name == "transformers"
+
+
+def test_a_model_that_is_only_the_reference_keeps_its_card(models, colours, tmp_path):
+    copies = {name: str(shutil.copytree(models[name], tmp_path / name)) for name in ("can", "dinov2")}
+    flags = {"task": "knn", "baselines": "none", "reference_model": copies["dinov2"], "update_card": "true"}
+    run_eval.main(options(copies, colours, tmp_path / "out", "can", **flags))
+    assert (tmp_path / "can" / "README.md").exists() and not (tmp_path / "dinov2" / "README.md").exists()
+
+
+def test_pictures_are_decoded_as_in_pretraining(models, colours, tmp_path):
+    path = shutil.copytree(models["can"], tmp_path / "can")
+    twelve_bits = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Picture.fromarray(twelve_bits).save(tmp_path / "12.png")
+    means = []
+    for recipe, flags in (({}, {}), ({"high_bit_depth": "stretch"}, {}), ({}, {"high_bit_depth": "stretch"})):
+        (path / "recipe.yaml").write_text(json.dumps(recipe))
+        settings = run_eval.parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
+        preprocessor = run_eval.load(str(path), settings).preprocessor
+        means.append(preprocessor.decode((tmp_path / "12.png").read_bytes()).float().mean())
+    assert means[0] < 10 and means[1] == means[2] and 120 < means[1] < 135
+    with pytest.raises(ValueError, match="high_bit_depth='strech' is not one of full_range, stretch, skip"):
+        run_eval.parse(options(models, colours, tmp_path, "can", high_bit_depth="strech"))
 
 
 def test_a_second_run_takes_the_features_from_the_cache(measured, monkeypatch):
@@ -627,13 +650,22 @@ def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(mod
     ({"dataset_name": "SET", "dataset_split": "train"}, {}, False),
     ({"dataset_name": "SET", "dataset_split": "train"}, {"test_size": 0.3}, True),
     ({"dataset_name": "SET", "dataset_split": "test"}, {}, True),
+    ({"dataset_name": "SET", "dataset_split": "train+test"}, {}, True),
+    ({"dataset_name": "SET", "dataset_split": "train"}, {"test_split": "train[80%:]"}, True),
+    ({"dataset_name": "SET", "dataset_split": "train[:80%]"}, {"test_split": "train[80%:]"}, False),
+    ({"dataset_name": "SET", "dataset_split": "train[:74]"}, {"test_split": "train[80%:]"}, True),  # of 90
+    ({"dataset_name": "SET", "dataset_split": "test", "dataset_config_name": "other"}, {}, False),
+    ({"data_dir": "SET/test/cats"}, {}, True),
+    ({"data_dir": "SET/test"}, {"test_size": 0.3}, False),
+    ({"data_files": "SET/*.parquet"}, {}, None),
+    ({"data_files": "elsewhere/*.parquet"}, {}, False),
 ])  # fmt: skip
 def test_test_images_that_pretraining_saw_are_mentioned(models, colours, tmp_path, source, flags, is_seen):
     path = shutil.copytree(models["can"], tmp_path / "can")
     recipe = {key: value.replace("SET", colours) for key, value in source.items()}
     (path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
     settings = run_eval.parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
-    assert run_eval.seen_in_pretraining(str(path), settings) == is_seen
+    assert run_eval.seen_in_pretraining(str(path), settings) is is_seen
 
 
 def test_remarks_say_what_was_seen_and_what_is_no_better_than_nothing():
@@ -644,11 +676,13 @@ def test_remarks_say_what_was_seen_and_what_is_no_better_than_nothing():
         "models": {
             "mine": {"test_images_seen_without_labels": True},
             "other": {"test_images_seen_without_labels": False},
+            "third": {"test_images_seen_without_labels": None},
         },
         "results": {"untrained (mine)": probe(0.5), "mine": probe(0.5), "other": probe(0.6), "pixels": probe(0.9)},
     }
-    seen, useless = run_eval.remarks(results)
-    assert seen == "mine was pre-trained on these test images too, without their labels"
+    seen, useless, open_question = run_eval.remarks(results)
+    assert seen == "mine was pre-trained on test images too, without their labels"
+    assert open_question == "third was pre-trained on files of this folder; whether on test images, is not known"
     assert useless.startswith("mine is no better than untrained (mine) in the linear probe: 50.0 against 50.0 %")
 
 
@@ -657,7 +691,7 @@ def test_the_classifiers_card_says_what_the_encoder_saw_and_what_others_reach(mo
     (path / "recipe.yaml").write_text(json.dumps({"data_dir": colours}))
     flags = {"task": "linear_probe", "baselines": "untrained,pixels"}
     results, folder = exported({"can": str(path)}, colours, tmp_path, "can", **flags)
-    assert "Note: can was pre-trained on these test images too" in capsys.readouterr().out
+    assert "Note: can was pre-trained on test images too" in capsys.readouterr().out
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results[0].metric_args["test_images_seen_without_labels"]
     fresh = 100 * results["results"]["untrained"]["linear_probe"]["accuracy"]
