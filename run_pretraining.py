@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, gather_object, set_seed
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     )
     device, is_main = accelerator.device, accelerator.is_main_process
     if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if recipe.tf32 else "ieee"
+        torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")  # the one way that compiling bears
     checkpoints = Checkpoints(
         output_dir / "checkpoints",
         recipe.save_total_limit,
@@ -176,7 +177,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe.dataloader_num_workers,
         pin_memory=device.type == "cuda",
     )
-    augment = augmentation(recipe).to(device)
+    # On the CPU it draws its numbers there; kornia looks at some of them, which would make the loop wait for a GPU.
+    augment = augmentation(recipe)
     processor, probe = image_processor(recipe), None
     if recipe.probe_dataset_name and is_main:
         probe = Probe(
@@ -312,23 +314,32 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         exact = resume(loader, [process["loader"] for process in own])
     batches = iter(loader)
     if checkpoint:
-        changed = changed_fields(recipe, shared["recipe"], weights, unwrapped)
+        changed = changed_fields(recipe, shared, weights, unwrapped)
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+        hyperparameters = [
+            {name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups
+        ]
         set_optimizer_state_dict(
             model, optimizer.optimizer, shared["optimizer"], options=StateDictOptions(full_state_dict=True)
         )
+        for group, of_recipe in zip(optimizer.param_groups, hyperparameters, strict=True):
+            group.update(of_recipe)  # which the checkpoint has overwritten with its own
+        remarks = [f"settings that changed since: {', '.join(changed)}"] if changed else []
         if len(own) == accelerator.num_processes:
             set_rng_state(own[accelerator.process_index]["rng"])
             average.sums, average.num_steps = own[accelerator.process_index]["average"]
-        if is_main:
-            print(f"resumed from {checkpoint} at step {first_step}; " + (
-                f"settings that changed since: {', '.join(changed)}"
-                if changed
-                else "from here on the run is what it would have been without the interruption"
-                if exact
-                else f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are "
+            if not exact:
+                remarks.append("weights, optimiser and random numbers are exact, the order of the data is new")
+        else:
+            # Not the numbers of step 0 again
+            set_seed((recipe.seed + 1_000_003 * first_step) % 2**31, device_specific=True)
+            remarks.append(
+                f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are "
                 "exact, the order of the data and the random numbers are new"
-            ))  # fmt: skip
+            )
+        if is_main:
+            as_ever = "from here on the run is what it would have been without the interruption"
+            print(f"resumed from {checkpoint} at step {first_step}; {'; '.join(remarks) or as_ever}")
         del weights, shared, own  # as large as the model and its optimiser once more
 
     # --- What a step needs -------------------------------------------------------------------------------------------
@@ -647,7 +658,11 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
             )
         return None
     results = json.loads((output_dir / "results.json").read_text())
-    is_longer = recipe.max_steps is not None and recipe.max_steps > results["num_steps"]
+    before = {"max_steps": results["num_steps"]}
+    if (output_dir / "recipe.yaml").exists():
+        before = yaml.safe_load((output_dir / "recipe.yaml").read_text()) | before
+    lengths = ("max_steps", "num_train_epochs", "num_train_samples")
+    is_longer = any((getattr(recipe, name) or 0) > (before.get(name) or 0) for name in lengths)
     if wanted == "latest" and not is_longer:
         print(f"the run in {output_dir} is finished: nothing to do. For another one {choice}")
         return results
@@ -656,11 +671,12 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
     return None
 
 
-def changed_fields(recipe: Recipe, before: dict, weights: dict, model) -> list[str]:
+def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[str]:
     """
     What of a recipe has changed since a checkpoint, but for settings that do not touch what is computed. Raises
-    ValueError where the weights no longer fit.
+    ValueError where its weights no longer fit, or where its optimiser did not know what is now trained.
     """
+    before = shared["recipe"]
     harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
                 "dataloader_num_workers", "gradient_checkpointing")  # fmt: skip
     now = recipe.to_dict()
@@ -672,6 +688,13 @@ def changed_fields(recipe: Recipe, before: dict, weights: dict, model) -> list[s
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in weights.items()} != shapes:
         raise ValueError(f"the checkpoint is of another model: {'; '.join(changed)}; give it the same settings")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if new := trained - shared["optimizer"]["state"].keys():
+        parts = ", ".join(sorted({name.split(".")[0] for name in new}))
+        raise ValueError(
+            f"the checkpoint did not train the {parts}: {'; '.join(changed)}; give it the same settings, or begin a "
+            "new run from its weights with --model_name_or_path"
+        )
     return changed
 
 

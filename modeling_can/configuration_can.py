@@ -137,6 +137,13 @@ class CANConfig(PreTrainedConfig):
         self._check_sizes()
         self._check_objective()
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, `from_pretrained` included, but for overrides, which are checked like all values."""
+        cls._refuse_misspelt(kwargs)
+        overrides = {name: kwargs.pop(name) for name in CANConfig.__annotations__ if name in kwargs}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
         As in transformers, for a model's configuration too. The files that define CAN go into the folder, and its
@@ -182,10 +189,11 @@ class CANConfig(PreTrainedConfig):
         """Whether reconstruction or noise prediction is part of the objective."""
         return self.reconstruction_loss_weight > 0 or self.denoising_loss_weight > 0
 
-    def _refuse_misspelt(self, kwargs):
+    @classmethod
+    def _refuse_misspelt(cls, kwargs):
         # transformers accepts any keyword, so `mask_ration=0.75` would quietly train with 0.5.
-        names = [field.name for field in fields(self)]
-        for key in kwargs:
+        names = [field.name for field in fields(cls)]
+        for key in kwargs.keys() - set(names):
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.85)
             if near:
                 raise ValueError(f"CANConfig has no field {key!r}; did you mean {near[0]!r}?")

@@ -1,7 +1,8 @@
 """The three terms of CAN (arXiv 2210.16870): contrastive (C), reconstruction (A) and denoising (N).
 
 Legend: B images, V views, L patches, P pixels per patch. Every function computes in fp32 with autocast off, because
-squares, exponentials and their sums lose digits in half precision.
+squares, exponentials and their sums lose digits in half precision. (The product of the contrastive loss is one in TF32
+on GPUs, where the trainer allows it.)
 """
 
 import torch

@@ -709,6 +709,8 @@ class CANForPreTraining(CANPreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; CANForPreTraining takes the views of each image "
                 "as (batch_size, 2, num_channels, height, width), e.g. torch.stack([view_1, view_2], dim=1)"
             )
+        if not pixel_values.is_floating_point():  # before noise makes it one
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised pixels, e.g. from the processor")
         if pixel_values.shape[1] not in (1, 2):
             raise ValueError(f"pixel_values has {pixel_values.shape[1]} views; give 2, or 1 without contrastive term")
         if pixel_values.shape[1] == 1 and self.config.contrastive_loss_weight > 0:

@@ -106,8 +106,7 @@ class Push:
             for name, path in also.items():
                 for source in filter(Path.is_file, [path, *path.rglob("*")]):
                     put(source, snapshot / name / source.relative_to(path))
-            names = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()]
-            for name in filter_repo_objects(names, ignore_patterns=EXCLUDED):
+            for name in filter_repo_objects(self.names(), ignore_patterns=EXCLUDED):
                 if not (snapshot / name).exists():
                     put(self.folder / name, snapshot / name)
         except OSError as error:  # a full disk, say
@@ -121,6 +120,15 @@ class Push:
             self.changed.notify_all()
         if replaced:
             shutil.rmtree(replaced[1], ignore_errors=True)
+
+    def names(self) -> list[str]:
+        """The files of the output folder; not those in folders that stay here, which may vanish meanwhile."""
+        names = []
+        for parent, folders, files in os.walk(self.folder):
+            if Path(parent) == self.folder:
+                folders[:] = filter_repo_objects(folders, ignore_patterns=["checkpoints", ".*"])
+            names += [str(Path(parent, file).relative_to(self.folder)) for file in files]
+        return names
 
     def is_idle(self) -> bool:
         return self.waiting is None and not self.is_busy

@@ -267,6 +267,9 @@ def parse_value(name: str, value, annotation):
         if type(None) in options:
             return None
         raise ValueError(f"{name} needs a value")
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
+    if isinstance(value, bool) and bool not in options:  # which Python takes for a number
+        raise ValueError(f"{name}={value} is not of type {wanted}")
     sequence = next((option for option in options if typing.get_origin(option) in (tuple, list)), None)
     if sequence and (isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)):
         items = value.split(",") if isinstance(value, str) else value
@@ -284,7 +287,6 @@ def parse_value(name: str, value, annotation):
             return str(value)
     except (KeyError, OverflowError, TypeError, ValueError):
         pass
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
     raise ValueError(f"{name}={value!r} is not of type {wanted}")
 
 

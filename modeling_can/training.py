@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -24,7 +25,8 @@ from torch import nn
 def mixed_precision(choice: str) -> str:
     """bf16 by default on GPUs that have it; never on a CPU, where it can be hundreds of times slower than fp32."""
     if choice == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if has_bf16 else "no"
     return choice
 
 
@@ -134,10 +136,12 @@ class NonFiniteGuard:
         """Whether the gradient is finite, on the device; to be called before `optimizer.step()`."""
         finite = grad_norm.isfinite()
         self.optimizer.found_inf = (~finite).float()
-        # The contrastive loss meets the embeddings of all processes, so it does not tell whose images are to blame.
-        ours = torch.stack([term.isfinite().all() for name, term in terms.items() if name != "contrastive_loss"]).all()
+        # The contrastive loss meets the embeddings of all processes: if it alone is not finite, others are to blame.
+        all_finite = {name: term.isfinite().all() for name, term in terms.items()}
+        contrastive = all_finite.pop("contrastive_loss", torch.ones_like(finite))
+        innocent = torch.stack([*all_finite.values(), ~contrastive]).all()
         losses = {name: term for name, term in terms.items() if term.ndim == 0}
-        self.steps.append((step, finite, ours, losses, images))
+        self.steps.append((step, finite, innocent, losses, images))
         return finite
 
     def report(self) -> list[str]:
@@ -147,8 +151,8 @@ class NonFiniteGuard:
         return [
             f"the gradient of step {step} was not finite and its update left out; "
             + ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            + ("; the images of this process are not to blame" if ours else f"; of the images {', '.join(images)}")
-            for (step, _, ours, losses, images), finite in zip(steps, all_finite, strict=True)
+            + ("; the images of this process are not to blame" if innocent else f"; of the images {', '.join(images)}")
+            for (step, _, innocent, losses, images), finite in zip(steps, all_finite, strict=True)
             if not finite
         ]
 
@@ -328,7 +332,7 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """The complete checkpoints, the oldest first."""
-        paths = [path for path in self.folder.glob("step-*") if path.suffix != ".partial"]
+        paths = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
         return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
 
     def find(self, wanted: str) -> Path | None:

@@ -234,6 +234,48 @@ def test_settings_that_changed_are_named_and_another_model_is_refused(uninterrup
     assert "settings that changed since: base_learning_rate was 0.006, is 0.001" in output
 
 
+def test_the_optimiser_takes_the_settings_of_the_recipe(uninterrupted, tmp_path, monkeypatch, capfd):
+    used = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied(torch.optim.AdamW.step, used))
+    run_pretraining.main([*RUN, f"--resume_from_checkpoint={uninterrupted}/checkpoints/step-25", "--weight_decay=0.5",
+                          "--adam_beta2=0.999", f"--output_dir={tmp_path}"])  # fmt: skip
+    assert used[-5:] == [[(0.5, (0.9, 0.999)), (0.0, (0.9, 0.999))]] * 5  # before them torch makes room for the state
+    assert "weight_decay was 0.05, is 0.5" in capfd.readouterr().out
+
+
+def spied(step, used: list):
+    def spy(self, *arguments, **options):
+        used.append([(group["weight_decay"], tuple(group["betas"])) for group in self.param_groups])
+        return step(self, *arguments, **options)
+
+    return spy
+
+
+def test_a_term_that_a_checkpoint_did_not_train_is_refused(tmp_path):
+    without = ["--contrastive_loss_weight=0", "--max_steps=2", "--save_steps=1", f"--output_dir={tmp_path / 'a'}"]
+    run_pretraining.main([*RUN, *without])
+    resume = [*RUN, f"--resume_from_checkpoint={tmp_path}/a/checkpoints/step-1", f"--output_dir={tmp_path / 'b'}"]
+    with pytest.raises(ValueError, match="did not train the projection_head: .*contrastive_loss_weight was 0.0, is 0.1"):
+        run_pretraining.main(resume)
+
+
+def test_a_finished_run_that_is_made_longer_goes_on(tmp_path, capfd):
+    run = [*RUN[1:], f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest", "--save_steps=1"]
+    for num_samples, num_steps in ((16, 2), (16, 2), (32, 4)):
+        results = run_pretraining.main([*run, f"--num_train_samples={num_samples}"])
+        assert results["num_steps"] == num_steps
+    assert capfd.readouterr().out.count("is finished: nothing to do") == 1
+
+
+def test_other_folders_are_no_checkpoints(tmp_path):
+    checkpoints = Checkpoints(tmp_path, limit=1)
+    for name in ("step-2-keep", "step-9.partial"):
+        (tmp_path / name).mkdir()
+    assert checkpoints.find("latest") is None
+    checkpoints.save(1, {"w": torch.ones(3)}, {}, {})
+    assert checkpoints.find("latest").name == "step-1"
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     checkpoints = Checkpoints(tmp_path, limit=1)
     checkpoints.save(1, {"w": torch.ones(3)}, {}, {})

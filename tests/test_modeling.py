@@ -397,6 +397,8 @@ def test_config_survives_json(tmp_path):
     loaded = CANConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
     assert loaded.image_size == (32, 48) and loaded.grid_shape == (4, 6) and loaded.projection_hidden_size == 24
+    changed, others = CANConfig.from_pretrained(tmp_path, image_size=[64, 48], unknown=1, return_unused_kwargs=True)
+    assert changed.image_size == (64, 48) and others == {"unknown": 1}
 
 
 def test_hidden_states_attentions_and_tuples():
@@ -481,6 +483,8 @@ def test_wrong_shapes_are_refused_with_the_fix():
         model(torch.randn(2, 2, 3, 32, 48), masking_scores=torch.rand(2, 24))
     with pytest.raises(ValueError, match="uint8.*processor"):
         model.can(torch.zeros(2, 3, 32, 48, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="uint8.*processor"):
+        model(torch.zeros(2, 2, 3, 32, 48, dtype=torch.uint8))
     with pytest.raises(ValueError, match="noise_std_max > 0"):
         tiny_model(**MAE)(torch.randn(2, 2, 3, 32, 48), noise_level=torch.rand(2, 2))
 
@@ -511,9 +515,12 @@ def test_wrong_shapes_are_refused_with_the_fix():
         (dict(mask_ration=0.75), "no field 'mask_ration'; did you mean 'mask_ratio'"),
     ],
 )
-def test_config_refuses_what_cannot_work(changes, message):
+def test_config_refuses_what_cannot_work(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tiny_config(**changes)
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        CANConfig.from_pretrained(tmp_path, **changes)
 
 
 def test_classes_carry_the_public_signatures():

@@ -85,6 +85,23 @@ def test_a_planted_number_is_skipped_on_all_processes(tmp_path, num_processes, s
     assert "nan" not in (tmp_path / "out" / "metrics.jsonl").read_text().lower()
 
 
+@pytest.mark.parametrize("contrastive, reconstruction, is_innocent", [
+    ("nan", 1.0, True),  # by the embeddings of others
+    ("nan", "nan", False),
+    (1.0, 1.0, False),  # in the backward pass, whose images are not known
+    (None, 1.0, False),
+])  # fmt: skip
+def test_images_are_named_where_they_may_be_to_blame(contrastive, reconstruction, is_innocent):
+    from modeling_can.training import NonFiniteGuard
+
+    guard = NonFiniteGuard(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]))
+    terms = {"contrastive_loss": contrastive, "reconstruction_loss": reconstruction}
+    terms = {name: torch.tensor(float(value)) for name, value in terms.items() if value is not None}
+    guard.check(4, torch.tensor(float("inf")), terms, ["a.jpg"])
+    (sentence,) = guard.report()
+    assert ("not to blame" in sentence) == is_innocent and ("of the images a.jpg" in sentence) != is_innocent
+
+
 def test_a_step_that_is_skipped_leaves_weights_and_moments_alone():
     from modeling_can.training import NonFiniteGuard
 

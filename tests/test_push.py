@@ -148,6 +148,15 @@ def test_a_snapshot_is_what_the_folder_was_then(hub, folder):
     assert not uploads.snapshots.exists()
 
 
+def test_what_stays_here_is_not_even_looked_at(hub, folder, monkeypatch):
+    """Snapshots vanish while the next one is made."""
+    uploads, looked, scandir = Push(folder, "model"), [], os.scandir
+    (uploads.snapshots / "1").mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(Path(path)) or scandir(path))
+    assert set(uploads.names()) == PUSHED | {"bad_samples.jsonl", ".env"}
+    assert looked == [folder, folder / "figures"]
+
+
 def test_a_hub_that_recovers(hub, folder, monkeypatch):
     monkeypatch.setattr(push, "REQUEST_SECONDS", 0.5)
     hub.fail(429, times=1, kind="create")

@@ -119,6 +119,12 @@ def test_wrong_words_are_refused_with_the_fix(argv, message):
         parse(*argv)
 
 
+def test_words_of_yaml_are_no_numbers(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("data_dir: a\nmax_steps: true\n")
+    with pytest.raises(ValueError, match="max_steps=True is not of type int"):
+        parse_arguments([str(tmp_path / "recipe.yaml")], QUICKSTART, "")
+
+
 def test_a_recipe_without_a_length_is_refused():
     with pytest.raises(ValueError, match="max_steps, num_train_epochs or num_train_samples"):
         Recipe.from_dict({"data_dir": "photos"})
