@@ -6,7 +6,7 @@ The claims of the paper at a scale that runs here: CAN, SimCLR and MAE as three 
     python benchmarks/claims.py --data CIFAR10_FOLDER --scale tiny             # on a GPU
 
 --data is a folder of parquet shards with train and test splits (columns image and label), or a Hub id
-(uoft-cs/cifar10, with --image_column img). All rows see the same unlabelled training images with the same encoder,
+(uoft-cs/cifar10). All rows see the same unlabelled training images with the same encoder,
 batch, optimiser, augmentation and number of epochs. Stages, in this order:
 
 search      each method's learning rate, MAE's mask ratio and CAN's contrastive weight, at a shorter schedule; judged
@@ -306,7 +306,7 @@ def do(run: Run, arguments, threads: int):
         str(ROOT): ".",
     }
     for place, word in places.items():  # the paths of this machine are no part of the result
-        text = text.replace(place, word) if place else text
+        text = re.sub(rf"(?<![\w/-]){re.escape(place)}(?![\w-])", word, text) if place else text
     path = path_of(arguments.scale, run)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".partial").write_text(text + "\n")
@@ -505,7 +505,7 @@ def report(scale: str):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="uoft-cs/cifar10", help="folder of parquet shards, or Hub id")
-    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--image_column", help="image, or img for uoft-cs/cifar10")
     parser.add_argument("--scale", choices=SCALES, default="toy")
     parser.add_argument("--stage", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
     parser.add_argument("--output_dir", default="out/claims", help="for weights and logs")
@@ -513,6 +513,10 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--further_data", help="folder of labelled pictures to transfer to (downstream)")
     arguments = parser.parse_args()
+    arguments.image_column = arguments.image_column or ("img" if arguments.data == "uoft-cs/cifar10" else "image")
+    for name in ("data", "output_dir", "further_data"):  # absolute, so that nothing else is called so
+        if getattr(arguments, name) and (name == "output_dir" or Path(getattr(arguments, name)).exists()):
+            setattr(arguments, name, str(Path(getattr(arguments, name)).resolve()))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stage in arguments.stage:
         if stage == "report":

@@ -9,6 +9,7 @@ every JSON.
 """
 
 import json
+import os
 import platform
 import re
 import statistics
@@ -33,7 +34,10 @@ SECTION = re.compile(r"(<!-- figures: (\S+) -->(\n?))(.*?)(<!-- end of figures -
 
 
 def facts(seed: int | None, device: str | torch.device = "cpu") -> dict:
-    """What a JSON must say of itself. `commit` ends in -dirty if code, not a result, differs from it."""
+    """
+    What a JSON must say of itself; to be called before anything takes time. `commit` ends in -dirty if code, not a
+    result, differs from it; where there is no checkout, it is what the variable GIT_COMMIT says.
+    """
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     is_gpu = torch.device(device).type == "cuda"
@@ -58,7 +62,7 @@ def commit() -> str | None:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
+        return os.environ.get("GIT_COMMIT")  # not a checkout
     code = ["*.py", "*.yaml", "*.toml", "*.txt"]
     is_dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
     return head + "-dirty" * bool(is_dirty)

@@ -34,6 +34,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device, config = torch.device(arguments.device), preset(arguments.size)
+    provenance = facts(seed=0, device=device)
     torch.manual_seed(0)
     model = CANForPreTraining(config).to(device).train()
     pixels = torch.randn(arguments.micro_batch_size, 2, 3, *config.image_shape, device=device)
@@ -68,7 +69,7 @@ def main():
         result["step_seconds"] = statistics.median(seconds[name])
     ratio = statistics.median(c / p for c, p in zip(seconds["cached"], seconds["plain"], strict=True))
     report = {
-        **facts(seed=0, device=device),
+        **provenance,
         "size": arguments.size,
         "micro_batch_size": arguments.micro_batch_size,
         "num_micro_batches": arguments.num_micro_batches,

@@ -21,7 +21,7 @@ from modeling_can import CANForPreTraining
 
 KINDS = {  # the first that fits; names as torch's, without aten::
     "matrix products": "mm|addmm|bmm|baddbmm|linear.*",
-    "attention": r"_(scaled_dot_product|flash_attention|efficient_attention).*",
+    "attention": r"_(scaled_dot_product|flash_attention|efficient_attention|cudnn_attention).*",
     "LayerNorm": "native_layer_norm.*",
     "GELU": "gelu.*",
     "AdamW": "_fused_adamw_|_foreach_.*",
@@ -43,6 +43,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    provenance = facts(seed=0, device=device)
     config = preset(arguments.size)
     torch.manual_seed(0)
     model = CANForPreTraining(config)
@@ -64,7 +65,7 @@ def main():
         shares[kind_of(name)] += seconds / total
     largest = sorted(operations, key=operations.get, reverse=True)[:25]
     report = {
-        **facts(seed=0, device=device), "size": arguments.size, "batch_size": arguments.batch_size,
+        **provenance, "size": arguments.size, "batch_size": arguments.batch_size,
         "num_steps": arguments.num_steps, "step_seconds": total, "shares": shares,
         "largest": {name: {"kind": kind_of(name), "share": operations[name] / total} for name in largest},
     }  # fmt: skip

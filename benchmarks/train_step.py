@@ -8,8 +8,10 @@ In one process, in interleaved rounds, times (1) a step of CAN: forward of both 
 matrix products of that step alone, recorded from it with their shapes and strides; (3) a step of transformers'
 ViT-MAE on both views, with the same encoder, decoder and mask ratio and with correct positions copied in; (4) the
 products of that; (5) a step of CAN as one writes it down (straightforward.py; fp16 on a GPU) and (6) its products. The
-share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Medians, in
-train_step-SIZE-DEVICE.json beside this file.
+share of the matrix-product rate is (2) / (1): 100 % would be a step that does nothing but multiply. Attention's own
+products are timed as plain ones, which write what flash attention on a GPU never does; so there, read the rate of the
+arithmetic in TFLOP/s, over that of one large product, beside it. The patch projection of (3) and (5), a convolution,
+is not among the products (0.5 %). Medians, in train_step-SIZE-DEVICE.json beside this file.
 
 Two things that have nothing to do with the models are kept out: the order alternates from round to round, and half of
 the rounds run in a process that built CAN last, because the model built second was up to 3 % faster; glibc is
@@ -150,7 +152,10 @@ def timed(function, device) -> float:
 
 
 def measure(build_order, arguments):
-    """Seconds of every round, `{name: {"step": [...], "products": [...]}}`, and the models' number of products."""
+    """
+    Seconds of every round, `{name: {"step": [...], "products": [...]}}`, the models' number of products, and the
+    TFLOP/s of one large product.
+    """
     device = torch.device(arguments.device)
     config = preset(arguments.size)
     torch.manual_seed(0)
@@ -163,6 +168,9 @@ def measure(build_order, arguments):
         num_products[name] = len(products)
         runs[name] = {"step": stepper(model, views(pixels), device), "products": product_runner(products, device)}
 
+    side = 8192 if device.type == "cuda" else 2048
+    large = product_runner([(((side, side), (side, 1)),) * 2], device)
+    large_rate = 2 * side**3 / statistics.median([timed(large, device) for _ in range(10)][2:]) / 1e12
     seconds = {name: {part: [] for part in parts} for name, parts in runs.items()}
     for round_ in tqdm(range(arguments.rounds + 1), desc=f"{build_order[0]} built first, round 1 warms up"):
         for name, parts in runs.items() if round_ % 2 else reversed(runs.items()):
@@ -170,7 +178,7 @@ def measure(build_order, arguments):
                 elapsed = timed(function, device)
                 if round_ > 0:
                     seconds[name][part].append(elapsed)
-    return seconds, num_products
+    return seconds, num_products, large_rate
 
 
 def main():
@@ -181,13 +189,15 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--default_allocator", action="store_true", help="leave glibc's allocator as it is")
     arguments = parser.parse_args()
+    provenance = facts(seed=0, device=arguments.device)
     if not arguments.default_allocator:  # read when a process starts, hence by those started below
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 
-    seconds = {name: {"step": [], "products": []} for name in MODELS}
+    seconds, large_rates = {name: {"step": [], "products": []} for name in MODELS}, []
     for build_order in (list(MODELS), list(reversed(MODELS))):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            more_seconds, num_products = process.submit(measure, build_order, arguments).result()
+            more_seconds, num_products, large_rate = process.submit(measure, build_order, arguments).result()
+        large_rates.append(large_rate)
         for name, parts in more_seconds.items():
             for part, rounds in parts.items():
                 seconds[name][part] += rounds
@@ -204,14 +214,17 @@ def main():
                 p / s for s, p in zip(seconds[name]["step"], seconds[name]["products"], strict=True)
             ),
         }
+    ours = results["CAN"]
+    ours["tflops"] = ours["gflop_per_image"] * ours["images_per_second"] / 1e3
     can, mae, plain = (seconds[name]["step"] for name in MODELS)
     speed, plain_speed = (statistics.median(m / c for c, m in zip(can, other, strict=True)) for other in (mae, plain))
     device_type = torch.device(arguments.device).type
     report = {
-        **facts(seed=0, device=arguments.device),
+        **provenance,
         "size": arguments.size,
         "batch_size": arguments.batch_size,
         "rounds": len(can),
+        "large_product_tflops": statistics.mean(large_rates),
         "results": results,
         "speed_of_can_over_vit_mae": speed,
         "speed_of_can_over_straightforward": plain_speed,
@@ -223,6 +236,7 @@ def main():
         gflop = f"{r['gflop_per_image']:.1f}" if "gflop_per_image" in r else "-"
         print(f"{name:22}{r['images_per_second']:10.3f}{r['step_seconds']:10.2f}{r['products_seconds']:13.2f}"
               f"{r['share_of_product_rate']:8.0%}{gflop:>13}")  # fmt: skip
+    print(f"CAN: {ours['tflops']:.3f} TFLOP/s; one large product: {report['large_product_tflops']:.3f} TFLOP/s")
     print(f"CAN in images a second / ViT-MAE: {speed:.3f}, / straightforward: {plain_speed:.3f}")
 
 

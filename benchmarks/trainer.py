@@ -57,7 +57,7 @@ def bare(argv: list[str], num_steps: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = CANForPreTraining(recipe.config).to(device).train()
-    augment = run_pretraining.augmentation(recipe).to(device)
+    augment = run_pretraining.augmentation(recipe)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, fused=True)
     batch = (recipe.per_device_train_batch_size, 2, 3, *recipe.config.image_shape)
     views = torch.randint(256, batch, dtype=torch.uint8, device=device)
@@ -107,16 +107,18 @@ def utilization() -> float:
 
 
 def start_up(argv: list[str]) -> float:
-    """Seconds from the command to the log of the first step."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", str(ROOT / "run_pretraining.py"), *argv, "--log_with=none", "--max_steps=1",
+    """Seconds from the command to the log of the first step, with which the run is ended."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        command = [sys.executable, "-u", str(ROOT / "run_pretraining.py"), *argv, "--log_with=none", "--max_steps=2",
                    "--logging_steps=1", f"--output_dir={folder}/out"]  # fmt: skip
         started = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for text in process.stdout:
                 if text.startswith("step 1 of"):
                     seconds = time.perf_counter() - started
-    return seconds
+                    process.kill()
+                    return seconds
+    raise SystemExit(f"{' '.join(command)} failed")
 
 
 def main():
@@ -128,6 +130,7 @@ def main():
     parser.add_argument("--dataloader_num_workers", type=int, default=1)
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
+    provenance = facts(seed=0, device="cuda" if on_gpu else "cpu")
     card = f"can-vit-{arguments.size}-patch{PATCH.get(arguments.size, 16)}-224"
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder) / "pictures")
@@ -155,8 +158,9 @@ def main():
         line["step_seconds_without_wait"] = line["step_seconds"] * (1 - line["data_wait"])
     for line in rounds["bare"]:
         line["step_seconds_without_wait"] = line["step_seconds"]
+    busy = [line["gpu_busy"] for line in rounds["trainer"] if line["gpu_busy"] is not None]
     report = {
-        **facts(seed=0, device="cuda" if on_gpu else "cpu"),
+        **provenance,
         "size": arguments.size,
         "batch_size": arguments.batch_size,
         "num_steps": arguments.num_steps,
@@ -164,7 +168,7 @@ def main():
         "trainer_over_bare": ratio("trainer", "bare"),
         "trainer_over_bare_without_wait": ratio("trainer", "bare", "step_seconds_without_wait"),
         "data_wait": statistics.median(line["data_wait"] for line in rounds["trainer"]),
-        "gpu_busy": statistics.median(line["gpu_busy"] for line in rounds["trainer"]) if on_gpu else None,
+        "gpu_busy": statistics.median(busy) if busy else None,
         "images_per_second": statistics.median(
             arguments.batch_size / line["step_seconds"] for line in rounds["trainer"]
         ),

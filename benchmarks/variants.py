@@ -10,7 +10,8 @@ What the choices about a step cost: one optimiser step under each of them, as ra
     python benchmarks/variants.py --study choices --size large --batch_size 128 --rounds 20      # a GPU
 
 Every variant lives in a process of its own, which gives its peak memory, and steps when its turn comes: the rounds are
-interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. What is
+interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. The order
+in which the processes start makes some per cent, so `embedding` has half of its rounds in the reverse order. What is
 predicted for a thing tried is what its matrix products would save or cost, timed alone, if nothing else changed. The
 largest batch, in multiples of --batch_size, is that whose second step still has the memory, alone on the machine. Peak
 memory includes AdamW's states; on a CPU it is what the process held beyond what it held before the model was built.
@@ -114,8 +115,11 @@ def worker(pipe, config, changes: dict, batch_size: int, device: str):
             pipe.send(memory(device) - before)
             continue
         if word == "products" and not products:  # only now, as their operands take memory
-            with RecordProducts() as recorder:
+            autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+            with autocast, RecordProducts() as recorder:
                 model(pixels).loss.backward()
+            model.zero_grad()
+            torch.cuda.empty_cache()  # the other variants are on the device as well
             products = product_runner(recorder.products, device)
         pipe.send(timed(products if word == "products" else run, device))
 
@@ -188,20 +192,18 @@ def main():
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     todo = variants(arguments.study, arguments.batch_size, device.type == "cuda")
-    pipes, results = {}, {}
-    for name, changes in todo.items():  # one after the other: they warm up alone
-        if arguments.study == "largest":
+    report = {**facts(seed=0, device=device), "study": arguments.study, "size": arguments.size}
+    results = {}
+    if arguments.study == "largest":
+        for name, changes in todo.items():
             results[name] = {"batch_size": largest_batch(partial(fits, changes, arguments), arguments.batch_size)}
             print(f"{name}: {results[name]['batch_size']} images", flush=True)
-            continue
-        try:
-            pipes[name], results[name] = start(changes, arguments.batch_size, arguments)
-        except EOFError:
-            print(f"{name}: failed, left out (its message is above)")
-    report = {**facts(seed=0, device=device), "study": arguments.study, "size": arguments.size}
-    if arguments.study != "largest":
+    else:
         report["rounds"] = arguments.rounds
-        measure(pipes, results, arguments)
+        parts = [measure(todo, arguments)]
+        if arguments.study == "embedding":
+            parts.append(measure(dict(reversed(todo.items())), arguments))
+        results = summary(parts)
         for name, r in results.items():
             print(f"{name:26}{r['images_per_second']:10.2f} images/s{r['speed_over_first']:8.3f}"
                   f"{r['peak_memory_gib']:8.2f} GiB")  # fmt: skip
@@ -241,34 +243,62 @@ def largest_batch(fits: Callable[[int], bool], first: int) -> int:
     return low
 
 
-def measure(pipes: dict, results: dict, arguments):
-    """Adds times and memory to each result."""
-    seconds = {name: [] for name in results}
+def measure(todo: dict, arguments) -> dict[str, dict]:
+    """Name -> what the worker says of itself, and its answers. One that dies, of memory say, is left out."""
+    pipes, measured = {}, {}
+
+    def leave_out(name: str):
+        print(f"{name}: failed, left out (its message is above)")
+        pipes.pop(name, None), measured.pop(name, None)
+
+    def ask(word: str, round_: int = 0):
+        for name in list(pipes)[:: -1 if round_ % 2 else 1]:
+            try:
+                pipes[name].send(word)
+                measured[name].setdefault(word, []).append(pipes[name].recv())
+            except (EOFError, OSError):
+                leave_out(name)
+
+    for name, changes in todo.items():  # one after the other: they warm up alone
+        try:
+            pipes[name], measured[name] = start(changes, arguments.batch_size, arguments)
+        except EOFError:
+            leave_out(name)
     for round_ in tqdm(range(arguments.rounds)):
-        for name in results if round_ % 2 else reversed(results):
-            pipes[name].send("step")
-            seconds[name].append(pipes[name].recv())
-    first = next(iter(results))
-    products = {name: [] for name in results if arguments.study == "tried"}
-    for name, result in results.items():
-        pipes[name].send("memory")
-        per_image = [s / result["batch_size"] for s in seconds[name]]
-        theirs = [s / results[first]["batch_size"] for s in seconds[first]]
-        result |= {
-            "step_seconds": statistics.median(seconds[name]),
-            "images_per_second": 1 / statistics.median(per_image),
-            "speed_over_first": statistics.median(f / s for f, s in zip(theirs, per_image, strict=True)),
-            "peak_memory_gib": pipes[name].recv(),
-        }
-    for round_ in tqdm(range(arguments.rounds + 1), desc="products alone", disable=not products):
-        for name in products:
-            pipes[name].send("products")
-            products[name] += [pipes[name].recv()][:round_]  # the first round warms up
-    for name in products:
-        more = statistics.median(own - s for own, s in zip(products[name], products[first], strict=True))
-        results[name]["predicted_speed_over_first"] = 1 / (1 + more / results[first]["step_seconds"])
+        ask("step", round_)
+    ask("memory")
+    if arguments.study == "tried":
+        for round_ in tqdm(range(arguments.rounds + 1), desc="products alone"):  # the first round warms up
+            ask("products", round_)
     for pipe in pipes.values():
         pipe.send("end")
+    for process in active_children():
+        process.join()
+    return measured
+
+
+def summary(parts: list[dict[str, dict]]) -> dict[str, dict]:
+    """Medians over the rounds of all parts, ratios to the first variant of the first part."""
+    first, results = next(iter(parts[0])), {}
+    for name in parts[0]:
+        own, base = [part[name] for part in parts], [part[first] for part in parts]
+        step_seconds = [second for part in own for second in part["step"]]
+        per_image, theirs = (
+            [second / part["batch_size"] for part in those for second in part["step"]] for those in (own, base)
+        )
+        results[name] = {
+            "batch_size": own[0]["batch_size"],
+            "gflop_per_image": own[0]["gflop_per_image"],
+            "step_seconds": statistics.median(step_seconds),
+            "images_per_second": 1 / statistics.median(per_image),
+            "speed_over_first": statistics.median(f / s for f, s in zip(theirs, per_image, strict=True)),
+            "peak_memory_gib": max(part["memory"][0] for part in own),
+        }
+        if "products" in own[0]:
+            pairs = zip(own[0]["products"][1:], base[0]["products"][1:], strict=True)
+            more = statistics.median(s - b for s, b in pairs)
+            results[name]["predicted_speed_over_first"] = 1 / (1 + more / results[first]["step_seconds"])
+    return results
 
 
 if __name__ == "__main__":

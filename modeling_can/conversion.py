@@ -949,7 +949,10 @@ def _timm_preprocessing(processor: dict) -> dict:
         named["mean"] = list(processor["image_mean"]) if normalises else [0.0] * 3
         named["std"] = list(processor["image_std"]) if normalises else [1.0] * 3
     if processor.get("do_center_crop") and "shortest_edge" in edge and crop:
-        named["crop_pct"] = max(crop.values()) / edge["shortest_edge"]
+        share = max(crop.values()) / edge["shortest_edge"]
+        while math.floor(max(crop.values()) / share) < edge["shortest_edge"]:  # as timm rounds
+            share = math.nextafter(share, 0)
+        named["crop_pct"] = share
     elif "height" in edge:
         named |= {"crop_pct": 1.0, "crop_mode": "squash"}
     return {key: value for key, value in named.items() if value is not None}
@@ -962,7 +965,7 @@ def _from_timm_preprocessing(pretrained: dict) -> dict:
     height, width = pretrained["input_size"][1:]
     size = {"height": height, "width": width}
     if pretrained.get("crop_mode") != "squash":
-        size = {"shortest_edge": round(max(height, width) / pretrained["crop_pct"])}
+        size = {"shortest_edge": math.floor(max(height, width) / pretrained["crop_pct"])}
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": True,

@@ -73,7 +73,10 @@ def new_folder(folder: Path):
 
 
 def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
-    """Machine, versions of packages and git commit, under the names that they have in `results.json`."""
+    """
+    Machine, versions of packages and git commit, under the names that they have in `results.json`. Where there is no
+    checkout, as on a machine that got a copy, the commit is what the variable GIT_COMMIT says.
+    """
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "versions": {name: version(name) for name in packages},
@@ -96,7 +99,7 @@ def _git_commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
+        return os.environ.get("GIT_COMMIT")  # not a checkout
 
 
 def update_card(folder: str, results: list[EvalResult]):

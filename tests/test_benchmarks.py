@@ -3,16 +3,19 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import inputs, tiny_model
+from conftest import TINY, inputs, tiny_model
 
 from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import claims  # noqa: E402
+import evidence  # noqa: E402
+import variants  # noqa: E402
 from straightforward import StraightforwardCAN  # noqa: E402
 from variants import largest_batch  # noqa: E402
 
@@ -58,3 +61,21 @@ def test_the_runs_of_the_study_have_names_that_files_and_the_evaluation_can_bear
     assert len(names) == len(set(names)) > 0
     for name in names:  # run_eval.py takes a comma between two models
         assert re.fullmatch(r"[\w.='-]+", name) and len(f"{name}.partial") <= 255, name
+
+
+def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    assert evidence.commit() is None
+    monkeypatch.setenv("GIT_COMMIT", commit)
+    assert evidence.commit() == commit
+
+
+def test_a_variant_that_dies_is_left_out():
+    """Of three the second cannot start and the third dies when it is asked for its products."""
+    arguments = SimpleNamespace(size="tiny", batch_size=2, device="cpu", rounds=1, study="tried")
+    todo = {"first": {}, "second": {"hidden_size": 5}, "third": {"model": "encoder"}}
+    measured = variants.measure({name: {**TINY, **changes} for name, changes in todo.items()}, arguments)
+    assert measured.keys() == {"first"}
+    (figures,) = variants.summary([measured]).values()
+    assert figures["speed_over_first"] == figures["predicted_speed_over_first"] == 1

@@ -255,7 +255,9 @@ def test_a_term_that_a_checkpoint_did_not_train_is_refused(tmp_path):
     without = ["--contrastive_loss_weight=0", "--max_steps=2", "--save_steps=1", f"--output_dir={tmp_path / 'a'}"]
     run_pretraining.main([*RUN, *without])
     resume = [*RUN, f"--resume_from_checkpoint={tmp_path}/a/checkpoints/step-1", f"--output_dir={tmp_path / 'b'}"]
-    with pytest.raises(ValueError, match="did not train the projection_head: .*contrastive_loss_weight was 0.0, is 0.1"):
+    with pytest.raises(
+        ValueError, match="did not train the projection_head: .*contrastive_loss_weight was 0.0, is 0.1"
+    ):
         run_pretraining.main(resume)
 
 

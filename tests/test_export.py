@@ -1,6 +1,7 @@
 """Our encoder in other people's classes, and other people's files in ours: the same outputs, and nothing executed."""
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -578,6 +579,14 @@ def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
     there, back = (ViTImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
                    for folder in (source, tmp_path / "can"))  # fmt: skip
     equal(back, there)
+    for crop, edge in itertools.product(range(14, 200, 7), range(200, 400, 7)):
+        crop_size = {"height": crop, "width": crop}
+        ours = {"do_center_crop": True, "size": {"shortest_edge": edge}, "crop_size": crop_size, "resample": 3,
+                "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+        theirs = conversion._timm_preprocessing(ours) | {"input_size": [3, crop, crop]}
+        assert conversion._from_timm_preprocessing(theirs).items() >= ours.items()
+    theirs |= {"input_size": [3, 224, 224], "crop_pct": 0.9}
+    assert conversion._from_timm_preprocessing(theirs)["size"] == {"shortest_edge": 248}  # as timm resizes
     squashed = ViTImageProcessor(size={"height": 32, "width": 32}).to_dict()
     assert {"crop_pct": 1.0, "crop_mode": "squash"}.items() <= conversion._timm_preprocessing(squashed).items()
 
