@@ -80,7 +80,7 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, update_card, write
+from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
 from modeling_can.metrics import Accuracy
 from modeling_can.recipe import option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
@@ -95,7 +95,7 @@ from modeling_can.robustness import (
     load_further_sets,
 )
 from modeling_can.training import mixed_precision
-from modeling_can.views import check_decoding, decode
+from modeling_can.views import DECODING, check_decoding, decode
 from modeling_can.visualization import (
     evaluation_figure,
     reconstruction_errors,
@@ -104,7 +104,6 @@ from modeling_can.visualization import (
 )
 
 
-DECODING = ("transparent_background", "high_bit_depth")
 TASKS = ("knn", "linear_probe", "linear_probe_sgd", "few_shot", "finetune", "robustness", "reconstruction",
          "retrieval", "embed")  # fmt: skip
 FROZEN = ("knn", "linear_probe", "few_shot")  # which the baselines take
@@ -187,7 +186,7 @@ class Settings:
         for name in ("batch_size", "num_draws", "rows_per_file", "sgd_num_epochs", "sgd_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        check_decoding(**{name: getattr(self, name) for name in DECODING if getattr(self, name)})
+        check_decoding(**self.decoding)
         if not 0 <= self.test_size < 1:
             raise ValueError(f"test_size={self.test_size} is outside [0, 1)")
         if not self.sgd_layers or min(self.sgd_layers) < 1:
@@ -207,6 +206,11 @@ class Settings:
                 raise ValueError("export_classifier takes one model; give one --model_name_or_path")
         if "embed" not in self.task and not self.dataset_name:
             raise ValueError("give --dataset_name: Hub id, folder of parquet shards or class folders, or sample_data")
+
+    @property
+    def decoding(self) -> dict:
+        """What `views.decode` is told other than the model's processor says."""
+        return {name: getattr(self, name) for name in DECODING if getattr(self, name)}
 
     @property
     def image_shape(self) -> tuple[int, int] | None:
@@ -543,6 +547,7 @@ class Evaluation:
                                         settings.dataloader_num_workers)  # fmt: skip
         head = "fine-tuned" if is_tuned else "linear probe"
         figures = {**self.score(predictions), "folder": str(folder), "source": entry.path, "head": head}
+        figures["model_type"] = entry.encoder.model.config.model_type
         with new_folder(folder) as partial:
             (partial / "examples").mkdir()
             model.save_pretrained(partial)
@@ -550,12 +555,10 @@ class Evaluation:
             examples = {}
             for number, label in enumerate(np.unique(data.test.labels)[:NUM_EXAMPLES], start=1):
                 row = int(np.flatnonzero(data.test.labels == label)[0])
-                picture = Image.fromarray(decode(data.test.read(row), num_channels=3))
+                picture = Image.fromarray(decode(data.test.read(row), num_channels=3, **preprocessor.decoding))
                 examples[f"examples/{number}.jpg"] = data.class_names[label]
                 picture.save(partial / f"examples/{number}.jpg", quality=95)
-            entries = card_results(
-                {**results, "pooling": "mean" if is_tuned else settings.pooling}, {"exported": figures}, entry.name
-            )
+            entries = card_results(results, {"exported": figures}, entry.name)
             figures["test_images_seen_without_labels"] = results["models"][entry.name][
                 "test_images_seen_without_labels"
             ]
@@ -870,49 +873,56 @@ def main(argv: list[str] | None = None) -> dict:
 def recipe_of(path: str) -> dict:
     """The recipe beside a model that `run_pretraining.py` made; empty for any other."""
     file = Path(path) / "recipe.yaml"
-    return yaml.safe_load(file.read_text()) if file.exists() else {}
+    recipe = yaml.safe_load(file.read_text()) if file.exists() else {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def load(path: str, settings: Settings) -> Encoder:
-    """An encoder that gets its pictures as in pre-training, where the settings do not say otherwise."""
-    recipe = recipe_of(path)
-    decoding = {name: getattr(settings, name) or recipe.get(name) for name in DECODING}
     return load_encoder(
         path,
         settings.processor_name_or_path,
         settings.image_shape,
         settings.trust_remote_code,
-        {name: value for name, value in decoding.items() if value},
+        settings.decoding,
     )
 
 
 def seen_in_pretraining(path: str, settings: Settings) -> bool | None:
     """
     Whether the recipe beside a model says that it was pre-trained on test images too, without their labels; `None`
-    where it names files of the tested folder, which may be of any split. Copies are not found out.
+    where it names a part of the tested folder that may hold some. Copies are not found out.
     """
-    recipe, holds_out = recipe_of(path), settings.test_size > 0
-    tested_split = settings.train_split if holds_out else settings.test_split
-    tested = Path(resolve_name(settings.dataset_name)).resolve()
-    if name := recipe.get("dataset_name"):
-        is_same = name == settings.dataset_name or Path(resolve_name(name)).resolve() == tested
-        if not is_same or recipe.get("dataset_config_name") != settings.dataset_config_name:
+    recipe, tested = recipe_of(path), Path(resolve_name(settings.dataset_name))
+    tested_split = settings.train_split if settings.test_size > 0 else settings.test_split
+    name, config_name = recipe.get("dataset_name"), recipe.get("dataset_config_name")
+    source = Path(resolve_name(name or recipe.get("data_dir") or "")).resolve()
+    if name and (name == settings.dataset_name or source == tested):
+        if config_name and settings.dataset_config_name and config_name != settings.dataset_config_name:
             return False
-        return have_common_rows(recipe["dataset_split"], tested_split, settings)
-    if recipe.get("data_dir"):
-        source = Path(recipe["data_dir"]).resolve()
-        if tested in source.parents:  # a part of it
-            return source.relative_to(tested).parts[0] == re.match(r"\w+", tested_split)[0]
-        return source == tested or source in tested.parents
+        return have_common_rows(recipe["dataset_split"], tested_split, num_rows(settings))
+    if source.exists() and (name or recipe.get("data_dir")):
+        if source == tested or source in tested.parents:
+            return True
+        if tested not in source.parents:
+            return False
+        splits, parts = num_rows(settings).keys(), set(source.relative_to(tested).parts)
+        tested_splits = re.sub(r"\[.*?\]", "", tested_split).split("+")
+        if parts.intersection(tested_splits) or len(splits) == 1:
+            return True
+        return False if parts & splits else None
     files = recipe.get("data_files") or []
     folders = {Path(file).resolve().parent for file in ([files] if isinstance(files, str) else files)}
     return None if any(folder == tested or tested in folder.parents for folder in folders) else False
 
 
-def have_common_rows(split: str, other: str, settings: Settings) -> bool:
-    """Of two splits of the set, such as `train[:80%]` and `train+test`."""
+def num_rows(settings: Settings) -> dict[str, int]:
+    """Of every split of the set."""
     splits = load_dataset(resolve_name(settings.dataset_name), settings.dataset_config_name)
-    lengths = {name: len(rows) for name, rows in splits.items()}
+    return {name: len(rows) for name, rows in splits.items()}
+
+
+def have_common_rows(split: str, other: str, lengths: dict[str, int]) -> bool:
+    """Of two splits of a set, such as `train[:80%]` and `train+test`."""
     ours, theirs = (ReadInstruction.from_spec(spec).to_absolute(lengths) for spec in (split, other))
     return any(
         a.splitname == b.splitname and max(a.from_, b.from_) < min(a.to, b.to)
@@ -1048,40 +1058,46 @@ class Measure(NamedTuple):
         interval (`(float, float)`, *optional*): 95 %.
         metric (`str`): As the Hub calls it.
         spread (`float`, *optional*): What to show behind the value; half the width of the interval, if `None`.
+        pooling (`str`): Of the features that it is about.
     """
 
     value: float
     interval: tuple[float, float] | None
     metric: str = "accuracy"
     spread: float | None = None
+    pooling: str = "mean"
 
 
-def measures(figures: dict) -> dict[str, Measure]:
-    """A model's figures by their headings."""
+def measures(figures: dict, pooling: str = "mean") -> dict[str, Measure]:
+    """A model's figures by their headings; `pooling` is that of the frozen features."""
     rows = {}
     titles = {"linear_probe": "linear probe", "linear_probe_sgd": "linear probe, SGD", "finetune": "fine-tuned",
               "exported": "exported classifier"}  # fmt: skip
     for task, title in titles.items():
         if task in figures:
-            rows[title] = Measure(figures[task]["accuracy"], figures[task]["interval"])
+            score = figures[task]
+            is_pooled = task == "linear_probe" or score.get("head") == "linear probe"
+            own = pooling if is_pooled else score.get("pooling", "mean")
+            rows[title] = Measure(score["accuracy"], score["interval"], pooling=own)
     for k, score in figures.get("knn", {}).items():
-        rows[f"k-NN, k = {k}"] = Measure(score["accuracy"], score["interval"])
+        rows[f"k-NN, k = {k}"] = Measure(score["accuracy"], score["interval"], pooling=pooling)
     for shots, score in figures.get("few_shot", {}).items():
         title = f"{shots} of the labels" if "%" in shots else f"{shots} a class"
-        rows[title] = Measure(score["accuracy"], score["interval"], spread=score["std"] or 0.0)
+        rows[title] = Measure(score["accuracy"], score["interval"], spread=score["std"] or 0.0, pooling=pooling)
     if "retrieval" in figures:
         score = figures["retrieval"]
         rows[f"of {score['neighbours']} neighbours right"] = Measure(
-            score["precision"], score["interval"], "precision"
+            score["precision"], score["interval"], "precision", pooling=pooling
         )
     if "robustness" in figures:
         score = figures["robustness"]
-        rows["corrupted"] = Measure(score["accuracy"], score["interval"])
-        rows["clean, same classifier"] = Measure(score["clean"]["accuracy"], score["clean"]["interval"])
+        of = {"pooling": pooling if score["head"] == "linear probe" else "mean"}
+        rows["corrupted"] = Measure(score["accuracy"], score["interval"], **of)
+        rows["clean, same classifier"] = Measure(score["clean"]["accuracy"], score["clean"]["interval"], **of)
         if "corruption_error" in score:
-            rows["mean corruption error"] = Measure(score["corruption_error"]["mean"], None, "mce")
+            rows["mean corruption error"] = Measure(score["corruption_error"]["mean"], None, "mce", **of)
         for name, other in score.get("further_sets", {}).items():
-            rows[name] = Measure(other["accuracy"], other["interval"])
+            rows[name] = Measure(other["accuracy"], other["interval"], **of)
     if "reconstruction" in figures:
         score = figures["reconstruction"]
         plain = "their own mean" if score["norm_pix_loss"] else "mean colour of the visible"
@@ -1098,8 +1114,7 @@ def card_results(results: dict, figures: dict, name: str) -> list[EvalResult]:
     seen = (
         {"test_images_seen_without_labels": True} if results["models"][name]["test_images_seen_without_labels"] else {}
     )
-    data, pooling = results["data"], results["pooling"]
-    where = Path(data["dataset_name"]).name if Path(data["dataset_name"]).exists() else data["dataset_name"]
+    data, where = results["data"], short_name(results["data"]["dataset_name"])
     return [
         EvalResult(
             task_type="image-to-image" if heading.endswith("dB") else "image-classification",
@@ -1108,13 +1123,13 @@ def card_results(results: dict, figures: dict, name: str) -> list[EvalResult]:
             dataset_config=data["config_name"],
             dataset_split=data["test_split"],
             metric_type=measure.metric,
-            metric_name=heading if pooling == "mean" else f"{heading} ({pooling})",
+            metric_name=heading if measure.pooling == "mean" else f"{heading} ({measure.pooling})",
             metric_value=round(measure.value, 4),
             metric_args=({"interval_95": [round(end, 4) for end in measure.interval]} if measure.interval else {})
             | seen
             or None,
         )
-        for heading, measure in measures(figures).items()
+        for heading, measure in measures(figures, results["pooling"]).items()
         if not heading.startswith("...")  # of a plain guess
     ]
 

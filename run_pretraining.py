@@ -68,7 +68,7 @@ from modeling_can.hub import run_facts, write, write_card
 from modeling_can.losses import contrastive_loss
 from modeling_can.modeling_can import CANLayer
 from modeling_can.push import LAST_CHECKPOINT, STOP_SECONDS, WAIT_SECONDS, Push, unfinished_card
-from modeling_can.recipe import Recipe, parse_arguments
+from modeling_can.recipe import LENGTH, SOURCE, Recipe, parse_arguments
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.training import (
     Checkpoints,
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     started = time.perf_counter()
     recipe = parse_arguments(argv, QUICKSTART, __doc__)
     if dataset is not None:
-        recipe = replace(recipe, dataset_name=None, data_dir=None, data_files=None)
+        recipe = replace(recipe, **dict.fromkeys(SOURCE))
     config = recipe.config
     output_dir = Path(recipe.output_dir)
     if not recipe.overwrite_output_dir and not recipe.preflight:  # before anything takes time
@@ -183,11 +183,12 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if recipe.probe_dataset_name and is_main:
         probe = Probe(
             recipe.probe_dataset_name,
+            recipe.probe_dataset_config_name,
             recipe.probe_train_split,
             recipe.probe_test_split,
             recipe.probe_image_column or recipe.image_column,
             recipe.probe_label_column,
-            Preprocessor(processor, decoding=recipe.decoding),
+            Preprocessor(processor),
         )
 
     # --- Length and learning rate, derived once ----------------------------------------------------------------------
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     # --- What a step needs -------------------------------------------------------------------------------------------
     data_wait = DataWait(device)
     pixel_values = None  # of the last micro-batch, to look at
-    guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer), progress["nonfinite"]
+    guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer, accelerator.num_processes), progress["nonfinite"]
 
     def make_inputs(views):
         nonlocal pixel_values
@@ -658,13 +659,15 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
             )
         return None
     results = json.loads((output_dir / "results.json").read_text())
-    before = {"max_steps": results["num_steps"]}
-    if (output_dir / "recipe.yaml").exists():
-        before = yaml.safe_load((output_dir / "recipe.yaml").read_text()) | before
-    lengths = ("max_steps", "num_train_epochs", "num_train_samples")
-    is_longer = any((getattr(recipe, name) or 0) > (before.get(name) or 0) for name in lengths)
+    before = yaml.safe_load((output_dir / "recipe.yaml").read_text())
+    length = next(name for name in LENGTH if before.get(name) is not None)  # the one that counts
+    is_longer = recipe.length == length and getattr(recipe, length) > before[length]
+    is_longer = is_longer or (recipe.max_steps or 0) > results["num_steps"]
     if wanted == "latest" and not is_longer:
-        print(f"the run in {output_dir} is finished: nothing to do. For another one {choice}")
+        print(
+            f"the run in {output_dir} is finished: nothing to do. To make it longer raise {length} or max_steps; for "
+            f"another one {choice}"
+        )
         return results
     if not own or not any(checkpoints.glob("step-*")):
         raise ValueError(f"output_dir={output_dir} already holds a finished run; {choice}")
@@ -780,7 +783,10 @@ def augmentation(recipe: Recipe) -> Augmentation:
 
 
 def image_processor(recipe: Recipe) -> ViTImageProcessor:
-    """What prepares an image downstream: the shortest edge to 256/224 of the size, centre crop, the recipe's mean."""
+    """
+    What prepares an image downstream: the shortest edge to 256/224 of the size, centre crop, the recipe's mean. For
+    `encoders.Preprocessor` it also says how to decode, where that is not the usual way.
+    """
     height, width = recipe.config.image_shape
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no word about torchvision, which this project does without
@@ -793,6 +799,7 @@ def image_processor(recipe: Recipe) -> ViTImageProcessor:
         image_mean=list(recipe.image_mean),
         image_std=list(recipe.image_std),
         resample={"bilinear": 2, "bicubic": 3}[recipe.resample],
+        **{name: value for name, value in recipe.decoding.items() if value != "skip"},  # which is a choice of images
     )
     transformers_logging.set_verbosity(verbosity)
     return processor

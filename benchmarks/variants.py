@@ -204,6 +204,8 @@ def main():
         if arguments.study == "embedding":
             parts.append(measure(dict(reversed(todo.items())), arguments))
         results = summary(parts)
+        if next(iter(results), None) != next(iter(todo)):
+            raise SystemExit("the first variant failed, to which all are compared")
         for name, r in results.items():
             print(f"{name:26}{r['images_per_second']:10.2f} images/s{r['speed_over_first']:8.3f}"
                   f"{r['peak_memory_gib']:8.2f} GiB")  # fmt: skip
@@ -279,8 +281,8 @@ def measure(todo: dict, arguments) -> dict[str, dict]:
 
 def summary(parts: list[dict[str, dict]]) -> dict[str, dict]:
     """Medians over the rounds of all parts, ratios to the first variant of the first part."""
-    first, results = next(iter(parts[0])), {}
-    for name in parts[0]:
+    first, results = next(iter(parts[0]), None), {}
+    for name in [name for name in parts[0] if all(name in part for part in parts)]:
         own, base = [part[name] for part in parts], [part[first] for part in parts]
         step_seconds = [second for part in own for second in part["step"]]
         per_image, theirs = (

@@ -88,7 +88,12 @@ class Demo:
             )
         self.model = load_model(name, AutoModelForPreTraining)
         self.preprocessor = load_preprocessor(name)
-        if self.preprocessor.image_size != self.config.image_shape or not self.preprocessor.in_two_steps:
+        if not self.preprocessor.in_two_steps:
+            raise ValueError(
+                f"model_name_or_path={name}: its processor does more than resize, crop, rescale and normalise, which "
+                "the demo cannot take back; mend preprocessor_config.json"
+            )
+        if self.preprocessor.image_size != self.config.image_shape:
             raise ValueError(
                 f"model_name_or_path={name}: its processor makes pictures of {self.preprocessor.image_size} and the "
                 f"model takes {self.config.image_shape}; mend preprocessor_config.json"
@@ -97,7 +102,8 @@ class Demo:
 
     def pixel_values(self, encoded: bytes) -> torch.Tensor:
         """A file -> `(1, C, H, W)`, normalised; raises BadImage where that is impossible."""
-        pixels = decode(encoded, self.config.num_channels, min_size=self.config.patch_shape)
+        options = {"min_size": self.config.patch_shape, **self.preprocessor.decoding}
+        pixels = decode(encoded, self.config.num_channels, **options)
         return self.preprocessor.normalise(self.preprocessor(pixels)[None])
 
     def __call__(

@@ -36,6 +36,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
+from PIL import Image, UnidentifiedImageError
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from .views import BadImage
@@ -56,8 +57,9 @@ datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_R
 
 
 def resolve_name(name: str) -> str:
-    """A name for `datasets.load_dataset`: itself, or where the bundled tiles lie."""
-    return str(Path(__file__).parent / "sample_data") if name == SAMPLE_DATA else name
+    """A name for `datasets.load_dataset`: itself, or where the folder or the bundled tiles lie."""
+    path = Path(__file__).parent / "sample_data" if name == SAMPLE_DATA else Path(name)
+    return str(path.resolve()) if path.exists() else name
 
 
 class ImageSource:
@@ -72,12 +74,14 @@ class ImageSource:
         data_files (`str` or `list[str]`, *optional*):
             Paths, globs or URLs (http, s3, hf, whatever fsspec reads) of parquet, WebDataset tar, arrow or jsonl.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
-            As it is. Pictures that `.map()` or `.filter()` of a stream decoded are encoded anew, without loss;
-            `.decode(False)` before it saves both.
+            As it is. Of a stream with `.map()` or `.filter()` the pictures come decoded, and are encoded anew here; a
+            damaged one ends it, and datasets itself encodes JPEGs anew, with loss, for `.remove_columns()` and
+            `.rename_column()` after that. `.decode(False)` before all of them avoids it.
         split (`str`): Split of `dataset_name`; a part of one, such as `train[:10%]`, only where it is not streamed.
         image_column (`str`):
             Column that holds the images. Where there is no `"image"`, the default, it is the columns of type `Image`
-            (a WebDataset has one for each file extension), of which a row fills one, or the stream ends in ValueError.
+            (a WebDataset has one for each file extension), of which a row fills at most one, or the stream ends in
+            ValueError.
         streaming (`bool`):
             Read while training. `False` first downloads everything of `dataset_name` or `data_files` into the cache
             of `datasets`.
@@ -107,7 +111,9 @@ class ImageSource:
                 f"give exactly one of dataset_name, data_dir, data_files and dataset, got {given or 'none'}"
             )
         if config_name and not dataset_name:
-            raise ValueError(f"config_name={config_name!r} is of a dataset_name, and {', '.join(given)} is given")
+            raise ValueError(
+                f"dataset_config_name={config_name} is of a dataset_name, and {', '.join(given)} is given"
+            )
         data_files = data_files if not data_files or isinstance(data_files, str) else list(data_files)
         self.name = str(dataset_name or data_dir or data_files or "the data set")
         self.image_column, self.extra_columns, self.is_folder = image_column, tuple(extra_columns), bool(data_dir)
@@ -429,8 +435,19 @@ def image_name(image: dict) -> str:
 
 
 def encoded(image) -> dict:
-    """`{"bytes": ..., "path": ...}` as it is; a picture that is already decoded, as PNG or TIFF."""
-    return image if isinstance(image, dict) else datasets.Image().encode_example(image.copy())  # without its format
+    """`{"bytes": ..., "path": ...}` of anything that datasets takes for an image; a decoded one as PNG or TIFF."""
+    if isinstance(image, dict):
+        return image
+    if isinstance(
+        image, Image.Image
+    ):  # without its format, which may lose something; TIFF knows no transparent colour
+        image = image.convert("RGBA") if "transparency" in image.info else image.copy()
+    try:
+        return datasets.Image().encode_example(image)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"a {type(image).__name__} is no image; .map() to pictures, arrays, paths or bytes"
+        ) from error
 
 
 def read_bytes(image: dict | None) -> bytes:
@@ -471,6 +488,8 @@ def is_gone(error: Exception) -> bool:
     Whether trying again is in vain: a server says that there is no such file, or none for us; or a file system that
     there is none. (fsspec says so of an HTTP server that does not answer as well, and names the reason.)
     """
+    if isinstance(error, UnidentifiedImageError):  # met by datasets, while it decoded a picture for a .filter()
+        return True
     reason = error.__cause__ or error
     status = getattr(reason, "status", None)
     if status is not None:

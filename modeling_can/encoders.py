@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from .views import decode
+from .views import DECODING, decode
 
 
 # Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.
@@ -42,12 +42,15 @@ class Preprocessor:
     Args:
         processor: A transformers image processor.
         image_size (`(int, int)`, *optional*): Height and width that the model gets, instead of the processor's own.
-        decoding (`dict`, *optional*): `transparent_background` and `high_bit_depth` of `views.decode`.
+        decoding (`dict`, *optional*):
+            `transparent_background` and `high_bit_depth` of `views.decode`, instead of what the processor says, to
+            which `run_pretraining.py` adds those that are not the default.
     """
 
     def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
         self.processor, self.num_channels = processor, len(processor.image_mean or (0, 0, 0))
-        self.decoding = dict(decoding or {})
+        named = {name: getattr(processor, name) for name in DECODING if getattr(processor, name, None)}
+        self.decoding = {**named, **(decoding or {})}
         self.sizes = self._sizes(image_size)
         self.in_two_steps = True
         picture = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
@@ -135,11 +138,12 @@ class Preprocessor:
         """Of one for grey pictures, one that treats the three colours alike."""
         values = self.processor.to_dict()
         values |= {name: list(values[name]) * 3 for name in ("image_mean", "image_std")} | {"do_convert_rgb": True}
-        return Preprocessor(type(self.processor).from_dict({**values, **self.sizes}), decoding=self.decoding)
+        return Preprocessor(type(self.processor).from_dict({**values, **self.sizes, **self.decoding}))
 
     def save_pretrained(self, folder: Path):
-        """The processor, for pictures of this size."""
-        type(self.processor).from_dict({**self.processor.to_dict(), **self.sizes}).save_pretrained(folder)
+        """The processor, for pictures of this size and decoded like this."""
+        values = {**self.processor.to_dict(), **self.sizes, **self.decoding}
+        type(self.processor).from_dict(values).save_pretrained(folder)
 
     def facts(self) -> dict:
         """Everything that its result depends on."""

@@ -576,17 +576,23 @@ class Probe:
     A labelled set on which features are measured again and again.
 
     Args:
-        dataset_name, train_split, test_split, image_column, label_column: What `load_labelled` takes.
+        dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labelled` takes.
         preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
             measured.
     """
 
     def __init__(
-        self, dataset_name: str, train_split: str, test_split: str, image_column: str, label_column: str, preprocessor
+        self,
+        dataset_name: str,
+        config_name: str | None,
+        train_split: str,
+        test_split: str,
+        image_column: str,
+        label_column: str,
+        preprocessor,
     ):
-        names = {"train_split": train_split, "test_split": test_split, "image_column": image_column}
         try:
-            self.set = load_labelled(dataset_name, **names, label_column=label_column)
+            self.set = load_labelled(dataset_name, config_name, train_split, test_split, image_column, label_column)
         except ValueError as error:
             message = f"probe_dataset_name={dataset_name}: {error} (here all these names begin with probe_)"
             raise ValueError(message) from error

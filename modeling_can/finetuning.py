@@ -149,8 +149,9 @@ def crop_loader(train: Split, preprocessor: Preprocessor, share: Share, seed: in
     """uint8 `(share of the batch, 1, C, H, W)` for every step."""
     resample = "bicubic" if preprocessor.processor.resample == 3 else "bilinear"  # as the images of the test will be
     view = RandomCrops(
-        preprocessor.image_size, preprocessor.num_channels, (0.08, 1.0), resample=resample, seed=seed, num_views=1
-    )
+        preprocessor.image_size, preprocessor.num_channels, (0.08, 1.0), resample=resample, seed=seed, num_views=1,
+        **preprocessor.decoding,
+    )  # fmt: skip
     return torch.utils.data.DataLoader(
         Crops(train, view), batch_sampler=share, num_workers=num_workers, pin_memory=torch.cuda.is_available()
     )
@@ -471,12 +472,17 @@ def at_size(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
     """
     if "interpolate_pos_encoding" not in inspect.signature(model.forward).parameters:
         return model
+    own = getattr(model.config, "vision_config", model.config)  # of a pair with a text encoder
     before, patch = (
-        (size, size) if isinstance(size, int) else tuple(size)
-        for size in (model.config.image_size, model.config.patch_size)
+        (size, size) if isinstance(size, int) else tuple(size) for size in (own.image_size, own.patch_size)
     )
     if image_size == before:
         return model
+    if own is not model.config:
+        raise ValueError(
+            f"a {type(model).__name__} made for {before} cannot be fine-tuned at {image_size}; use --image_size "
+            f"{before[0]},{before[1]}"
+        )
     config = type(model.config).from_dict({**model.config.to_dict(), "image_size": image_size})
     resized, state = type(model)(config), model.state_dict()
     for key, tensor in resized.state_dict().items():
@@ -529,7 +535,10 @@ def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> l
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:
-    """Freezes the encoder and puts LoRA on all of its linear layers, alpha = 2 * rank; the head is trained in full."""
+    """
+    Freezes the encoder and puts LoRA on all of its linear layers that get a gradient, alpha = 2 * rank; the head is
+    trained in full.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -537,7 +546,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("classifier")
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and not name.startswith("classifier")
     ]
     if not linear:
         raise ValueError(f"lora_rank={rank} adapts linear layers, and a {type(model).__name__} has none; leave it out")
@@ -570,8 +579,9 @@ def finetune(
 ) -> FineTuned:
     """
     Trains a classifier, all of it or adapters, and saves it with its processor in a folder that transformers'
-    image-classification pipeline and `encoders.load_encoder` read; of a LoRA run the merged model, and the adapter
-    under `adapter/`. Called by every process; DDP. Nothing is chosen: the model is the one after the last step.
+    image-classification pipeline (of pictures in colour) and `encoders.load_encoder` read; of a LoRA run the merged
+    model, and the adapter under `adapter/`. Called by every process; DDP. Nothing is chosen: the model is the one
+    after the last step.
 
     On N processes the weights are those of one, up to rounding, but for random erasing and drop path, which draw on
     each process.
@@ -625,7 +635,8 @@ def finetune(
     mine = slice(index * share, (index + 1) * share)
     loader = crop_loader(train, preprocessor, Share(mine, *steps), seed, num_workers)
     average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
-    guard, report = NonFiniteGuard(optimizer.optimizer), Report(num_steps, batch_size, accelerator.is_main_process)
+    guard = NonFiniteGuard(optimizer.optimizer, count)
+    report = Report(num_steps, batch_size, accelerator.is_main_process)
     model.train()
     for step, ((epoch, rows), crops) in enumerate(zip(epochs(*steps), loader, strict=True)):
         torch.manual_seed(int(np.random.default_rng((seed, step, STEP, index)).integers(2**63)))  # erasing, drop path
@@ -703,6 +714,7 @@ def save(model: nn.Module, preprocessor: Preprocessor, output_dir: Path, is_main
     if hasattr(model, "merge_and_unload"):
         if is_main:
             model.save_pretrained(partial / "adapter", save_embedding_layers=False)
+            (partial / "adapter" / "README.md").unlink(missing_ok=True)  # peft's, empty but for a path on this machine
         model = model.merge_and_unload()
     if is_main:
         model.save_pretrained(partial)

@@ -190,6 +190,7 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         source=source,
         images=f"{count} of {named}",
         start=f", from the weights of `{recipe.model_name_or_path}`," if recipe.model_name_or_path else "",
+        probe_name=short_name(recipe.probe_dataset_name) if is_probed else None,
         probe_rows=probe_rows(results) if is_probed else None,
         evaluation=EVALUATION,
         training_rows=training_rows(recipe, results, f"{count} of {named}").items(),
@@ -197,6 +198,11 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         launch=launcher(processes),
     )
     write(folder / "README.md", f"{card}\n")
+
+
+def short_name(name: str) -> str:
+    """A Hub id as it is; of a folder or file its own name, for nobody else has the rest of the path."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def escaped(text: str) -> str:
@@ -240,8 +246,7 @@ def write_examples(folder: Path) -> list[dict]:
 
 def probe_results(recipe: Recipe, results: dict) -> list[EvalResult]:
     """The trained encoder's figures as entries of `model-index`."""
-    where, figures = recipe.probe_dataset_name, results["probe"]["CAN, pre-trained"]
-    where = Path(where).name if Path(where).exists() else where
+    where, figures = short_name(recipe.probe_dataset_name), results["probe"]["CAN, pre-trained"]
     return [
         EvalResult(
             task_type="image-classification",
@@ -317,17 +322,17 @@ def classifier_card(
     Args:
         name (`str`): Of its folder.
         results (`dict`): The evaluation, as in `results.json`.
-        figures (`dict`): What the classifier scores there, where its encoder is from, what kind of head it has.
+        figures (`dict`): What the classifier scores there, where its encoder is from, its kind and that of its head.
         examples (`dict[str, str]`): Pictures in the folder -> their classes.
         eval_results (`list[EvalResult]`): Its entries in `model-index`.
     """
-    data = results["data"]
-    short = {name: Path(name).resolve().name if Path(name).exists() else name
-             for name in (figures["source"], data["dataset_name"])}  # fmt: skip
+    data, source = results["data"], figures["source"]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["can", "self-supervised-learning"],
+        tags=["can", "self-supervised-learning"] if figures["model_type"] == "can" else None,
+        base_model=hub_id(source),
+        datasets=hub_id(data["dataset_name"]),
         widget=[{"src": path, "example_title": label} for path, label in examples.items()],
         model_name=name,
         eval_results=eval_results,
@@ -340,8 +345,8 @@ def classifier_card(
             figures=figures,
             examples=examples,
             data=data,
-            data_name=short[data["dataset_name"]],
-            source=short[figures["source"]],
+            data_name=short_name(data["dataset_name"]),
+            source=short_name(source),
             classes=[escaped(name) for name in data["class_names"]],
             baselines={
                 name: tasks["linear_probe"]["accuracy"]

@@ -18,7 +18,11 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .configuration_can import CANConfig
-from .views import check_decoding
+from .views import DECODING, check_decoding
+
+
+SOURCE = ("dataset_name", "dataset_config_name", "data_dir", "data_files")
+LENGTH = ("max_steps", "num_train_epochs", "num_train_samples")  # the first that is set counts
 
 
 def option(default, text):
@@ -43,6 +47,7 @@ class Recipe:
     transparent_background: str = option("white", "colour behind transparent pixels: a name or #rrggbb")
     high_bit_depth: str = option("full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip")
     probe_dataset_name: str | None = option(None, "labelled set with two splits, to measure the features")
+    probe_dataset_config_name: str | None = option(None, "its configuration, where it has several")
     probe_train_split: str = option("train", "its split to learn from")
     probe_test_split: str = option("test", "its split to be tested on")
     probe_label_column: str = option("label", "its column of class indices")
@@ -109,9 +114,14 @@ class Recipe:
     hub_strategy: str = option("every_save", "end, every_save, or checkpoint: with it also the newest checkpoint")
 
     @property
+    def length(self) -> str | None:
+        """The field that says how long the run is."""
+        return next((name for name in LENGTH if getattr(self, name) is not None), None)
+
+    @property
     def decoding(self) -> dict:
-        """What `views.decode` is told."""
-        return {"transparent_background": self.transparent_background, "high_bit_depth": self.high_bit_depth}
+        """What `views.decode` is told other than it does by default."""
+        return {name: getattr(self, name) for name, usual in DECODING.items() if getattr(self, name) != usual}
 
     def __post_init__(self):
         if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
@@ -119,7 +129,7 @@ class Recipe:
                 "give one source: dataset_name, data_dir or data_files "
                 f"(got {self.dataset_name!r}, {self.data_dir!r}, {self.data_files!r})"
             )
-        if self.max_steps is None and self.num_train_epochs is None and self.num_train_samples is None:
+        if self.length is None:
             raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
         positive = ("max_steps", "num_train_epochs", "num_train_samples", "per_device_train_batch_size")
         for name in (
@@ -268,8 +278,8 @@ def parse_value(name: str, value, annotation):
             return None
         raise ValueError(f"{name} needs a value")
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
-    if isinstance(value, bool) and bool not in options:  # which Python takes for a number
-        raise ValueError(f"{name}={value} is not of type {wanted}")
+    if isinstance(value, bool) and bool not in options:  # which Python takes for a number, and YAML for a word
+        raise ValueError(f"{name}={value} is not of type {wanted}{'; put words in quotes' * (str in options)}")
     sequence = next((option for option in options if typing.get_origin(option) in (tuple, list)), None)
     if sequence and (isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)):
         items = value.split(",") if isinstance(value, str) else value
@@ -336,10 +346,10 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
     values = yaml.safe_load(arguments.recipe.read_text()) or {}
     if not isinstance(values, dict):
         raise ValueError(f"{arguments.recipe} is not a YAML mapping of keys to values")
-    if any(overrides.get(key) for key in ("dataset_name", "data_dir", "data_files")):
+    if any(overrides.get(key) for key in SOURCE if key != "dataset_config_name"):
         if values.get("probe_dataset_name") == values.get("dataset_name"):
             values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones
-        values = {key: value for key, value in values.items() if key not in ("dataset_name", "data_dir", "data_files")}
-    if any(key in overrides for key in ("max_steps", "num_train_epochs", "num_train_samples")):
-        values = {k: v for k, v in values.items() if k not in ("max_steps", "num_train_epochs", "num_train_samples")}
+        values = {key: value for key, value in values.items() if key not in SOURCE}
+    if any(key in overrides for key in LENGTH):
+        values = {k: v for k, v in values.items() if k not in LENGTH}
     return Recipe.from_dict({**values, **overrides})

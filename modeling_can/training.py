@@ -127,21 +127,20 @@ class NonFiniteGuard:
 
     Args:
         optimizer (`torch.optim.Optimizer`): A fused one, whose kernel leaves out a step with `found_inf` set.
+        num_processes (`int`): That share the gradient.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer, self.steps = optimizer, []
+    def __init__(self, optimizer: torch.optim.Optimizer, num_processes: int = 1):
+        self.optimizer, self.num_processes, self.steps = optimizer, num_processes, []
 
     def check(self, step: int, grad_norm: torch.Tensor, terms: dict[str, torch.Tensor], images: list[str]):
         """Whether the gradient is finite, on the device; to be called before `optimizer.step()`."""
         finite = grad_norm.isfinite()
         self.optimizer.found_inf = (~finite).float()
-        # The contrastive loss meets the embeddings of all processes: if it alone is not finite, others are to blame.
-        all_finite = {name: term.isfinite().all() for name, term in terms.items()}
-        contrastive = all_finite.pop("contrastive_loss", torch.ones_like(finite))
-        innocent = torch.stack([*all_finite.values(), ~contrastive]).all()
+        # The contrastive loss meets the embeddings of all processes, so it does not tell whose images are to blame.
+        ours = torch.stack([term.isfinite().all() for name, term in terms.items() if name != "contrastive_loss"]).all()
         losses = {name: term for name, term in terms.items() if term.ndim == 0}
-        self.steps.append((step, finite, innocent, losses, images))
+        self.steps.append((step, finite, ours, losses, images))
         return finite
 
     def report(self) -> list[str]:
@@ -151,8 +150,12 @@ class NonFiniteGuard:
         return [
             f"the gradient of step {step} was not finite and its update left out; "
             + ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            + ("; the images of this process are not to blame" if innocent else f"; of the images {', '.join(images)}")
-            for (step, _, innocent, losses, images), finite in zip(steps, all_finite, strict=True)
+            + (
+                "; the images of this process seem not to be to blame"
+                if ours and self.num_processes > 1
+                else f"; of the images {', '.join(images)}"
+            )
+            for (step, _, ours, losses, images), finite in zip(steps, all_finite, strict=True)
             if not finite
         ]
 

@@ -32,6 +32,7 @@ class BadImage(ValueError):
 
 
 HIGH_BIT_DEPTH = ("full_range", "stretch", "skip")
+DECODING = {"transparent_background": "white", "high_bit_depth": "full_range"}  # what decode does by default
 
 
 def check_decoding(transparent_background: str = "white", high_bit_depth: str = "full_range"):

@@ -204,7 +204,7 @@ def retrieval_sheet(
     rows, columns = sheet.shape[0] / len(pictures), sheet.shape[1] / pictures.shape[1]
     axis.xaxis.tick_top()
     axis.set_xticks([columns / 2, columns * (pictures.shape[1] + 1) / 2], ["query", "nearest training images"])
-    axis.set_yticks([rows * (row + 0.5) for row in range(len(names))], names)
+    axis.set_yticks([rows * (row + 0.5) for row in range(len(names))], [plain(name) for name in names])
     axis.tick_params(length=0, labelsize=8)
     axis.spines[:].set_visible(False)
     _save(figure, path)
@@ -222,6 +222,8 @@ def evaluation_figure(results: dict[str, dict], path: Path) -> bool:
     panels = {task: titles for task, titles in panels.items() if any(task in tasks for tasks in results.values())}
     if not panels:
         return False
+    shown = [model for model, tasks in results.items() if tasks.keys() & panels.keys()]
+    colours = {model: f"C{index}" for index, model in enumerate(shown)}
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3.6), squeeze=False)
     for axis, (task, (title, label)) in zip(axes[0], panels.items(), strict=True):
         ticks = []
@@ -233,18 +235,25 @@ def evaluation_figure(results: dict[str, dict], path: Path) -> bool:
             accuracy = [100 * point["accuracy"] for point in points.values()]
             low, high = ([100 * point["interval"][end] for point in points.values()] for end in (0, 1))
             style = "o" if task == "few_shot" else "o-"  # numbers and shares are no line
-            (line,) = axis.plot(ticks, accuracy, style, markersize=3, linewidth=1, label=model)
+            axis.plot(ticks, accuracy, style, markersize=3, linewidth=1, color=colours[model])
             if task == "few_shot":
-                axis.vlines(ticks, low, high, colors=line.get_color(), alpha=0.5)
+                axis.vlines(ticks, low, high, colors=colours[model], alpha=0.5)
             else:
-                axis.fill_between(ticks, low, high, alpha=0.2)
+                axis.fill_between(ticks, low, high, color=colours[model], alpha=0.2)
         axis.set_title(f"{title}, accuracy in %", fontsize=9)
         axis.set_xlabel(label, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
+    for model, colour in colours.items():  # whichever panels it is in
+        axes[0, 0].plot([], [], "o-", markersize=3, linewidth=1, color=colour, label=plain(model))
     axes[0, 0].legend(fontsize=7)
     _save(figure, path)
     return True
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib shows it as it is: between dollars it would read a formula."""
+    return text.replace("$", r"\$")
 
 
 def curves(metrics: list[dict], path: Path) -> None:

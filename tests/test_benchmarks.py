@@ -66,6 +66,7 @@ def test_the_runs_of_the_study_have_names_that_files_and_the_evaluation_can_bear
 def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
     commit = "0123456789" * 4
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
     assert evidence.commit() is None
     monkeypatch.setenv("GIT_COMMIT", commit)
     assert evidence.commit() == commit

@@ -20,8 +20,9 @@ from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
+from modeling_can import data
 from modeling_can.augmentations import Augmentation
-from modeling_can.data import ImageSource, ViewStream, mean_and_std, view_loader
+from modeling_can.data import ImageSource, ViewStream, encoded, mean_and_std, view_loader
 from modeling_can.views import BadImage, RandomCrops, decode, random_box
 
 
@@ -175,12 +176,38 @@ def test_streams_that_filter_or_map_decoded_lose_nothing(shards):
         "map": stream().map(lambda row: {"label": 0}),
         "map to pictures": stream().map(lambda row: {"image": row["image"].crop((0, 0, *row["image"].size))}),
         "map with features": stream().map(lambda row: {"label": 0}, features=whole),
+        "map to bytes": stream().decode(False).map(lambda row: {"image": row["image"]["bytes"]}),
         "not decoded": stream().decode(False).filter(lambda row: True).map(lambda row: {"label": 0}),
     }
     for name, dataset in built.items():
         assert sorted(read(ViewStream(ImageSource(dataset=dataset), pixels), 24)) == everything, name
     original = read(ViewStream(ImageSource(dataset=built["not decoded"]), identity), 24)
     assert sorted(original) == shards[1]
+    tensors = stream().map(lambda row: {"image": torch.zeros(3, 8, 8)}).with_format("torch")
+    with pytest.raises(ValueError, match="a Tensor is no image"):
+        read(ViewStream(ImageSource(dataset=tensors), pixels), 1)
+
+
+def test_a_decoded_picture_keeps_its_transparency():
+    picture = Image.effect_noise((20, 10), 60).convert("P")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=int(np.bincount(np.asarray(picture).flatten()).argmax()))
+    opened = Image.open(io.BytesIO(buffer.getvalue()))
+    assert opened.mode == "P" and "transparency" in opened.info
+    there, back = (
+        decode(file, transparent_background="red") for file in (buffer.getvalue(), encoded(opened)["bytes"])
+    )
+    assert np.array_equal(there, back) and (there == (255, 0, 0)).all(axis=2).any()
+
+
+def test_a_damaged_picture_in_a_decoded_stream_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: pytest.fail("waits"))
+    features = Features({"image": ImageFeature()})
+    rows = {"image": [{"bytes": picture(), "path": None}, {"bytes": b"no picture", "path": None}]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    stream = load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True)
+    with pytest.raises(OSError, match="cannot identify image file"):
+        read(ViewStream(ImageSource(dataset=stream.filter(lambda row: row["image"].width > 0)), identity), 2)
 
 
 @pytest.mark.parametrize("num_readers", [1, 2, 3, 8])
@@ -222,7 +249,7 @@ def test_configurations_and_unusual_file_names(tmp_path, shards):
     assert seen[0] != seen[1] == seen[2]
     with pytest.raises(ValueError, match="Config name is missing|one.*two"):
         ImageSource(dataset_name=str(tmp_path))
-    with pytest.raises(ValueError, match="config_name='two' is of a dataset_name, and data_dir is given"):
+    with pytest.raises(ValueError, match="dataset_config_name=two is of a dataset_name, and data_dir is given"):
         ImageSource(data_dir=str(tmp_path), config_name="two")
 
     (tmp_path / "shots").mkdir()

@@ -23,6 +23,8 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -34,7 +36,7 @@ from transformers import (
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, finetuning
 from modeling_can.augmentations import OPERATIONS, RandAugment
-from modeling_can.encoders import load_encoder, load_preprocessor
+from modeling_can.encoders import Preprocessor, load_encoder, load_preprocessor
 from modeling_can.evaluation import Processes, Split
 from modeling_can.finetuning import (
     FineTuning,
@@ -119,6 +121,17 @@ def test_an_epoch_shows_every_image_once_but_those_of_the_last_incomplete_batch(
     assert all(len(set(rows)) == 8 for rows in seen) and seen[0] != seen[1] != seen[2]
     again = list(epochs(11, 4, 3, seed=0))
     assert all((one == two).all() for (_, one), (_, two) in zip(steps, again, strict=True))
+
+
+def test_crops_are_decoded_as_the_pictures_of_the_test():
+    twelve_bits = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
+    file = io.BytesIO()
+    Image.fromarray(twelve_bits).save(file, "PNG")
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": file.getvalue(), "path": None}] * 4})
+    train = Split("dim", rows.cast_column("image", datasets.Image(decode=False)), np.zeros(4, int))
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, high_bit_depth="stretch")
+    crops = list(finetuning.crop_loader(train, Preprocessor(processor), finetuning.Share(slice(4), 4, 4, 8, 0), 0, 0))
+    assert 110 < torch.cat(crops).float().mean() < 145
 
 
 def test_crops_depend_on_seed_epoch_and_image(pretrained):
@@ -472,6 +485,24 @@ def test_fine_tuning_leaves_random_numbers_alone(pretrained, tmp_path):
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_picture_half_of_a_pair_is_fine_tuned(tmp_path, rank):
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = SiglipConfig(text_config={**text, "vocab_size": 9}, vision_config=SMALL)
+    SiglipModel(config).save_pretrained(tmp_path / "pair")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "pair")
+    recipe = FineTuning(**{**vars(QUICK), "num_epochs": 1, "lora_rank": rank, "layer_decay": None})
+    model, _ = tune(str(tmp_path / "pair"), tmp_path / "tuned", recipe)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").eval()
+    pixels = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(again(pixels).logits, model(pixels).logits)
+    with pytest.raises(
+        ValueError, match=r"made for \(16, 16\) cannot be fine-tuned at \(32, 32\); use --image_size 16"
+    ):
+        finetuning.new_classifier(str(tmp_path / "pair"), NAMES, (32, 32))
+
+
 def test_lora_trains_adapters_and_head_and_is_merged(pretrained, tmp_path, monkeypatch):
     from peft import PeftModel
 
@@ -507,6 +538,7 @@ def test_lora_trains_adapters_and_head_and_is_merged(pretrained, tmp_path, monke
     saved = AutoModelForImageClassification.from_pretrained(folder).eval()
     torch.testing.assert_close(saved(kept["pixels"]).logits, logits, rtol=1e-4, atol=1e-5)
     fresh = finetuning.new_classifier(name, NAMES, (16, 16))
+    assert sorted(path.suffix for path in (folder / "adapter").iterdir()) == [".json", ".safetensors"]
     adapted = PeftModel.from_pretrained(fresh, folder / "adapter").eval()
     torch.testing.assert_close(adapted(pixel_values=kept["pixels"]).logits, logits, rtol=1e-4, atol=1e-5)
     test = pictures(40, seed=1)

@@ -47,6 +47,7 @@ RUNS = {
     "labelled, from weights": {
         "dataset_name": "labelled", "dataset_split": "test", "probe_dataset_name": "labelled",
         "dataset_config_name": "default", "probe_train_split": "test", "probe_test_split": "train",
+        "probe_dataset_config_name": "default",
         "probe_label_column": "kind", "probe_image_column": "image", "probe_every": 2, "max_steps": 4,
         "model_name_or_path": "weights",
         "log_with": "tensorboard", "patch_size": 8,

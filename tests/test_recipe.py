@@ -46,7 +46,7 @@ OTHER = {"model_name_or_path": "e", "probe_image_column": "f",
          "high_bit_depth": "stretch", "hub_model_id": "me/model", "hub_strategy": "end",
          "dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",
          "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bilinear", "mixed_precision": "bf16",
-         "dataset_config_name": "g",
+         "dataset_config_name": "g", "probe_dataset_config_name": "h",
          "crop_scale": (0.5, 0.75), "crop_ratio": (0.5, 1.0), "blur_sigma": (0.5, 1.0), "hidden_act": "relu",
          "color_jitter": (0.1, 0.1, 0.1, 0.1), "image_mean": (0.1, 0.1, 0.1), "image_std": (0.5, 0.5, 0.5),
          "image_size": 64, "patch_size": 4, "hidden_size": 192, "num_attention_heads": 6, "max_steps": 7,
@@ -123,6 +123,21 @@ def test_words_of_yaml_are_no_numbers(tmp_path):
     (tmp_path / "recipe.yaml").write_text("data_dir: a\nmax_steps: true\n")
     with pytest.raises(ValueError, match="max_steps=True is not of type int"):
         parse_arguments([str(tmp_path / "recipe.yaml")], QUICKSTART, "")
+    (tmp_path / "recipe.yaml").write_text("data_dir: a\nmax_steps: 5\nmixed_precision: no\n")
+    with pytest.raises(ValueError, match="mixed_precision=False is not of type str; put words in quotes"):
+        parse_arguments([str(tmp_path / "recipe.yaml")], QUICKSTART, "")
+
+
+def test_a_configuration_goes_with_its_data_set(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset_name: a\ndataset_config_name: b\nmax_steps: 5\n")
+    for flags, expected in (
+        ([], ("a", "b")),
+        (["--dataset_name=c"], ("c", None)),
+        (["--data_dir=c"], (None, None)),
+        (["--dataset_config_name=c"], ("a", "c")),
+    ):
+        recipe = parse_arguments([str(tmp_path / "recipe.yaml"), *flags], QUICKSTART, "")
+        assert (recipe.dataset_name, recipe.dataset_config_name) == expected
 
 
 def test_a_recipe_without_a_length_is_refused():

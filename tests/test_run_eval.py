@@ -27,7 +27,8 @@ from transformers import (
 )
 
 import run_eval
-from modeling_can import CANForPreTraining, evaluation
+from modeling_can import CANForPreTraining, evaluation, visualization
+from modeling_can.encoders import Preprocessor
 
 
 ROOT = Path(__file__).parent.parent
@@ -165,14 +166,17 @@ def test_a_model_that_is_only_the_reference_keeps_its_card(models, colours, tmp_
 
 
 def test_pictures_are_decoded_as_in_pretraining(models, colours, tmp_path):
-    path = shutil.copytree(models["can"], tmp_path / "can")
     twelve_bits = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
     Picture.fromarray(twelve_bits).save(tmp_path / "12.png")
     means = []
-    for recipe, flags in (({}, {}), ({"high_bit_depth": "stretch"}, {}), ({}, {"high_bit_depth": "stretch"})):
-        (path / "recipe.yaml").write_text(json.dumps(recipe))
-        settings = run_eval.parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
-        preprocessor = run_eval.load(str(path), settings).preprocessor
+    for trained, flags in (({}, {}), ({"high_bit_depth": "stretch"}, {}), ({}, {"high_bit_depth": "stretch"})):
+        path = str(shutil.copytree(models["can"], tmp_path / "can", dirs_exist_ok=True))
+        size = {"height": 32, "width": 32}
+        Preprocessor(ViTImageProcessorPil(size=size, **trained)).save_pretrained(path)
+        settings = run_eval.parse(options({"can": path}, colours, tmp_path, "can", **flags))[0]
+        preprocessor = run_eval.load(path, settings).preprocessor
+        preprocessor.save_pretrained(tmp_path / "again")  # beside what is fine-tuned or exported
+        assert Preprocessor(ViTImageProcessorPil.from_pretrained(tmp_path / "again")).decoding == preprocessor.decoding
         means.append(preprocessor.decode((tmp_path / "12.png").read_bytes()).float().mean())
     assert means[0] < 10 and means[1] == means[2] and 120 < means[1] < 135
     with pytest.raises(ValueError, match="high_bit_depth='strech' is not one of full_range, stretch, skip"):
@@ -205,6 +209,39 @@ def test_features_are_pooled_as_asked(models, colours, tmp_path, monkeypatch, po
     argv = options(models, colours, tmp_path, "can", task="knn", pooling=pooling)
     results = run_eval.main(argv)
     assert widths == [3 * 32 * 32, width, width] and results["pooling"] == pooling
+
+
+def test_a_pooling_is_named_where_features_were_pooled():
+    of = {"accuracy": 0.5, "interval": [0.4, 0.6]}
+    figures = {
+        "knn": {"20": of}, "linear_probe": of, "few_shot": {"5": {**of, "std": 0.1}}, "finetune": of,
+        "linear_probe_sgd": {**of, "pooling": "both"}, "exported": {**of, "head": "fine-tuned"},
+        "retrieval": {"precision": 0.5, "interval": [0.4, 0.6], "neighbours": 7},
+        "robustness": {**of, "clean": of, "head": "own classifier"},
+    }  # fmt: skip
+    poolings = {heading: measure.pooling for heading, measure in run_eval.measures(figures, "cls").items()}
+    frozen = ("k-NN, k = 20", "linear probe", "5 a class", "of 7 neighbours right")
+    trained = ("fine-tuned", "exported classifier", "corrupted", "clean, same classifier")
+    assert poolings == {**dict.fromkeys(frozen, "cls"), **dict.fromkeys(trained, "mean"), "linear probe, SGD": "both"}
+
+
+def test_a_model_has_one_colour_and_names_are_shown_as_they_are(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        visualization, "_save", lambda figure, path: (figure.savefig(path), seen.update(figure=figure))
+    )
+    of = {"accuracy": 0.5, "interval": [0.4, 0.6]}
+    mine = {"knn": {"1": of, "5": of}, "robustness": {"by_severity": {"1": of, "2": of}}}
+    results = {"pixels": {"knn": mine["knn"]}, "$a_$x_$": mine, "reference": {"robustness": mine["robustness"]}}
+    assert visualization.evaluation_figure(results, tmp_path / "figure.png")
+    first, second = seen["figure"].axes
+    drawn = [[line.get_color() for line in axis.lines if len(line.get_xdata())] for axis in (first, second)]
+    assert drawn == [["C0", "C1"], ["C1", "C2"]]
+    handles, labels = first.get_legend_handles_labels()
+    assert [handle.get_color() for handle in handles] == ["C0", "C1", "C2"]
+    assert labels == ["pixels", r"\$a_\$x_\$", "reference"]
+    picture, right = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), np.ones((1, 1), bool)
+    visualization.retrieval_sheet(picture, picture[:, None], right, ["$100%$"], tmp_path / "sheet.png")
 
 
 def test_another_batch_size_and_loader_workers_change_nothing(models, colours, tmp_path):
@@ -646,7 +683,7 @@ def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(mod
     ({"data_dir": "SET"}, {}, True),
     ({"data_dir": "SET/train"}, {}, False),
     ({"data_dir": "SET/train"}, {"test_size": 0.3}, True),
-    ({"data_dir": "elsewhere"}, {}, False),
+    ({"data_dir": "SET/../elsewhere"}, {}, False),
     ({"dataset_name": "SET", "dataset_split": "train"}, {}, False),
     ({"dataset_name": "SET", "dataset_split": "train"}, {"test_size": 0.3}, True),
     ({"dataset_name": "SET", "dataset_split": "test"}, {}, True),
@@ -654,15 +691,25 @@ def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(mod
     ({"dataset_name": "SET", "dataset_split": "train"}, {"test_split": "train[80%:]"}, True),
     ({"dataset_name": "SET", "dataset_split": "train[:80%]"}, {"test_split": "train[80%:]"}, False),
     ({"dataset_name": "SET", "dataset_split": "train[:74]"}, {"test_split": "train[80%:]"}, True),  # of 90
-    ({"dataset_name": "SET", "dataset_split": "test", "dataset_config_name": "other"}, {}, False),
+    ({"dataset_name": "SET", "dataset_split": "test", "dataset_config_name": "other"}, {}, True),
+    ({"dataset_name": "SET", "dataset_split": "test", "dataset_config_name": "other"},
+     {"dataset_config_name": "default"}, False),
     ({"data_dir": "SET/test/cats"}, {}, True),
+    ({"data_dir": "SET/data/test"}, {}, True),
+    ({"dataset_name": "SET/test"}, {}, True),
     ({"data_dir": "SET/test"}, {"test_size": 0.3}, False),
+    ({"data_dir": "SET/test"}, {"test_split": "train[:20%]+test"}, True),
+    ({"data_dir": "SET/cats"}, {}, None),
+    ({"data_dir": "SET/val"}, {}, None),  # which may be another name of a split
     ({"data_files": "SET/*.parquet"}, {}, None),
     ({"data_files": "elsewhere/*.parquet"}, {}, False),
 ])  # fmt: skip
 def test_test_images_that_pretraining_saw_are_mentioned(models, colours, tmp_path, source, flags, is_seen):
     path = shutil.copytree(models["can"], tmp_path / "can")
+    colours = str(shutil.copytree(colours, tmp_path / "colours"))
     recipe = {key: value.replace("SET", colours) for key, value in source.items()}
+    if "data_dir" in recipe or "dataset_name" in recipe:
+        Path(recipe.get("data_dir") or recipe["dataset_name"]).mkdir(parents=True, exist_ok=True)
     (path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
     settings = run_eval.parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
     assert run_eval.seen_in_pretraining(str(path), settings) is is_seen
