@@ -82,7 +82,7 @@ from modeling_can.finetuning import (
 )
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
 from modeling_can.metrics import Accuracy
-from modeling_can.recipe import option, parse_value, read_flags
+from modeling_can.recipe import INSTALL, option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.robustness import (
     GROUPS,
@@ -328,7 +328,7 @@ class Evaluation:
             if folder.exists() and any(folder.iterdir()):
                 raise ValueError(f"{folder} is not empty; give another --output_dir, or remove it")
             if self.fine_tuning.lora_rank and not is_peft_available():
-                raise ValueError('lora_rank needs a package that is not installed: pip install "modeling-can[lora]"')
+                raise ValueError(f"lora_rank needs a package that is not installed: {INSTALL.format('lora')}")
         if self.settings.export_classifier and self.is_exported(entry):
             self.check_export(entry)
         if "robustness" in tasks:
@@ -756,6 +756,10 @@ def main(argv: list[str] | None = None) -> dict:
         "seed": settings.seed,
     }
     output_dir = Path(settings.output_dir)
+    if (output_dir / "recipe.yaml").exists():
+        raise ValueError(
+            f"output_dir={output_dir} holds a pre-training run, whose results.json this would replace; give another"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     if "embed" in settings.task:
         return run_embed(settings, accelerator, results)
@@ -1040,10 +1044,11 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
     if accelerator.is_main_process:
         write(Path(settings.output_dir) / "results.json", json.dumps(results, indent=2) + "\n")
         bad = ", ".join(f"{count} {reason}" for reason, count in results["embed"]["bad"].items())
+        of = f" of split {source.split}" if settings.dataset_name else ""
         print(
-            f"{results['embed']['num_images']:,} embeddings in {results['embed']['files']} files, "
+            f"{results['embed']['num_images']:,} embeddings{of} in {results['embed']['files']} files, "
             f"{new_images:,} of them new at {speed:.0f} images/s; bad images: {bad or 'none'}. "
-            f"{settings.output_dir}: part-*.parquet, results.json"
+            f"results.json, and for load_dataset('parquet', data_files=...): {settings.output_dir}/part-*.parquet"
         )
     accelerator.end_training()
     return results

@@ -2,7 +2,7 @@
 Pre-trains CAN on images: recipe -> config -> data -> model -> loop -> results.
 
     python run_pretraining.py                                             # the quickstart, minutes on two CPU cores
-    python run_pretraining.py --data_dir ~/photos --max_steps 2000        # its recipe on your own images
+    python run_pretraining.py --data_dir ~/photos --output_dir out/mine   # its recipe on your own images
     accelerate launch run_pretraining.py model_cards/can-vit-base-patch16-224/recipe.yaml --output_dir out
 
 Every key of a recipe is a flag, and flags count last; `--help` lists them all.
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe = replace(recipe, **dict.fromkeys(SOURCE))
     config = recipe.config
     output_dir = Path(recipe.output_dir)
-    if not recipe.overwrite_output_dir and not recipe.preflight:  # before anything takes time
+    if not recipe.overwrite_output_dir:  # before anything takes time
         finished = refuse_other_run(recipe, output_dir)
         if finished:
             return finished
@@ -659,14 +659,18 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
             )
         return None
     results = json.loads((output_dir / "results.json").read_text())
+    if "num_steps" not in results:
+        raise ValueError(
+            f"output_dir={output_dir} holds a results.json that is not of a pre-training run; give another"
+        )
     before = yaml.safe_load((output_dir / "recipe.yaml").read_text())
     length = next(name for name in LENGTH if before.get(name) is not None)  # the one that counts
     is_longer = recipe.length == length and getattr(recipe, length) > before[length]
     is_longer = is_longer or (recipe.max_steps or 0) > results["num_steps"]
     if wanted == "latest" and not is_longer:
         print(
-            f"the run in {output_dir} is finished: nothing to do. To make it longer raise {length} or max_steps; for "
-            f"another one {choice}"
+            f"the run in {output_dir} is finished: nothing to do. To make it longer raise "
+            f"{' or '.join(dict.fromkeys((length, 'max_steps')))}; for another one {choice}"
         )
         return results
     if not own or not any(checkpoints.glob("step-*")):
@@ -942,6 +946,7 @@ def refuse_non_finite(step: int, averages: dict[str, float], on_nonfinite: str):
 def progress_text(line: dict, num_bad: Counter) -> str:
     terms = [f"{short} {line[f'{term}_loss']:.4g}" for term, short in TERMS.items() if f"{term}_loss" in line]
     text = f"{' '.join(terms)}, {line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
+    text += f", k-NN {100 * line['knn']:.1f} %" if "knn" in line else ""
     return text + "".join(f", {count} {reason}" for reason, count in num_bad.most_common())
 
 

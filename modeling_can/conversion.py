@@ -54,6 +54,7 @@ from .configuration_can import CANConfig
 from .encoders import quiet
 from .hub import EXPORTS, check_new_folder, export_card, new_folder
 from .modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel, resize_positions
+from .recipe import INSTALL
 
 
 logger = logging.getLogger(__name__)
@@ -814,7 +815,7 @@ def to_onnx(model: CANPreTrainedModel, path: Path):
         import onnxruntime
         import onnxscript  # noqa: F401  which torch needs
     except ImportError as error:
-        raise ValueError(f'{error.name} is not installed: pip install "modeling-can[onnx]"') from error
+        raise ValueError(f"{error.name} is not installed: {INSTALL.format('onnx')}") from error
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no word about torchvision, which is not needed
     twin = copy.deepcopy(model if isinstance(model, CANForImageClassification) else model.base_model).float().eval()
     names = ["logits"] if isinstance(twin, CANForImageClassification) else ["last_hidden_state", "pooler_output"]
@@ -991,7 +992,7 @@ def main(argv: list[str] | None = None):
         required=True,
         dest="target",
         help="; ".join(f"{name}: {text}" for name, text in EXPORTS.items())
-        + ". dinov2 needs a square grid of patches, onnx the extra modeling-can[onnx]",
+        + ". dinov2 needs a square grid of patches, onnx the extra [onnx]",
     )
     parser.add_argument("folder", type=Path, help="where to write it; must not exist, or be empty")
     parser.add_argument(

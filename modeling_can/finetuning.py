@@ -29,7 +29,7 @@ from .augmentations import RandAugment
 from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_config, load_model, pooled
 from .evaluation import ALONE, Pictures, Processes, Split, extract, hold_out
 from .modeling_can import resize_positions
-from .recipe import option
+from .recipe import INSTALL, option
 from .training import MetricAverage, NonFiniteGuard, decays, learning_rate, random_numbers_apart
 from .views import RandomCrops
 
@@ -542,7 +542,7 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError(f"lora_rank={rank} needs peft: pip install peft, or modeling-can[lora]") from error
+        raise ValueError(f"lora_rank={rank} needs peft: {INSTALL.format('lora')}") from error
     linear = [
         name
         for name, module in model.named_modules()

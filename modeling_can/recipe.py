@@ -21,6 +21,10 @@ from .configuration_can import CANConfig
 from .views import DECODING, check_decoding
 
 
+INSTALL = 'pip install -e ".[{}]" -c constraints.txt'  # of an extra, from a checkout
+ALIASES = {"batch_size": "per_device_train_batch_size", "lr": "base_learning_rate", "resume": "resume_from_checkpoint",
+           "workers": "dataloader_num_workers", "num_workers": "dataloader_num_workers",
+           "epochs": "num_train_epochs"}  # fmt: skip
 SOURCE = ("dataset_name", "dataset_config_name", "data_dir", "data_files")
 LENGTH = ("max_steps", "num_train_epochs", "num_train_samples")  # the first that is set counts
 
@@ -260,7 +264,10 @@ def model_fields() -> list[dataclasses.Field]:
 def _refuse_unknown(keys, known: list[str]):
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            alias = difflib.get_close_matches(
+                key, [name for name in ALIASES if ALIASES[name] in known], n=1, cutoff=0.8
+            )
+            near = [ALIASES[alias[0]]] if alias else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             raise ValueError(f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from .evaluation import ALONE, Pictures, Processes, Split, extract, load_split
+from .recipe import INSTALL
 
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -30,8 +31,7 @@ def corruptions_by_group(groups: tuple[str, ...] = GROUPS) -> dict[str, list[str
         from imagecorruptions import get_corruption_names
     except ImportError as error:
         raise ValueError(
-            f"the robustness task needs a package that is not installed ({error}): "
-            'pip install "modeling-can[robustness]"'
+            f"the robustness task needs a package that is not installed ({error}): {INSTALL.format('robustness')}"
         ) from error
     for group in groups:
         if group not in GROUPS:

@@ -756,7 +756,7 @@ def test_fine_tuning_refuses_what_cannot_be(pretrained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="there is not empty; give another one, or remove it"):
         tune(name, tmp_path / "there")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"lora_rank=4 needs peft: pip install peft, or modeling-can\[lora\]"):
+    with pytest.raises(ValueError, match=r"lora_rank=4 needs peft: pip install -e \"\.\[lora\]\" -c constraints.txt"):
         tune(name, tmp_path / "tuned", FineTuning(lora_rank=4))
     assert not (tmp_path / "tuned").exists()
 

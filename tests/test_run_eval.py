@@ -165,6 +165,14 @@ def test_a_model_that_is_only_the_reference_keeps_its_card(models, colours, tmp_
     assert (tmp_path / "can" / "README.md").exists() and not (tmp_path / "dinov2" / "README.md").exists()
 
 
+def test_a_pretraining_run_is_not_written_over(models, colours, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 0")
+    for flags in ({"task": "knn"}, {"task": "embed"}):
+        with pytest.raises(ValueError, match="holds a pre-training run, whose results.json this would replace"):
+            run_eval.main(options(models, colours, tmp_path, "can", **flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
 def test_pictures_are_decoded_as_in_pretraining(models, colours, tmp_path):
     twelve_bits = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
     Picture.fromarray(twelve_bits).save(tmp_path / "12.png")
