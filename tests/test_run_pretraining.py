@@ -248,7 +248,7 @@ def test_the_limits_of_the_dial_train_under_two_processes(tmp_path, limit):
 @pytest.mark.parametrize("caching", [True, False])
 def test_accumulation_trains_with_more_negatives_or_the_same(tmp_path, caching):
     options = {"output_dir": tmp_path, "gradient_accumulation_steps": 4, "gradient_caching": caching,
-               "per_device_train_batch_size": 4, "probe_dataset_name": "none", "max_steps": 2}  # fmt: skip
+               "per_device_train_batch_size": 4, "probe_dataset_name": "none", "max_steps": 1}  # fmt: skip
     results = run_pretraining.main([*TOY, *flags(options)])
     assert results["global_batch_size"] == 16
     # At the start InfoNCE is about the logarithm of the number of candidates: 31, or 7.

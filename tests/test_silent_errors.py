@@ -207,21 +207,25 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
 
 
 SEEDS = """
-import sys
-import torch
-import run_pretraining
+import os, sys, torch, run_pretraining
 from modeling_can.augmentations import Augmentation
 
 forward = Augmentation.forward
 def told(self, views):
-    print("draws", torch.get_rng_state().sum().item(), flush=True)
+    os.write(1, f"\\ndraws {torch.get_rng_state().sum().item()}\\n".encode())  # in one piece
     return forward(self, views)
 Augmentation.forward = told
+compute = run_pretraining.MetricAverage.compute
+def averaged(self):
+    averages = compute(self)
+    os.write(1, f"\\nmeans {averages['reconstruction_loss']}\\n".encode())
+    return averages
+run_pretraining.MetricAverage.compute = averaged
 run_pretraining.main(sys.argv[1:])
 """
 
 
-def test_processes_draw_other_noise_and_masks(tmp_path):
+def test_processes_draw_other_noise_and_masks_and_log_their_mean(tmp_path):
     (tmp_path / "seeds.py").write_text(SEEDS)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -229,8 +233,9 @@ def test_processes_draw_other_noise_and_masks(tmp_path):
                f"--output_dir={tmp_path / 'out'}", "--probe_dataset_name=none"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     answer = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
-    drawn = [line for line in answer.stdout.splitlines() if line.startswith("draws")]
+    drawn, means = ([x for x in answer.stdout.splitlines() if x.startswith(word)] for word in ("draws", "means"))
     assert len(drawn) == 2 and drawn[0] != drawn[1], answer.stderr[-2000:]
+    assert len(means) == 2 and means[0] == means[1]
 
 
 def test_averages_begin_anew_after_each_look():
@@ -523,3 +528,9 @@ def test_jitter_and_blur_are_as_strong_as_asked():
         ("blur_sigma", "blur_probability", (0.1, 0.11), (2.0, 2.1)),
     ):
         assert change(**{name: weak, probability: 1.0}) < 0.01 < 0.05 < change(**{name: strong, probability: 1.0})
+
+
+def test_every_version_of_a_picture_draws_anew():
+    robustness = pytest.importorskip("test_robustness")
+    versions = robustness.Corrupted(robustness.preprocessor(), ["gaussian_noise"], (3, 3))(robustness.encoded(0), 0)
+    assert not torch.equal(versions[0], versions[1])
