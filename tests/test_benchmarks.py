@@ -72,6 +72,7 @@ def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
     assert evidence.commit() == commit
 
 
+@pytest.mark.slow
 def test_a_variant_that_dies_is_left_out():
     """Of three the second cannot start and the third dies when it is asked for its products."""
     arguments = SimpleNamespace(size="tiny", batch_size=2, device="cpu", rounds=1, study="tried")

@@ -94,13 +94,14 @@ def run_until_killed(source, state_paths, num_batches) -> list[list[list[int]]]:
     return batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
         "parquet",
-        pytest.param("one parquet shard", marks=pytest.mark.slow),
-        pytest.param("tar", marks=pytest.mark.slow),
-        pytest.param("folder", marks=pytest.mark.slow),
+        "one parquet shard",
+        "tar",
+        "folder",
     ],
 )
 def test_killed_twice_the_stream_is_that_of_an_uninterrupted_run(sources, tmp_path, kind):

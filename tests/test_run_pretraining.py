@@ -225,7 +225,8 @@ def test_a_folder_without_images_is_refused(tmp_path):
     assert answer.returncode == 1 and "no usable image" in answer.stderr and "Traceback" not in answer.stderr
 
 
-@pytest.mark.parametrize("limit", [SIMCLR, pytest.param(MAE, marks=pytest.mark.slow)], ids=["SimCLR", "MAE"])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [SIMCLR, MAE], ids=["SimCLR", "MAE"])
 def test_the_limits_of_the_dial_train_under_two_processes(tmp_path, limit):
     # --multi_gpu is accelerate's word for several processes; without a GPU they talk over gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
