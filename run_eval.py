@@ -894,7 +894,7 @@ def load(path: str, settings: Settings) -> Encoder:
 def seen_in_pretraining(path: str, settings: Settings) -> bool | None:
     """
     Whether the recipe beside a model says that it was pre-trained on test images too, without their labels; `None`
-    where it names a part of the tested folder that may hold some. Copies are not found out.
+    where it names a part of the tested folder that may hold some, or a split that is gone. Copies are not found out.
     """
     recipe, tested = recipe_of(path), Path(resolve_name(settings.dataset_name))
     tested_split = settings.train_split if settings.test_size > 0 else settings.test_split
@@ -903,7 +903,10 @@ def seen_in_pretraining(path: str, settings: Settings) -> bool | None:
     if name and (name == settings.dataset_name or source == tested):
         if config_name and settings.dataset_config_name and config_name != settings.dataset_config_name:
             return False
-        return have_common_rows(recipe["dataset_split"], tested_split, num_rows(settings))
+        try:
+            return have_common_rows(recipe.get("dataset_split", "train"), tested_split, num_rows(settings))
+        except ValueError:  # the set has no such split any more
+            return None
     if source.exists() and (name or recipe.get("data_dir")):
         if source == tested or source in tested.parents:
             return True
@@ -941,7 +944,7 @@ def remarks(results: dict) -> list[str]:
         if model["test_images_seen_without_labels"]:
             lines.append(f"{name} was pre-trained on test images too, without their labels")
         if model["test_images_seen_without_labels"] is None:
-            lines.append(f"{name} was pre-trained on files of this folder; whether on test images, is not known")
+            lines.append(f"{name} was pre-trained on a part of this set; whether on test images, is not known")
         ours = results["results"].get(name, {})
         for other, theirs in results["results"].items():
             if not other.startswith("untrained") or "linear_probe" not in ours or "linear_probe" not in theirs:

@@ -438,9 +438,8 @@ def encoded(image) -> dict:
     """`{"bytes": ..., "path": ...}` of anything that datasets takes for an image; a decoded one as PNG or TIFF."""
     if isinstance(image, dict):
         return image
-    if isinstance(
-        image, Image.Image
-    ):  # without its format, which may lose something; TIFF knows no transparent colour
+    if isinstance(image, Image.Image):
+        # A copy has no format, which may be one that loses something; TIFF, which palettes become, no transparency.
         image = image.convert("RGBA") if "transparency" in image.info else image.copy()
     try:
         return datasets.Image().encode_example(image)

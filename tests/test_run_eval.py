@@ -696,6 +696,7 @@ def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(mod
     ({"dataset_name": "SET", "dataset_split": "train"}, {"test_size": 0.3}, True),
     ({"dataset_name": "SET", "dataset_split": "test"}, {}, True),
     ({"dataset_name": "SET", "dataset_split": "train+test"}, {}, True),
+    ({"dataset_name": "SET", "dataset_split": "unlabelled"}, {}, None),
     ({"dataset_name": "SET", "dataset_split": "train"}, {"test_split": "train[80%:]"}, True),
     ({"dataset_name": "SET", "dataset_split": "train[:80%]"}, {"test_split": "train[80%:]"}, False),
     ({"dataset_name": "SET", "dataset_split": "train[:74]"}, {"test_split": "train[80%:]"}, True),  # of 90
@@ -737,7 +738,7 @@ def test_remarks_say_what_was_seen_and_what_is_no_better_than_nothing():
     }
     seen, useless, open_question = run_eval.remarks(results)
     assert seen == "mine was pre-trained on test images too, without their labels"
-    assert open_question == "third was pre-trained on files of this folder; whether on test images, is not known"
+    assert open_question == "third was pre-trained on a part of this set; whether on test images, is not known"
     assert useless.startswith("mine is no better than untrained (mine) in the linear probe: 50.0 against 50.0 %")
 
 
