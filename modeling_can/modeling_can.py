@@ -259,6 +259,13 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether calling the layer does nothing but `linear(x, weight, bias)`: no adapter, quantizer or hook in it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    is_plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+    return is_plain and not any(hooks) and "forward" not in vars(layer)
+
+
 class CANAttention(nn.Module):
     def __init__(self, config: CANConfig, hidden_size: int, num_attention_heads: int):
         super().__init__()
@@ -274,8 +281,8 @@ class CANAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         split = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
-            projection(hidden_states).view(split).transpose(1, 2)  # (N, heads, tokens, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.view(split).transpose(1, 2)  # (N, heads, tokens, head_dim)
+            for projected in self.project(hidden_states)
         )
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -283,6 +290,19 @@ class CANAttention(nn.Module):
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(context.flatten(2)), weights
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        Query, key and value, each `(N, tokens, D)`, as one product: the input is read once instead of three times.
+        There are still three layers, which peft and the converters expect. They are called one by one where one of
+        them has been replaced, wrapped or hooked.
+        """
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if not all(map(is_plain_linear, layers)):
+            return tuple(layer(hidden_states) for layer in layers)
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers]) if self.config.qkv_bias else None
+        return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
 
 
 class CANMLP(nn.Module):
