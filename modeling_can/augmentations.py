@@ -1,31 +1,143 @@
 """
 Augmentation in batch, on the device that trains: of uint8 views in pre-training (SimCLR, arXiv 2002.05709, app. A),
-and RandAugment for fine-tuning.
+and RandAugment and random erasing for fine-tuning.
+
+Images are `(n, C, H, W)` in [0, 1] and what is drawn for them is `(n, 1, 1, 1)`, so that each image has its own.
 """
 
 import logging
 import math
 
-import kornia.augmentation as K
 import numpy as np
 import torch
-from kornia.enhance import equalize
 from torch import nn
 
 
 logger = logging.getLogger(__name__)
 
+# --- Operations ------------------------------------------------------------------------------------------------------
+
+
+def grayscale(images: torch.Tensor) -> torch.Tensor:
+    """`(n, 1, H, W)`: the luma of ITU-R BT.601."""
+    red, green, blue = images.unbind(-3)
+    return torch.add(0.299 * red, green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
+
+
+def blend(dull: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Factor 0 gives the dull version, 1 the images; above 1 the difference grows. Clamped to [0, 1]."""
+    return torch.lerp(dull, images, factor).clamp_(0, 1)
+
+
+def adjust_brightness(images, factor):
+    return (images * factor).clamp_(0, 1)
+
+
+def adjust_contrast(images, factor):
+    means = images.mean((2, 3), keepdim=True)  # the mean of the gray is the gray of the means: one pass less
+    return blend(grayscale(means), images, factor)
+
+
+def adjust_saturation(images, factor):
+    return blend(grayscale(images), images, factor)
+
+
+def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """
+    Adds to the hue of HSV, a whole turn being 1. With the value V = max, the chroma C = max - min and the hue h in
+    sixths of a turn, each channel is V - C * clamp(2 - |d|, 0, 1), where d is the distance of h on the circle from
+    the middle of the colors that have nothing of this channel: 3 for red, 5 for green, 7 = 1 for blue.
+
+    A gray pixel has no hue. C = 0 makes it come out as it was, whatever h is.
+    """
+    red, green, blue = images.unbind(-3)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    hue = torch.where(
+        red == value,
+        green - blue,
+        torch.where(green == value, torch.add(blue - red, chroma, alpha=2), torch.add(red - green, chroma, alpha=4)),
+    )
+    hue = (hue / chroma.clamp(min=1e-12)).unsqueeze(-3)
+    middle = 3 + 2 * torch.arange(3, device=images.device)[:, None, None]  # made there: no copy from the host
+    distance = hue + (6 * turns - middle)
+    distance = (distance - 6 * (distance / 6).round()).abs()
+    return value.unsqueeze(-3) - chroma.unsqueeze(-3) * (2 - distance).clamp(0, 1)
+
+
+def solarize(images: torch.Tensor) -> torch.Tensor:
+    """Inverts what is brighter than one half (BYOL, arXiv 2006.07733)."""
+    return torch.where(images < 0.5, images, 1 - images)
+
+
+def gaussian(sigma: torch.Tensor, radius: int) -> torch.Tensor:
+    """
+    Weights `(n, radius + 1)` of the distances 0 to radius, such that the whole kernel sums to 1. A sigma below 0.05,
+    and so 0, is exactly the identity: exp(-1 / (2 * 0.05 ** 2)) is 0 in fp32.
+    """
+    distance = torch.arange(radius + 1, device=sigma.device)
+    weights = torch.exp(-distance.square() / (2 * sigma.flatten()[:, None].clamp(min=0.05).square()))
+    return weights / (2 * weights.sum(1, keepdim=True) - 1)  # all but distance 0 occur twice
+
+
+def blur_with_convolutions(images: torch.Tensor, sigma: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """Gaussian blur with reflected borders."""
+    radius = kernel_size // 2
+    weights = gaussian(sigma, radius)
+    kernels = torch.cat([weights.flip(1), weights[:, 1:]], dim=1).repeat_interleave(images.shape[1], dim=0)
+    padded = nn.functional.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]  # (1, n * C, H, W)
+    padded = nn.functional.conv2d(padded, kernels[:, None, None, :], groups=len(kernels))
+    return nn.functional.conv2d(padded, kernels[:, None, :, None], groups=len(kernels)).view_as(images)
+
+
+def blur_with_products(images: torch.Tensor, sigma: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """
+    The same blur as two products with banded matrices, (H, H) @ image @ (W, W). In TF32, where that is allowed, it is
+    off by less than 5e-4, an eighth of a level of 8 bits, also for an image that is not blurred.
+    """
+    height, width = images.shape[-2:]
+    weights = nn.functional.pad(gaussian(sigma, kernel_size // 2), (0, 1))  # the last one, 0, is of all that is far
+    far = weights.shape[1] - 1
+
+    def matrix(size):
+        to, of = torch.arange(size, device=images.device)[:, None], torch.arange(size, device=images.device)
+        distances = [
+            (to - of).abs(),
+            torch.where(of > 0, to + of, far),  # reflected at the first pixel, which is not itself repeated
+            torch.where(of < size - 1, 2 * (size - 1) - to - of, far),  # and at the last
+        ]
+        return sum(weights[:, distance.clamp(max=far)] for distance in distances)  # (n, size, size)
+
+    images = (images.flatten(1, 2) @ matrix(width).mT).view_as(images)
+    return matrix(height)[:, None] @ images
+
+
+# --- Pre-training ----------------------------------------------------------------------------------------------------
+
+# In this order for every image. kornia draws one order for each batch, torchvision one for each image, which computes
+# each adjustment in each place: four times the passes over the pixels.
+ADJUSTMENTS = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": shift_hue,
+}
+
 
 class Augmentation(nn.Module):
     """
-    uint8 views -> flipped, colour-jittered, greyscaled, blurred, solarised, normalised fp32 views. Each view of each
-    image draws its own numbers, from torch's global generator. Where there are not three channels, the two colour
-    steps are left out, with a message.
+    uint8 views -> flipped, color-jittered, grayscaled, blurred, solarized, normalized fp32 views. Each view of each
+    image draws its own numbers, from torch's generator of the device. With other than three channels, color jitter
+    and grayscale are skipped, with a message.
+
+    Nothing waits for the device, and no shape depends on what was drawn: each step is computed for all images and
+    selected for some. A step of probability 0 is not computed.
 
     Args:
         mean, std (`tuple[float]`): Of the pixels in [0, 1], one entry a channel.
         flip_probability (`float`): Of a horizontal flip.
-        color_jitter (`tuple[float]`): Strengths of brightness, contrast, saturation and hue.
+        color_jitter (`tuple[float]`): Strengths s of brightness, contrast, saturation and hue. The first three are
+            factors from [max(0, 1 - s), 1 + s]; the hue turns by a fraction of the circle from [-s, s].
         color_jitter_probability, greyscale_probability, blur_probability, solarize_probability (`float`): Of each.
         blur_sigma (`(float, float)`): Range of the Gaussian's width in pixels.
         blur_kernel_size (`int`): Odd; about a tenth of the image side in SimCLR.
@@ -47,40 +159,115 @@ class Augmentation(nn.Module):
         super().__init__()
         if len(mean) != 3 and (color_jitter_probability > 0 or greyscale_probability > 0):
             logger.warning(
-                "colour jitter and greyscale are left out: they need 3 channels, these images have %d", len(mean)
+                "color jitter and grayscale are skipped: they need 3 channels, these images have %d", len(mean)
             )
             color_jitter_probability = greyscale_probability = 0
-        steps = []
-        if flip_probability > 0:
-            steps.append(K.RandomHorizontalFlip(p=flip_probability))
-        if color_jitter_probability > 0:
-            steps.append(K.ColorJitter(*color_jitter, p=color_jitter_probability))
-        if greyscale_probability > 0:
-            steps.append(K.RandomGrayscale(p=greyscale_probability))
-        if blur_probability > 0:
-            steps.append(K.RandomGaussianBlur((blur_kernel_size, blur_kernel_size), blur_sigma, p=blur_probability))
-        if solarize_probability > 0:  # inverts what is brighter than one half (BYOL, arXiv 2006.07733)
-            steps.append(K.RandomSolarize(thresholds=0.0, additions=0.0, p=solarize_probability))
-        steps.append(K.Normalize(torch.tensor(mean), torch.tensor(std)))
-        self.steps = nn.Sequential(*steps)
+        if blur_probability > 0 and blur_kernel_size % 2 == 0:
+            raise ValueError(f"blur_kernel_size={blur_kernel_size} is not odd; use {blur_kernel_size + 1}")
+        self.blur_kernel_size = blur_kernel_size
+        probabilities = {
+            "flip": flip_probability,
+            "jitter": color_jitter_probability,
+            "grayscale": greyscale_probability,
+            "blur": blur_probability,
+            "solarize": solarize_probability,
+        }
+        probabilities = {step: probability for step, probability in probabilities.items() if probability > 0}
+        ranges = {}
+        if "jitter" in probabilities:
+            *strengths, hue = color_jitter
+            ranges |= {name: (max(0, 1 - s), 1 + s) for name, s in zip(ADJUSTMENTS, strengths, strict=False) if s > 0}
+            if hue > 0:
+                ranges["hue"] = (-hue, hue)
+        if "blur" in probabilities:
+            ranges["sigma"] = blur_sigma
+        self.steps, self.ranges = tuple(probabilities), tuple(ranges)
+        # Constants are buffers, so that they are on the device before the first step; they are not saved.
+        constants = {
+            "probability": list(probabilities.values()),
+            "low": [low for low, _ in ranges.values()],
+            "high": [high for _, high in ranges.values()],
+        }
+        for name, values in constants.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1, 1), False)
+        mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self.register_buffer("scale", (1 / std).float()[:, None, None], persistent=False)
+        self.register_buffer("offset", (-mean / std).float()[:, None, None], persistent=False)
 
     @torch.no_grad()
     def forward(self, views: torch.Tensor) -> torch.Tensor:
-        """uint8 `(batch_size, num_views, num_channels, height, width)` -> fp32 of the same shape, normalised."""
-        return self.steps(views.flatten(0, 1).float() / 255).unflatten(0, views.shape[:2])
+        """uint8 `(batch_size, num_views, num_channels, height, width)` -> fp32 of the same shape, normalized."""
+        return self.transform(views, self.draw(views.shape[0] * views.shape[1], views.device))
+
+    def draw(self, num_images: int, device: torch.device | str) -> dict[str, torch.Tensor]:
+        """
+        For each image, which steps apply (`bool`), the factors of the color jitter, the hue's turn and the blur's
+        sigma, which is 0 where there is none; each `(num_images, 1, 1, 1)`.
+        """
+        shape = (len(self.steps) + len(self.ranges), num_images, 1, 1, 1)
+        chosen, numbers = torch.rand(shape, device=device).split([len(self.steps), len(self.ranges)])
+        chosen = dict(zip(self.steps, chosen < self.probability, strict=True))
+        numbers = dict(zip(self.ranges, torch.lerp(self.low, self.high, numbers), strict=True))
+        if "blur" in chosen:
+            numbers["sigma"] = numbers["sigma"] * chosen.pop("blur")
+        return chosen | numbers
+
+    def transform(self, views: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What `forward` does, as a function of what was drawn for the `batch_size * num_views` images."""
+        images = views.flatten(0, 1)
+        if "flip" in drawn:
+            images = torch.where(drawn["flip"], images.flip(-1), images)
+        images = images / 255
+        if "jitter" in drawn:
+            jittered = images
+            for name, adjust in ADJUSTMENTS.items():
+                if name in drawn:
+                    jittered = adjust(jittered, drawn[name])
+            images = torch.where(drawn["jitter"], jittered, images)
+        if "grayscale" in drawn:
+            images = torch.where(drawn["grayscale"], grayscale(images), images)
+        if "sigma" in drawn:
+            smallest = self.blur_kernel_size // 2 + 1
+            if min(images.shape[-2:]) < smallest:
+                raise ValueError(
+                    f"blur_kernel_size={self.blur_kernel_size} needs images of at least {smallest} pixels a side, and "
+                    f"these have {tuple(images.shape[-2:])}; use {2 * min(images.shape[-2:]) - 1} or less"
+                )
+            # oneDNN has fast convolutions of single channels, cuDNN in fp32 has not; products are fast on a GPU.
+            blur = blur_with_convolutions if images.device.type == "cpu" else blur_with_products
+            images = blur(images, drawn["sigma"], self.blur_kernel_size)
+        if "solarize" in drawn:
+            images = torch.where(drawn["solarize"], solarize(images), images)
+        return torch.addcmul(self.offset, images, self.scale).unflatten(0, views.shape[:2])
+
+    def compile_transform(self, **options):
+        """From here on `transform` is compiled, into one graph for each shape; `draw` stays as it is."""
+        self.transform = torch.compile(self.transform, dynamic=False, fullgraph=True, **options)
 
 
 # --- RandAugment -----------------------------------------------------------------------------------------------------
 
 
-def _grey(images):
-    weights = (0.299, 0.587, 0.114) if images.shape[1] == 3 else (1.0,)
-    return (images * images.new_tensor(weights)[:, None, None]).sum(dim=1, keepdim=True)
+def _gray(images):
+    return grayscale(images) if images.shape[1] == 3 else images.mean(dim=1, keepdim=True)
 
 
 def _stretch(images):
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     return torch.where(high > low, (images - low) / (high - low).clamp(min=1e-6), images)
+
+
+def equalize(images: torch.Tensor) -> torch.Tensor:
+    """
+    Spreads the 256 levels of each channel so that each is as frequent as the others, as Pillow does: level i becomes
+    (step // 2 + number of pixels below i) // step, where step is a 255th of the pixels below the last level.
+    """
+    levels = (255 * images.flatten(2)).long()  # (n, C, pixels)
+    counts = levels.new_zeros(*levels.shape[:2], 256).scatter_add_(2, levels, torch.ones_like(levels))
+    step = (levels < levels.amax(2, keepdim=True)).sum(2, keepdim=True) // 255
+    table = ((step // 2 + counts.cumsum(2) - counts) // step.clamp(min=1)).clamp(max=255)
+    equalized = torch.where(step > 0, table.gather(2, levels) / 255, images.flatten(2))
+    return equalized.view_as(images)
 
 
 def _smooth(images):
@@ -94,7 +281,7 @@ def _smooth(images):
 
 def _blend(dull, images, level):
     """Away from the dull version of the images, or towards it."""
-    return (dull + (1 + 0.9 * level) * (images - dull)).clamp(0, 1)
+    return blend(dull, images, 1 + 0.9 * level)
 
 
 def _posterize(images, level):
@@ -127,9 +314,9 @@ OPERATIONS = {
     "solarize_add": lambda images, level, fill: torch.where(
         images < 0.5, images + 110 / 255 * level.abs(), images
     ).clamp(max=1),
-    "color": lambda images, level, fill: _blend(_grey(images), images, level),
-    "contrast": lambda images, level, fill: _blend(_grey(images).mean((2, 3), keepdim=True), images, level),
-    "brightness": lambda images, level, fill: _blend(0.0, images, level),
+    "color": lambda images, level, fill: _blend(_gray(images), images, level),
+    "contrast": lambda images, level, fill: _blend(_gray(images).mean((2, 3), keepdim=True), images, level),
+    "brightness": lambda images, level, fill: adjust_brightness(images, 1 + 0.9 * level),
     "sharpness": lambda images, level, fill: _blend(_smooth(images), images, level),
     "rotate": _rotate,
     "shear_x": lambda images, level, fill: _warp(images, fill, xy=0.3 * level.flatten()),
@@ -142,9 +329,8 @@ OPERATIONS = {
 class RandAugment:
     """
     RandAugment (arXiv 1909.13719) with the operations and strengths of MAE's fine-tuning, `rand-m9-mstd0.5-inc1` of
-    timm: two operations for each image, each left out with probability one half. kornia's draws two for the whole
-    batch, and of brightness, contrast and colour only one direction. Where there are not three channels, `color` is
-    left out, with a message.
+    timm: two operations for each image, each left out with probability one half. Where there are not three channels,
+    `color` is left out, with a message.
 
     Args:
         magnitude (`float`): Mean of the level, of 10; its standard deviation is 0.5.
@@ -175,3 +361,35 @@ class RandAugment:
                     rows = rows.to(images.device)
                     images[rows] = operation(images[rows], strength, fill)
         return images
+
+
+# --- Random erasing --------------------------------------------------------------------------------------------------
+
+
+def random_boxes(
+    num_images: int,
+    height: int,
+    width: int,
+    probability: float,
+    scale: tuple[float, float] = (0.02, 1 / 3),
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """
+    Masks `(num_images, 1, height, width)` of random erasing (arXiv 1708.04896), with timm's ranges: a box for the
+    images that are chosen with this probability. From torch's generator of the device, without a wait for it.
+
+    Args:
+        scale (`(float, float)`): Range of the box's area, as a fraction of the image.
+        ratio (`(float, float)`): Range of height by width, from below 1 to above; flat and tall boxes are equally
+            frequent.
+    """
+    chosen, area, is_flat, aspect, top, left = torch.rand(6, num_images, 1, 1, 1, device=device)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    aspect = torch.where(is_flat < 0.5, ratio[0] + (1 - ratio[0]) * aspect, 1 + (ratio[1] - 1) * aspect)
+    box_height = (area * aspect).sqrt().round().clamp(1, height)
+    box_width = (area / aspect).sqrt().round().clamp(1, width)
+    top, left = (top * (height - box_height + 1)).floor(), (left * (width - box_width + 1)).floor()
+    rows, columns = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+    inside = (rows >= top) & (rows < top + box_height) & (columns >= left) & (columns < left + box_width)
+    return inside & (chosen < probability)

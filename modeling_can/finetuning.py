@@ -19,18 +19,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-import kornia.augmentation as K
 import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .augmentations import RandAugment
+from .augmentations import RandAugment, random_boxes
 from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_config, load_model, pooled
 from .evaluation import ALONE, Pictures, Processes, Split, extract, hold_out
 from .modeling_can import resize_positions
 from .recipe import INSTALL, option
-from .training import MetricAverage, NonFiniteGuard, decays, learning_rate, random_numbers_apart
+from .training import MetricAverage, NonFiniteGuard, decays, interlude, learning_rate
 from .views import RandomCrops
 
 
@@ -183,12 +182,11 @@ class Augmentation:
                 "that of a ViT (--processor_name_or_path)"
             )
         self.preprocessor, self.batch_size, self.seed = preprocessor, batch_size, seed
-        self.flip_probability, self.randaugment, self.erase = flip_probability, None, None
+        self.flip_probability, self.randaugment = flip_probability, None
+        self.random_erasing_probability = random_erasing_probability
         if randaugment_magnitude > 0:
             fill = preprocessor.processor.image_mean or [0.5] * preprocessor.num_channels
             self.randaugment = RandAugment(randaugment_magnitude, fill)
-        if random_erasing_probability > 0:  # arXiv 1708.04896, with timm's ranges
-            self.erase = K.RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), p=random_erasing_probability)
 
     @torch.no_grad()
     def __call__(self, crops: torch.Tensor, step: int, first: int) -> torch.Tensor:
@@ -201,9 +199,11 @@ class Augmentation:
             operations, levels = self.randaugment.draw(self.batch_size, rng)
             crops = 255 * self.randaugment(crops.float() / 255, operations[here], levels[here])
         pixel_values = self.preprocessor.normalise(crops)
-        if self.erase:
-            kept = self.erase(torch.ones_like(pixel_values[:, :1])).bool()
-            pixel_values = torch.where(kept, pixel_values, torch.randn_like(pixel_values))
+        if self.random_erasing_probability > 0:
+            erased = random_boxes(
+                len(crops), *crops.shape[-2:], self.random_erasing_probability, device=crops.device
+            )  # fmt: skip
+            pixel_values = torch.where(erased, torch.randn_like(pixel_values), pixel_values)
         return pixel_values
 
 
@@ -564,7 +564,7 @@ class FineTuned(NamedTuple):
     facts: dict
 
 
-@random_numbers_apart()
+@interlude()
 def finetune(
     name: str,
     train: Split,
