@@ -634,14 +634,20 @@ def resume(loader: StatefulDataLoader, states: list[dict]) -> bool:
     if same_order and len(states) == stream.num_processes and len(readers) == num_readers:
         loader.load_state_dict(states[stream.process_index])
         return True
-    epoch = min(reader["epoch"] for reader in readers)
-    num_rows = sum(r["num_rows"] + r["offset"] if r["epoch"] == epoch else r["pass_length"] or 0 for r in readers)
+    epoch, num_rows = approximate_position(readers)
     stream.begin(epoch, round(num_rows / num_readers))
     logger.warning(
         "%d readers (processes x workers) resume what %d began%s: epoch %d is finished approximately, from row %d",
         num_readers, len(readers), "" if same_order else ", with another seed or block size", epoch, num_rows,
     )  # fmt: skip
     return False
+
+
+def approximate_position(readers: list[dict]) -> tuple[int, int]:
+    """The epoch that the slowest reader is in, and how many rows of it all of them have read."""
+    epoch = min(reader["epoch"] for reader in readers)
+    rows = (r["num_rows"] + r["offset"] if r["epoch"] == epoch else r["pass_length"] or 0 for r in readers)
+    return epoch, round(sum(rows))
 
 
 def reader_states(state) -> list[dict]:

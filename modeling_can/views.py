@@ -195,16 +195,23 @@ class RandomCrops:
         self.image_shape, self.decoding = image_shape, {"num_channels": num_channels, **decoding}
         self.scale, self.ratio, self.resample, self.seed, self.num_views = scale, ratio, resample, seed, num_views
 
+    def boxes(self, size: tuple[int, int], epoch: int, checksum: int) -> list[tuple[int, int, int, int]]:
+        """
+        The boxes (left, upper, right, lower) of the views of an image of this (width, height), whose bytes have this
+        CRC-32, in this epoch.
+        """
+        rng = np.random.default_rng((self.seed, epoch, checksum))
+        return [random_box(size, self.scale, self.ratio, rng) for _ in range(self.num_views)]
+
     def __call__(self, encoded: bytes, epoch: int = 0) -> torch.Tensor:
         """Returns uint8 of shape `(num_views, num_channels, height, width)`; raises what `decode` raises."""
-        rng = np.random.default_rng((self.seed, epoch, zlib.crc32(encoded)))
         height, width = self.image_shape
         boxes, full_size = [], None
 
         def draw_boxes(size):
             """The boxes, and how much smaller the picture may be without a box falling short of the view."""
             nonlocal boxes, full_size
-            boxes, full_size = [random_box(size, self.scale, self.ratio, rng) for _ in range(self.num_views)], size
+            boxes, full_size = self.boxes(size, epoch, zlib.crc32(encoded)), size
             return min(min((r - l) / width, (b - t) / height) for l, t, r, b in boxes)  # noqa: E741
 
         pixels = torch.from_numpy(decode(encoded, **self.decoding, shrink=draw_boxes)).permute(2, 0, 1)[None]
