@@ -66,10 +66,10 @@ from modeling_can.encoders import Preprocessor
 from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import run_facts, write, write_card
 from modeling_can.losses import contrastive_loss
-from modeling_can.modeling_can import CANLayer
 from modeling_can.push import LAST_CHECKPOINT, STOP_SECONDS, WAIT_SECONDS, Push, unfinished_card
 from modeling_can.recipe import LENGTH, SOURCE, Recipe, parse_arguments
 from modeling_can.rendezvous import INIT_METHOD
+from modeling_can.resident import ResidentLoader, resident_images
 from modeling_can.training import (
     Checkpoints,
     DataWait,
@@ -78,10 +78,12 @@ from modeling_can.training import (
     StopSignals,
     accumulated_backward,
     cached_backward,
+    compile_model,
+    how_to_compile,
+    interlude,
     learning_rate,
     mixed_precision,
     parameter_groups,
-    random_numbers_apart,
     rng_state,
     set_rng_state,
 )
@@ -171,14 +173,28 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe.max_bad_fraction,
         None if recipe.preflight else ledger,
     )
-    loader = view_loader(
-        stream,
-        recipe.per_device_train_batch_size,
-        recipe.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
+    resident, remark = resident_images(
+        recipe.data_on_device, source, view_maker(recipe), device, recipe.dataloader_num_workers
     )
-    # On the CPU it draws its numbers there; kornia looks at some of them, which would make the loop wait for a GPU.
-    augment = augmentation(recipe)
+    if remark and is_main:
+        print(remark)
+    if resident:
+        loader = ResidentLoader(
+            resident,
+            view_maker(recipe),
+            recipe.per_device_train_batch_size,
+            recipe.dataloader_num_workers,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+    else:
+        loader = view_loader(
+            stream,
+            recipe.per_device_train_batch_size,
+            recipe.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+        )
+    augment = augmentation(recipe).to(device)
     processor, probe = image_processor(recipe), None
     if recipe.probe_dataset_name and is_main:
         probe = Probe(
@@ -216,10 +232,11 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     frozen = model.freeze_unused_parameters()
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if recipe.torch_compile:
-        for module in model.modules():
-            if isinstance(module, CANLayer):
-                module.compile()  # the repeated blocks, not the model: they compile once, and as fast at every depth
+    compiled = how_to_compile(recipe.torch_compile, device, config.drop_path_rate)
+    if compiled:
+        compile_model(model, compiled)
+        if device.type != "cpu":  # where it is slower
+            augment.compile_transform()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.weight_decay),
         lr=peak_learning_rate,
@@ -249,7 +266,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         weights, _ = whole_state(model)
         if not is_main:
             return None
-        with random_numbers_apart():
+        with interlude():
             whole = CANForPreTraining(config)
         whole.load_state_dict(weights)
         return whole.to(device)
@@ -271,6 +288,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         print(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
     accelerator.wait_for_everyone()  # until the ledger is cut
     first_step, metrics, probe_results = progress["step"], progress["metrics"], progress["probe"]
+    if resident:
+        resident.log_bad(source.name, recipe.max_bad_fraction, ledger if is_main and not recipe.preflight else None)
     bad_samples = reasons(ledger_lines(ledger) if is_main else [])
 
     results = {
@@ -285,7 +304,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         "warmup_steps": warmup_steps,
         "learning_rate": peak_learning_rate,
         "mixed_precision": accelerator.mixed_precision,
-        **run_facts(device, ("torch", "transformers", "accelerate", "datasets", "kornia")),
+        "compiled": compiled,
+        **run_facts(device, ("torch", "transformers", "accelerate", "datasets")),
     }
     if is_main:
         print(
@@ -294,6 +314,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             f"{device}; learning rate {peak_learning_rate:.3g} after {warmup_steps} steps of warm-up"
             + (f"; frozen, as their loss weight is 0: {', '.join(frozen)}" if frozen else "")
         )
+        if compiled:
+            print(f"the first step compiles the {compiled}, about a minute; --torch_compile false turns it off")
         if num_images and num_images < num_contrasted and config.contrastive_loss_weight > 0:
             print(
                 f"of {num_contrasted} images that are contrasted only {num_images} can differ, and the same image "
@@ -312,7 +334,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 
     # --- Resume: the data first, because starting its workers draws a random number ----------------------------------
     if checkpoint:
-        exact = resume(loader, [process["loader"] for process in own])
+        states = [process["loader"] for process in own]
+        exact = loader.resume(states) if resident else resume(loader, states)
     batches = iter(loader)
     if checkpoint:
         changed = changed_fields(recipe, shared, weights, unwrapped)
@@ -361,7 +384,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 batch = next(batches)
             bad_samples.update(batch["bad"])
             images += batch["images"]
-            micro_batches.append(partial(make_inputs, batch["views"].to(device, non_blocking=True)))
+            views = loader.views(batch) if resident else batch["views"].to(device, non_blocking=True)
+            micro_batches.append(partial(make_inputs, views))
         return micro_batches, images
 
     def update(step: int, micro_batches: list, images: list[str]) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -397,7 +421,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     # --- What the features are worth before training -----------------------------------------------------------------
     def measure(linear: bool = True) -> dict | None:
         """k-NN and linear probe of the encoder as it is; on the main process, called by all."""
-        with random_numbers_apart():
+        with interlude():
             whole = in_one_piece()
             if not is_main:
                 return None
@@ -531,7 +555,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             return
         path = output_dir / "figures" / "reconstructions.png"
         try:
-            with random_numbers_apart():
+            with interlude():
                 whole.eval()
                 reconstruction_sheet(whole, pixel_values[:6, 0], recipe.image_mean, recipe.image_std, path)
                 whole.train()

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from evidence import facts, save
+from evidence import add_out, facts, save
 
 from modeling_can.evaluation import knn_predictions, linear_probe
 
@@ -73,6 +73,7 @@ def main():
     parser.add_argument("--num_test", type=int, default=10_000)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--only", help=argparse.SUPPRESS)
+    add_out(parser)
     arguments = parser.parse_args()
     sizes = (arguments.num_train, arguments.num_test, arguments.width)
     if arguments.only:
@@ -90,7 +91,7 @@ def main():
         "test": [arguments.num_test, arguments.width],
         "protocols": figures,
     }
-    save("evaluation", result)
+    save("evaluation", result, arguments.out)
 
 
 if __name__ == "__main__":

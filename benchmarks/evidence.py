@@ -8,6 +8,7 @@ nothing would change. `facts` and `save` are for the benchmarks: command, seed, 
 every JSON.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -16,17 +17,17 @@ import statistics
 import subprocess
 import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from modeling_can.hub import cpu_name
+from modeling_can.hub import cpu_name, installed_versions, write
 
 
-ROOT = Path(__file__).parent.parent
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "kornia", "numpy", "scikit-learn", "pillow")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "pillow")
 SECTION = re.compile(r"(<!-- figures: (\S+) -->(\n?))(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -41,20 +42,26 @@ def facts(seed: int | None, device: str | torch.device = "cpu") -> dict:
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     is_gpu = torch.device(device).type == "cuda"
+    command = " ".join(["python", str(script), *sys.argv[1:]])
     return {
-        "command": " ".join(["python", str(script), *sys.argv[1:]]),
+        "command": re.sub(r" --out[ =]\S+", "", command),  # where it lies is no part of the result
         "seed": seed,
         "machine": torch.cuda.get_device_name() if is_gpu else cpu_name(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
         "commit": commit(),
     }
 
 
-def save(name: str, report: dict) -> Path:
-    path = Path(__file__).parent / f"{name}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+def add_out(parser: argparse.ArgumentParser):
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the JSON, or its name if it ends in .json")
+
+
+def save(name: str, report: dict, out: Path):
+    """Writes the JSON whole or not at all, as `out` says (see `add_out`)."""
+    path = out if out.suffix == ".json" else out / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(report, indent=2) + "\n")
     print(f"Written to {path.name}")
-    return path
 
 
 def commit() -> str | None:
@@ -72,13 +79,13 @@ def commit() -> str | None:
 
 
 def read(name: str) -> dict:
-    return json.loads((Path(__file__).parent / f"{name}.json").read_text())
+    return json.loads((FOLDER / f"{name}.json").read_text())
 
 
 def by_size(name: str, *sizes: str) -> tuple[str, dict[str, dict]]:
     """The machine, and of the sizes those measured. ValueError for two machines: the rows of a table are compared."""
     names = {size: f"{name}-{size}-cpu" for size in sizes}
-    reports = {size: read(name) for size, name in names.items() if (Path(__file__).parent / f"{name}.json").exists()}
+    reports = {size: read(name) for size, name in names.items() if (FOLDER / f"{name}.json").exists()}
     (machine,) = {report["machine"] for report in reports.values()}
     return machine, reports
 
@@ -153,6 +160,70 @@ def trainer() -> str:
     )
 
 
+def gpu(*names: str) -> list[dict]:
+    """The reports that gpu_speed.sh wrote under these names, of those that are there."""
+    return [read(f"gpu/{name}") for name in names if (FOLDER / "gpu" / f"{name}.json").exists()]
+
+
+def or_not_measured(figures):
+    """Of a function of GPU reports: its text, or a sentence where there is no report."""
+    return lambda *names: figures(*reports) if (reports := gpu(*names)) else "Not measured on a GPU yet."
+
+
+def title(report: dict) -> str:
+    size = "Tiny, 32 x 32" if report["size"] == "cifar" else report["size"].capitalize()
+    return f"ViT-{size}, batch {report['batch_size']}"
+
+
+@or_not_measured
+def gpu_train_step(*reports: dict) -> str:
+    lines = [
+        "| step, bf16 | GPU | images/s | TFLOP/s | of a large product | over straightforward | GiB | first step, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        for name, result in report["results"].items():
+            label = f"| {title(report)}: {name} | {report['machine']} "
+            if "error" in result:
+                lines.append(f"{label}| failed: {result['error'].splitlines()[0][:80]} | | | | | |")
+                continue
+            lines.append(
+                f"{label}| {result['images_per_second']:,.0f} | {result['tflops']:.0f} "
+                f"| {100 * result['share_of_large_product']:.0f} % | {result['speed_over_straightforward']:.2f} "
+                f"| {result['memory_gib']:.1f} | {result['first_step_seconds']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+@or_not_measured
+def gpu_profile(report: dict) -> str:
+    how = "compiled" if report["compiled"] else "eager"
+    lines = [f"| share of the kernels' time, {report['machine']} | {title(report)}, {how} |", "|---|---|"]
+    lines += [f"| {name} | {100 * share:.1f} % |" for name, share in report["shares"].items()]
+    lines.append(f"| no kernel runs, of the step of {1000 * report['step_seconds']:.1f} ms "
+                 f"| {100 * report['idle_share']:.1f} % |")  # fmt: skip
+    return "\n".join(lines)
+
+
+@or_not_measured
+def gpu_trainer(report: dict) -> str:
+    return (
+        f"From JPEGs on the disk to the log, `run_pretraining.py` takes {report['images_per_second']:,.0f} images/s, "
+        f"{report['trainer_over_bare']:.3f} times\nthe bare step with augmentation ({title(report)}, "
+        f"{report['machine']}); it waits for data {100 * report['data_wait']:.1f} % of the time.\nThe first step is "
+        f"done {report['seconds_to_first_step']:.0f} s after the command."
+    )
+
+
+@or_not_measured
+def gpu_caching(report: dict) -> str:
+    plain, cached = report["results"]["plain"], report["results"]["cached"]
+    return (
+        f"{report['cached_over_plain_time']:.2f} times the time, {cached['peak_memory_gib']:.1f} GiB instead of "
+        f"{plain['peak_memory_gib']:.1f} ({report['machine']})"
+    )
+
+
 def input_pipeline() -> str:
     report = read("input_pipeline")
     by_key = {(line["pipeline"], line["workers"]): line for line in report["pipelines"]}
@@ -221,6 +292,14 @@ FIGURES = {
     "gradient_caching": gradient_caching,
     "trainer": trainer,
     "input_pipeline": input_pipeline,
+    "gpu_train_step": partial(
+        gpu_train_step,
+        *(f"train_step-{name}" for name in ("base", "whole-base", "best-base", "large", "best-large")),
+        *("train_step-tiny256", "train_step-tiny1024"),
+    ),
+    "gpu_profile": partial(gpu_profile, "profile_step-large"),
+    "gpu_trainer": partial(gpu_trainer, "trainer-large"),
+    "gpu_caching": partial(gpu_caching, "gradient_caching-base"),
     "photometric": photometric,
     "evaluation": evaluation,
     "quickstart": quickstart,

@@ -6,7 +6,7 @@ What does gradient caching cost, over the usual accumulation?
 
 Times the forwards and backwards of one step, cached and plain, in interleaved rounds in one process; counts their
 FLOPs; and on a GPU notes the peak memory. Caching repeats the encoder once without a graph. Writes
-gradient_caching-SIZE-DEVICE.json beside this file.
+gradient_caching-SIZE-DEVICE.json.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import statistics
 from functools import partial
 
 import torch
-from evidence import facts, save
+from evidence import add_out, facts, save
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from train_step import preset, timed
+from train_step import SIZES, preset, timed
 
 from modeling_can import CANForPreTraining
 from modeling_can.losses import contrastive_loss
@@ -27,11 +27,12 @@ from modeling_can.training import accumulated_backward, cached_backward
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="base", choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--size", default="base", choices=SIZES)
     parser.add_argument("--micro_batch_size", type=int, default=2, help="images, each in two views")
     parser.add_argument("--num_micro_batches", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_out(parser)
     arguments = parser.parse_args()
     device, config = torch.device(arguments.device), preset(arguments.size)
     provenance = facts(seed=0, device=device)
@@ -78,7 +79,7 @@ def main():
         "cached_over_plain_time": ratio,
         "cached_over_plain_flop": results["cached"]["gflop_per_step"] / results["plain"]["gflop_per_step"],
     }
-    save(f"gradient_caching-{arguments.size}-{device.type}", report)
+    save(f"gradient_caching-{arguments.size}-{device.type}", report, arguments.out)
     for name, result in results.items():
         print(f"{name:8}{result['step_seconds']:8.2f} s{result['gflop_per_step']:10.0f} GFLOP a step")
     print(f"cached / plain: {ratio:.3f} in time, {report['cached_over_plain_flop']:.3f} in FLOPs")

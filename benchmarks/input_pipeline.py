@@ -13,7 +13,7 @@ Per core, from wall and CPU time of this process and its loader workers, with 0,
   are timed by themselves.
 
 The 500 first images of a run are not counted: the processes start. --soak N reads N more and notes the memory of the
-reader at every tenth. Result: a table and input_pipeline.json beside this file.
+reader at every tenth. Result: a table and input_pipeline.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from evidence import facts, save
+from evidence import add_out, facts, save
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
@@ -149,6 +149,7 @@ def main():
     parser.add_argument("--num_images", type=int, default=1000, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--soak", type=int, default=0, help="images to stream for the memory measurement")
+    add_out(parser)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     source = ImageSource(data_files=arguments.data_files, image_column=arguments.image_column)
@@ -189,7 +190,7 @@ def main():
     }
     for place in arguments.data_files:  # where they lie is no part of the result
         report["command"] = report["command"].replace(place, Path(place).name)
-    save("input_pipeline", report)
+    save("input_pipeline", report, arguments.out)
 
     print(f"\n{'':24}{'workers':>8}{'images/s':>10}{'images/CPU s':>14}{'x baseline per core':>21}")
     for line in pipelines:

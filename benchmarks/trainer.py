@@ -2,7 +2,7 @@
 The whole trainer, from JPEG files on the disk to a checkpoint, over a bare step with augmentation.
 
     python benchmarks/trainer.py                              # ViT-S/16 at 224, batches of 4, on CPU
-    python benchmarks/trainer.py --size large --batch_size 128 --num_steps 60 --rounds 5 \\
+    python benchmarks/trainer.py --size large --batch_size 64 --num_steps 60 --rounds 2 \\
         --dataloader_num_workers 12                           # a GPU
 
 Bare: uint8 views -> augmentation -> forward -> backward -> AdamW, in a loop of six lines. Trainer:
@@ -12,7 +12,7 @@ half of the steps counts.
 
 Start-up: from the command to the end of the first step, in a fresh process. World size: as many images for each
 process, one thread a process on a CPU, under `torchrun` (2 processes on a CPU, all GPUs otherwise): 1.0 would be
-perfect. Writes trainer-SIZE-DEVICE.json beside this file.
+perfect. Writes trainer-SIZE-DEVICE.json.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence import ROOT, facts, save
+from evidence import ROOT, add_out, facts, save
 from PIL import Image
 from tqdm import tqdm
-from train_step import PATCH
+from train_step import SIZES, recipe_arguments
 
 
 sys.path.insert(0, str(ROOT))
 import run_pretraining  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.recipe import parse_arguments  # noqa: E402
-from modeling_can.training import parameter_groups  # noqa: E402
+from modeling_can.training import compile_model, how_to_compile, parameter_groups  # noqa: E402
 
 
 def write_pictures(folder: Path, number: int = 256):
@@ -58,6 +58,10 @@ def bare(argv: list[str], num_steps: int) -> dict:
     torch.manual_seed(0)
     model = CANForPreTraining(recipe.config).to(device).train()
     augment = run_pretraining.augmentation(recipe)
+    compiled = how_to_compile(recipe.torch_compile, device, recipe.config.drop_path_rate)
+    if compiled:
+        compile_model(model, compiled)
+        augment.compile_transform()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, fused=True)
     batch = (recipe.per_device_train_batch_size, 2, 3, *recipe.config.image_shape)
     views = torch.randint(256, batch, dtype=torch.uint8, device=device)
@@ -84,19 +88,25 @@ def trainer(
         command = [*(launcher or (sys.executable,)), str(ROOT / "run_pretraining.py"), *argv, "--log_with=none",
                    f"--logging_steps={num_steps // 2}", f"--output_dir={folder}/out"]  # fmt: skip
         environment = {**os.environ, **({"OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"} if threads else {})}
-        metrics, busy = Path(folder) / "out" / "metrics.jsonl", []
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(command, env=environment, **silent) as process:
+        metrics, log, busy = Path(folder) / "out" / "metrics.jsonl", Path(folder) / "log.txt", []
+        with log.open("w") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             while process.poll() is None:
-                if on_gpu and metrics.exists() and metrics.read_text().count("\n") == 1:  # the half that is timed
+                if on_gpu and len(logged(metrics)) == 1:  # the half that is timed
                     busy.append(utilization())
                 time.sleep(0.1)
         if process.returncode:
-            raise SystemExit(f"{' '.join(command)} failed")
-        line = json.loads(metrics.read_text().splitlines()[1])
+            raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+        line = logged(metrics)[1]
     batch = parse_arguments(argv, run_pretraining.QUICKSTART, "").per_device_train_batch_size * processes
     return {"step_seconds": batch / line["images_per_second"], "data_wait": line["data_wait"],
             "gpu_busy": statistics.mean(busy) if busy else None}  # fmt: skip
+
+
+def logged(metrics: Path) -> list[dict]:
+    """The whole lines of a log that may be being written."""
+    lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def utilization() -> float:
@@ -123,18 +133,18 @@ def start_up(argv: list[str]) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
     parser.add_argument("--num_steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dataloader_num_workers", type=int, default=1)
+    add_out(parser)
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
     provenance = facts(seed=0, device="cuda" if on_gpu else "cpu")
-    card = f"can-vit-{arguments.size}-patch{PATCH.get(arguments.size, 16)}-224"
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder) / "pictures")
-        argv = [str(ROOT / "model_cards" / card / "recipe.yaml"), f"--data_dir={folder}/pictures",
+        argv = [*recipe_arguments(arguments.size), f"--data_dir={folder}/pictures",
                 f"--per_device_train_batch_size={arguments.batch_size}", f"--max_steps={arguments.num_steps}",
                 f"--dataloader_num_workers={arguments.dataloader_num_workers}"]  # fmt: skip
         world_size = torch.cuda.device_count() if on_gpu else 2
@@ -149,7 +159,7 @@ def main():
                 rounds[f"{size} process{'es' * (size > 1)}"].append(
                     trainer(argv, arguments.num_steps, launcher, size, threads)
                 )
-        first_step = [start_up(argv) for _ in range(arguments.rounds)]
+        first_step = [start_up(argv) for _ in range(1 if on_gpu else arguments.rounds)]
 
     def ratio(of: str, to: str, key: str = "step_seconds") -> float:
         return statistics.median(a[key] / b[key] for a, b in zip(rounds[of], rounds[to], strict=True))
@@ -176,7 +186,7 @@ def main():
         "step_of_all_over_one": ratio(f"{world_size} processes", "1 process") if world_size > 1 else None,
         "seconds_to_first_step": statistics.median(first_step),
     }
-    save(f"trainer-{arguments.size}-{'cuda' if on_gpu else 'cpu'}", report)
+    save(f"trainer-{arguments.size}-{'cuda' if on_gpu else 'cpu'}", report, arguments.out)
     for name in ("trainer_over_bare", "trainer_over_bare_without_wait", "data_wait", "gpu_busy",
                  "step_of_all_over_one", "seconds_to_first_step"):  # fmt: skip
         print(f"{name:34}{report[name]}")

@@ -15,7 +15,7 @@ in which the processes start makes some per cent, so `embedding` has half of its
 predicted for a thing tried is what its matrix products would save or cost, timed alone, if nothing else changed. The
 largest batch, in multiples of --batch_size, is that whose second step still has the memory, alone on the machine. Peak
 memory includes AdamW's states; on a CPU it is what the process held beyond what it held before the model was built.
-Writes variants-STUDY-SIZE-DEVICE.json beside this file.
+Writes variants-STUDY-SIZE-DEVICE.json.
 """
 
 import argparse
@@ -26,15 +26,16 @@ from functools import partial
 from multiprocessing import active_children, get_context
 
 import torch
-from evidence import facts, save
+from evidence import add_out, facts, save
 from straightforward import StraightforwardCAN, StraightforwardSimCLR
 from tqdm import tqdm
-from train_step import RecordProducts, preset, product_runner, stepper, timed
+from train_step import SIZES, RecordProducts, preset, product_runner, stepper, timed
 from transformers import ViTConfig, ViTModel
 
 from modeling_can import CANConfig, CANForPreTraining, CANModel
 from modeling_can.diagnostics import training_flops
-from modeling_can.modeling_can import CANAttention, CANLayer, CANModelOutput
+from modeling_can.modeling_can import CANAttention, CANModelOutput
+from modeling_can.training import compile_model
 
 
 SIMCLR = {"mask_ratio": 0, "noise_std_max": 0, "contrastive_loss_weight": 1, "reconstruction_loss_weight": 0,
@@ -61,7 +62,7 @@ def variants(study: str, batch_size: int, on_gpu: bool) -> dict[str, dict]:
     if study == "tried":
         return {
             "CAN": {},
-            "one product for q, k and v": {"patch": "fuse_qkv"},
+            "three products for q, k and v": {"patch": "three_products"},
             "one pass for each view": {"patch": "two_passes"},
             "AdamW, foreach instead of fused": {"optimizer": {"foreach": True}},
         }
@@ -98,9 +99,7 @@ def worker(pipe, config, changes: dict, batch_size: int, device: str):
         if own.get("checkpointing"):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if own.get("compile"):  # as the trainer does
-            for module in model.modules():
-                if isinstance(module, CANLayer):
-                    module.compile()
+            compile_model(model, "blocks")
         if isinstance(model, CANForPreTraining):
             model.freeze_unused_parameters()
         if "patch" in own:
@@ -124,20 +123,14 @@ def worker(pipe, config, changes: dict, batch_size: int, device: str):
         pipe.send(timed(products if word == "products" else run, device))
 
 
-def fuse_qkv(model):
+def three_products(model):
     for module in model.modules():
         if isinstance(module, CANAttention):
-            width = module.q_proj.in_features
-            module.qkv = torch.nn.Linear(width, 3 * width)
-            del module.q_proj, module.k_proj, module.v_proj
-            module.forward = partial(fused_attention, module)
+            module.project = partial(project_apart, module)
 
 
-def fused_attention(self, hidden_states, **kwargs):
-    images, tokens, _ = hidden_states.shape
-    qkv = self.qkv(hidden_states).view(images, tokens, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
-    context = torch.nn.functional.scaled_dot_product_attention(*qkv)
-    return self.o_proj(context.transpose(1, 2).flatten(2)), None
+def project_apart(self, hidden_states):
+    return tuple(layer(hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
 
 
 def two_passes(model):
@@ -185,10 +178,11 @@ def memory(device: torch.device) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", default="choices", choices=STUDIES)
-    parser.add_argument("--size", default="small", choices=["tiny", "small", "base", "large", "huge"])
+    parser.add_argument("--size", default="small", choices=SIZES)
     parser.add_argument("--batch_size", type=int, default=4, help="images, each in two views")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_out(parser)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     todo = variants(arguments.study, arguments.batch_size, device.type == "cuda")
@@ -209,7 +203,7 @@ def main():
         for name, r in results.items():
             print(f"{name:26}{r['images_per_second']:10.2f} images/s{r['speed_over_first']:8.3f}"
                   f"{r['peak_memory_gib']:8.2f} GiB")  # fmt: skip
-    save(f"variants-{arguments.study}-{arguments.size}-{device.type}", {**report, "results": results})
+    save(f"variants-{arguments.study}-{arguments.size}-{device.type}", {**report, "results": results}, arguments.out)
 
 
 def start(changes: dict, batch_size: int, arguments):

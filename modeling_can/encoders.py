@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from . import __version__
 from .views import DECODING, decode
 
 
@@ -147,7 +148,8 @@ class Preprocessor:
 
     def facts(self) -> dict:
         """Everything that its result depends on."""
-        versions = {package: version(package) for package in ("modeling-can", "transformers", "pillow", "simplejpeg")}
+        installed = {package: version(package) for package in ("transformers", "pillow", "simplejpeg")}
+        versions = {"modeling-can": __version__, **installed}
         numbers = json.loads(self.processor.to_json_string())
         kind = type(self.processor).__name__
         return {**numbers, **self.sizes, "class": kind, "decoding": self.decoding, "versions": versions}

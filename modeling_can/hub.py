@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import datasets
@@ -79,9 +79,18 @@ def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
     """
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "versions": {name: version(name) for name in packages},
+        "versions": installed_versions(packages),
         "git_commit": _git_commit(),
     }
+
+
+def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Name -> version, of the packages that are installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def cpu_name() -> str:

@@ -60,6 +60,8 @@ class Recipe:
     dataloader_num_workers: int = option(0, "loader processes for each training process")
     shuffle_block_size: int = option(1024, "encoded images that a reader holds and shuffles at a time")
 
+    data_on_device: bool | str = option("auto", "decode all images once and keep them there; auto: if they fit a GPU")
+
     # Views
     num_views: int = option(2, "random crops of an image; 1 only without contrastive term")
     crop_scale: tuple[float, ...] = option((0.2, 1.0), "range of a crop's share of the image area")
@@ -98,7 +100,7 @@ class Recipe:
     mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
     tf32: bool = option(True, "products of what is left in fp32 in TF32, on GPUs that have it")
     gradient_checkpointing: bool = option(False, "compute each block's activations twice instead of keeping them")
-    torch_compile: bool = option(False, "compile the transformer blocks; the first step takes a minute longer")
+    torch_compile: bool | str = option("auto", "true: the transformer blocks; model: all as one graph; auto: GPU only")
     seed: int = option(0, "of weights, order, crops, noise and masks")
 
     # Output
@@ -163,12 +165,12 @@ class Recipe:
             )
         if self.probe_every and not self.probe_dataset_name:
             raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
-        if self.torch_compile and self.config.drop_path_rate > 0:
+        if self.torch_compile in (True, "model") and self.config.drop_path_rate > 0:
             # Beyond its limit of recompilations torch runs some passes uncompiled, which draw other random numbers:
             # the two passes of gradient caching would no longer be alike.
             raise ValueError(
-                f"drop_path_rate={self.config.drop_path_rate} with torch_compile compiles every block anew for its "
-                "own rate; set drop_path_rate to 0, or torch_compile to false"
+                f"drop_path_rate={self.config.drop_path_rate} with torch_compile={self.torch_compile} compiles every "
+                "block anew for its own rate; set drop_path_rate to 0, or torch_compile to false or auto"
             )
         if self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
@@ -195,13 +197,15 @@ class Recipe:
             raise ValueError(f"image_std={self.image_std} must be greater than 0; it divides the pixels")
         choices = {
             "resample": ("bilinear", "bicubic"),
+            "torch_compile": ("auto", True, False, "model"),
+            "data_on_device": ("auto", True, False),
             "mixed_precision": ("auto", "no", "bf16"),
             "on_nonfinite": ("stop", "skip"),
             "hub_strategy": ("end", "every_save", "checkpoint"),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, known)).lower()}")
         for name in ("hub_model_id", "hub_private"):
             if getattr(self, name) and not self.push_to_hub:
                 raise ValueError(
@@ -285,7 +289,9 @@ def parse_value(name: str, value, annotation):
             return None
         raise ValueError(f"{name} needs a value")
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options if option is not type(None))
-    if isinstance(value, bool) and bool not in options:  # which Python takes for a number, and YAML for a word
+    if bool in options and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if isinstance(value, bool):  # which Python takes for a number, and YAML for a word
         raise ValueError(f"{name}={value} is not of type {wanted}{'; put words in quotes' * (str in options)}")
     sequence = next((option for option in options if typing.get_origin(option) in (tuple, list)), None)
     if sequence and (isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)):
@@ -294,15 +300,13 @@ def parse_value(name: str, value, annotation):
     if sequence and not set(options) - {sequence, type(None)}:
         return (parse_value(name, value, typing.get_args(sequence)[0]),)
     try:
-        if bool in options:
-            return {"true": True, "false": False}[str(value).lower()]
         if int in options and float(value) == int(float(value)) and (float not in options or isinstance(value, int)):
             return int(float(value))
         if float in options:
             return float(value)
         if str in options:
             return str(value)
-    except (KeyError, OverflowError, TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         pass
     raise ValueError(f"{name}={value!r} is not of type {wanted}")
 

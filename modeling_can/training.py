@@ -20,6 +20,8 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def mixed_precision(choice: str) -> str:
@@ -229,15 +231,48 @@ def _joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat(p) if name == "image_embeds" else torch.stack(p).mean() for name, p in parts.items()}
 
 
+# --- Compilation -----------------------------------------------------------------------------------------------------
+
+
+def how_to_compile(choice: bool | str, device: torch.device, drop_path_rate: float) -> str | None:
+    """
+    What `compile_model` is to do for the recipe's `torch_compile`: `"blocks"`, `"model"`, or `None` for nothing.
+    `"auto"` compiles the blocks where that pays and works: on a GPU with Triton, without drop path.
+    """
+    if choice == "auto":
+        choice = device.type == "cuda" and has_triton() and drop_path_rate == 0
+    return {True: "blocks", False: None, "model": "model"}[choice]
+
+
+def compile_model(model: nn.Module, what: str):
+    """
+    Compiles a CAN in place, for one batch size.
+
+    Args:
+        model (`CANPreTrainedModel`): Its names and its state dict stay as they are.
+        what (`str`):
+            `"blocks"`: the transformer blocks, one compilation for all of the encoder and one for the decoder,
+            whatever the depth. `"model"`: everything as one graph, which takes several times longer to compile.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in blocks if what == "blocks" else [model]:
+        # Inductor's own random numbers would differ between the two passes of gradient caching.
+        module.compile(dynamic=False, options={"fallback_random": True})
+
+
 # --- Random numbers --------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def random_numbers_apart():
-    """What is drawn inside (pictures, probes) changes nothing of what is drawn after it."""
+def interlude():
+    """
+    Around a probe or a picture between two steps: random numbers drawn inside change nothing that is drawn after it,
+    and compiled modules run uncompiled, because other shapes would be compiled anew.
+    """
     state = rng_state()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         set_rng_state(state)
 

@@ -26,12 +26,16 @@ def test_a_changed_figure_is_noticed():
     assert changed != text and evidence.filled_in(changed) == text
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.json")), ids=lambda path: path.stem)
+RESULTS = sorted([*(ROOT / "benchmarks").glob("*.json"), *(ROOT / "benchmarks" / "gpu").glob("*.json")])
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_jsons_say_where_they_come_from(path):
     report = json.loads(path.read_text())
     assert re.fullmatch(r"python benchmarks/\w+\.py.*", report["command"])
     assert (ROOT / report["command"].split()[1]).exists()
     assert report["machine"] and report["versions"]["torch"] and "seed" in report
+    assert not re.search(r"/(root|work|tmp|home)/", path.read_text())
     assert re.fullmatch(r"[0-9a-f]{40}", report["commit"]), "measured with code that no commit has"
 
 
@@ -46,6 +50,38 @@ def test_results_of_the_study_say_where_they_come_from(path):
         assert part["command"][0] in ("run_pretraining.py", "run_eval.py") and part["machine"] and part["versions"]
         assert re.fullmatch(r"[0-9a-f]{40}", part["git_commit"])
     assert "seed" in result and not re.search(r"/(root|work|tmp|home)/", path.read_text())
+
+
+def gpu_report(**figures) -> dict:
+    return {"machine": "A GPU", "size": "large", "batch_size": 64, **figures}
+
+
+def test_figures_of_a_gpu_are_shown_where_they_are(tmp_path, monkeypatch):
+    names = [name for name in evidence.FIGURES if name.startswith("gpu_")]
+    monkeypatch.setattr(evidence, "FOLDER", tmp_path)
+    assert {evidence.FIGURES[name]() for name in names} == {"Not measured on a GPU yet."}
+    step = {"images_per_second": 1009.4, "tflops": 430.2, "share_of_large_product": 0.546, "memory_gib": 31.2,
+            "speed_over_straightforward": 1.58, "first_step_seconds": 21.0}  # fmt: skip
+    failed = {"error": "Memory: none\nleft"}
+    reports = {
+        "train_step-large": {"results": {"CAN, compiled": step, "CAN, compiled whole": failed}},
+        "profile_step-large": {"compiled": True, "shares": {"GELU": 0.021}, "step_seconds": 0.06, "idle_share": 0.03},
+        "trainer-large": {"images_per_second": 1000, "trainer_over_bare": 1.012, "data_wait": 0.004,
+                          "seconds_to_first_step": 41.7},
+        "gradient_caching-base": {"cached_over_plain_time": 1.21, "results": {
+            "plain": {"peak_memory_gib": 20.0}, "cached": {"peak_memory_gib": 20.5}}},
+    }  # fmt: skip
+    (tmp_path / "gpu").mkdir()
+    for name, figures in reports.items():
+        (tmp_path / "gpu" / f"{name}.json").write_text(json.dumps(gpu_report(**figures)))
+    table = evidence.FIGURES["gpu_train_step"]()
+    row = "| ViT-Large, batch 64: CAN, compiled | A GPU | 1,009 | 430 | 55 % | 1.58 | 31.2 | 21 |"
+    assert row in table.splitlines()
+    assert "CAN, compiled whole | A GPU | failed: Memory: none |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "| GELU | 2.1 % |" in evidence.FIGURES["gpu_profile"]()
+    assert "1.012 times" in evidence.FIGURES["gpu_trainer"]().replace("\n", " ")
+    assert evidence.FIGURES["gpu_caching"]() == "1.21 times the time, 20.5 GiB instead of 20.0 (A GPU)"
 
 
 def test_every_benchmark_is_in_contributing():

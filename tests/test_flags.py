@@ -1,6 +1,7 @@
 """Every flag of the script, through main(argv), away from its default."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from datasets import Dataset
 from PIL import Image
 
 import run_pretraining
-from modeling_can import CANForPreTraining
+from modeling_can import CANForPreTraining, training
 from modeling_can.recipe import Recipe, model_fields, training_fields
-from modeling_can.training import rng_state, set_rng_state
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -53,9 +53,9 @@ RUNS = {
         "log_with": "tensorboard", "patch_size": 8,
     },
 }  # fmt: skip
-ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile",
+ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile", "data_on_device",
              "push_to_hub", "hub_model_id", "hub_private", "hub_strategy"}  # fmt: skip
-# in most tests; checkpoints; diagnostics; below, as it takes a minute; those of the Hub in test_push
+# in most tests; checkpoints; diagnostics; below, as it takes a minute; test_resident; those of the Hub in test_push
 
 
 @pytest.fixture(scope="module")
@@ -127,15 +127,60 @@ def test_trackers_that_are_not_there_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_alike(places, tmp_path):
-    """Accumulated, cached and checkpointed. (Dropout would draw other random numbers.)"""
-    settings = {"data_dir": "pictures", "max_steps": 3, "gradient_accumulation_steps": 2,
-                "gradient_checkpointing": True}  # fmt: skip
-    eager = run(places, tmp_path / "eager", settings)
+@pytest.mark.parametrize("how", [True, "model"])
+def test_compiled_training_is_alike_and_compiles_once(places, tmp_path, monkeypatch, how):
+    """Accumulated, cached and checkpointed, with dropout, probes and pictures, and a resume: all in the first step."""
+    settings = {"dataset_name": "labelled", "probe_dataset_name": "labelled", "probe_label_column": "kind",
+                "probe_every": 2, "save_steps": 2, "logging_steps": 1, "max_steps": 4, "log_with": "none",
+                "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "hidden_dropout_prob": 0.3,
+                "seed": 3}  # fmt: skip
+    eager = run(places, tmp_path / "eager", {**settings, "torch_compile": False})
+    graphs, update = [], run_pretraining.MetricAverage.update
+
+    def count(*arguments):  # after every step
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return update(*arguments)
+
+    monkeypatch.setattr(run_pretraining.MetricAverage, "update", count)
     torch._dynamo.reset()
-    compiled = run(places, tmp_path / "compiled", {**settings, "torch_compile": True})
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.utils.counters.clear()
+    compiled = run(places, tmp_path / "compiled", {**settings, "torch_compile": how})
+    assert compiled["compiled"] == {True: "blocks", "model": "model"}[how] and eager["compiled"] is None
     assert compiled["final_losses"] == pytest.approx(eager["final_losses"], rel=1e-4)
+    assert len(graphs) == 4 and graphs[0] == graphs[-1] > 0
+
+    # Resumed in a process of its own, which compiles anew, at its first step alone
+    (tmp_path / "compiled" / "results.json").unlink()
+    shutil.rmtree(tmp_path / "compiled" / "checkpoints" / "step-4", ignore_errors=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs.clear()
+    resumed = run(
+        places, tmp_path / "compiled", {**settings, "torch_compile": how, "resume_from_checkpoint": "latest"}
+    )
+    assert resumed["final_losses"] == compiled["final_losses"]
+    assert len(graphs) == 2 and graphs[0] == graphs[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "drop_path_rate", "expected"),
+    [
+        ("auto", "cpu", 0, None),
+        ("auto", "cuda", 0, "blocks"),
+        ("auto", "cuda", 0.1, None),
+        (True, "cpu", 0, "blocks"),
+        (False, "cuda", 0, None),
+        ("model", "cuda", 0, "model"),
+    ],
+)
+def test_what_is_compiled(monkeypatch, choice, device, drop_path_rate, expected):
+    monkeypatch.setattr(training, "has_triton", lambda: True)
+    assert training.how_to_compile(choice, torch.device(device), drop_path_rate) == expected
+
+
+def test_without_triton_nothing_is_compiled_by_itself(monkeypatch):
+    monkeypatch.setattr(training, "has_triton", lambda: False)
+    assert training.how_to_compile("auto", torch.device("cuda"), 0) is None
 
 
 @pytest.mark.slow
@@ -146,12 +191,11 @@ def test_compiled_blocks_repeat_their_random_numbers(checkpointing):
     model = tiny_model(hidden_dropout_prob=0.3).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    for layer in [*model.can.layers, *model.decoder.layers]:
-        layer.compile()
-    pixels, state = torch.randn(8, 2, 3, 32, 48), rng_state()
+    training.compile_model(model, "blocks")
+    pixels, state = torch.randn(8, 2, 3, 32, 48), training.rng_state()
     with torch.no_grad():
         first = model(pixels, embeds_only=True).image_embeds
-    set_rng_state(state)
+    training.set_rng_state(state)
     second = model(pixels)
     second.loss.backward()
     torch.testing.assert_close(second.image_embeds, first)

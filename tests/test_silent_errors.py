@@ -48,7 +48,7 @@ from modeling_can.evaluation import (
 )
 from modeling_can.modeling_can import CANDropPath, CANModel, resize_positions, sincos_positions
 from modeling_can.recipe import Recipe
-from modeling_can.training import MetricAverage, parameter_groups, random_numbers_apart
+from modeling_can.training import MetricAverage, interlude, parameter_groups
 from modeling_can.views import BadImage, RandomCrops, decode, random_box
 
 
@@ -459,7 +459,7 @@ def test_fine_tuning_follows_its_recipe(pretrained, tmp_path, monkeypatch):
 
 def test_every_generator_of_random_numbers_is_kept_apart():
     draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
-    with random_numbers_apart():
+    with interlude():
         first = draw()
     assert draw() == first
 
