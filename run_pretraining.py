@@ -233,6 +233,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = how_to_compile(recipe.torch_compile, device, config.drop_path_rate)
+    if compiled == "cudagraph" and accelerator.num_processes > 1:
+        raise ValueError("torch_compile=cudagraph is for one process; set it to model or auto")
     if compiled:
         compile_model(model, compiled)
         if device.type != "cpu":  # where it is slower

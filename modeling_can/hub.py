@@ -74,8 +74,8 @@ def new_folder(folder: Path):
 
 def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
     """
-    Machine, versions of packages and git commit, under the names that they have in `results.json`. Where there is no
-    checkout, as on a machine that got a copy, the commit is what the variable GIT_COMMIT says.
+    Machine, versions of packages and git commit, under the names that they have in `results.json`. The variable
+    GIT_COMMIT names the commit on a machine that got a copy without the history.
     """
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -104,11 +104,13 @@ def cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
+    if os.environ.get("GIT_COMMIT"):
+        return os.environ["GIT_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")  # not a checkout
+        return None  # not a checkout
 
 
 def update_card(folder: str, results: list[EvalResult]):

@@ -220,9 +220,12 @@ def cached_backward(model, micro_batches: list, backward, no_sync, contrast) -> 
 
 
 def _without_graph(output) -> dict[str, torch.Tensor]:
-    """What is worth keeping of a micro-batch; its predictions are as large as its activations."""
+    """
+    What is worth keeping of a micro-batch, whose predictions are as large as its activations; copied, because the next
+    replay of a CUDA graph overwrites its outputs.
+    """
     names = ("contrastive_loss", "reconstruction_loss", "denoising_loss", "image_embeds")
-    return {name: output[name].detach() for name in names if output.get(name) is not None}
+    return {name: output[name].detach().clone() for name in names if output.get(name) is not None}
 
 
 def _joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -236,12 +239,12 @@ def _joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def how_to_compile(choice: bool | str, device: torch.device, drop_path_rate: float) -> str | None:
     """
-    What `compile_model` is to do for the recipe's `torch_compile`: `"blocks"`, `"model"`, or `None` for nothing.
+    What `compile_model` is to do for the recipe's `torch_compile`, or `None` for nothing.
     `"auto"` compiles the blocks where that pays and works: on a GPU with Triton, without drop path.
     """
     if choice == "auto":
         choice = device.type == "cuda" and has_triton() and drop_path_rate == 0
-    return {True: "blocks", False: None, "model": "model"}[choice]
+    return {True: "blocks", False: None}.get(choice, choice)
 
 
 def compile_model(model: nn.Module, what: str):
@@ -253,11 +256,14 @@ def compile_model(model: nn.Module, what: str):
         what (`str`):
             `"blocks"`: the transformer blocks, one compilation for all of the encoder and one for the decoder,
             whatever the depth. `"model"`: everything as one graph, which takes several times longer to compile.
+            `"cudagraph"`: the same, recorded as a CUDA graph: for a small model, whose kernels are shorter than the
+            time that it takes to launch them one by one.
     """
+    # Inductor's own random numbers would differ between the two passes of gradient caching.
+    options = {"fallback_random": True, "triton.cudagraphs": what == "cudagraph"}
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in blocks if what == "blocks" else [model]:
-        # Inductor's own random numbers would differ between the two passes of gradient caching.
-        module.compile(dynamic=False, options={"fallback_random": True})
+        module.compile(dynamic=False, options=options)
 
 
 # --- Random numbers --------------------------------------------------------------------------------------------------

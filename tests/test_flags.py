@@ -119,6 +119,12 @@ def test_compiling_stochastic_depth_is_refused(tmp_path):
         run_pretraining.main(["--torch_compile", "--drop_path_rate=0.1", f"--output_dir={tmp_path}"])
 
 
+def test_a_graph_that_would_overwrite_gradients_is_refused(tmp_path):
+    flags = ["--torch_compile=cudagraph", "--gradient_accumulation_steps=2", f"--output_dir={tmp_path}"]
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2 with torch_compile=cudagraph"):
+        run_pretraining.main(flags)
+
+
 def test_trackers_that_are_not_there_are_named(tmp_path):
     with pytest.raises(ValueError, match="log_with=wandb: wandb is not installed; pip install wandb"):
         run_pretraining.main(["--log_with=wandb", f"--output_dir={tmp_path}"])
@@ -171,6 +177,7 @@ def test_compiled_training_is_alike_and_compiles_once(places, tmp_path, monkeypa
         (True, "cpu", 0, "blocks"),
         (False, "cuda", 0, None),
         ("model", "cuda", 0, "model"),
+        ("cudagraph", "cuda", 0, "cudagraph"),
     ],
 )
 def test_what_is_compiled(monkeypatch, choice, device, drop_path_rate, expected):
