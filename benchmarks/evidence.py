@@ -37,7 +37,7 @@ SECTION = re.compile(r"(<!-- figures: (\S+) -->(\n?))(.*?)(<!-- end of figures -
 def facts(seed: int | None, device: str | torch.device = "cpu") -> dict:
     """
     What a JSON must say of itself; to be called before anything takes time. `commit` ends in -dirty if code, not a
-    result, differs from it. The variable GIT_COMMIT counts instead, if set: for a copy that has no history, or another.
+    result, differs from it. The variable GIT_COMMIT counts instead, if set: for a copy without its history.
     """
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name

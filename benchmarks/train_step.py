@@ -10,8 +10,8 @@ A step is the forward pass of both views, the backward pass and AdamW; in bf16 a
 straightforward, straightforward-compiled   CAN as one writes it down (straightforward.py), AdamW as torch has it by
                                             default; and with its blocks compiled
 mae                                         transformers' ViT-MAE on both views: same encoder, decoder and mask ratio
-eager, compiled, whole, cudagraph           ours with fused AdamW; with its blocks compiled; compiled as one graph; that
-                                            as a CUDA graph
+eager, compiled, whole, cudagraph           ours with fused AdamW; with its blocks compiled; compiled as one graph;
+                                            recorded as a CUDA graph
 
 All rows live in one process and step in turn, in an order that alternates from round to round. With --orders 2, half
 of the rounds run in a second process that built the rows in the opposite order, because the row built second was up to

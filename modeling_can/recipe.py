@@ -100,7 +100,7 @@ class Recipe:
     mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
     tf32: bool = option(True, "products of what is left in fp32 in TF32, on GPUs that have it")
     gradient_checkpointing: bool = option(False, "compute each block's activations twice instead of keeping them")
-    torch_compile: bool | str = option("auto", "true: the blocks; model: as one graph; cudagraph; auto: blocks on a GPU")
+    torch_compile: bool | str = option("auto", "true: the blocks; model; cudagraph; auto: the blocks on a GPU")
     seed: int = option(0, "of weights, order, crops, noise and masks")
 
     # Output
@@ -167,8 +167,8 @@ class Recipe:
             raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
         if self.torch_compile == "cudagraph" and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps} with torch_compile=cudagraph: a graph "
-                "would overwrite the gradients of the batch before; set torch_compile to model or auto"
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} with torch_compile=cudagraph: the "
+                "graph would overwrite the gradients of the batch before; set torch_compile to model or auto"
             )
         if self.torch_compile in (True, "model", "cudagraph") and self.config.drop_path_rate > 0:
             # Beyond its limit of recompilations torch runs some passes uncompiled, which draw other random numbers:
