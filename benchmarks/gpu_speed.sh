@@ -1,8 +1,8 @@
 #!/bin/bash
 # The speed figures of one GPU, the most important ones first.
 #
-#     GIT_COMMIT=... bash benchmarks/gpu_speed.sh --out FOLDER              # the set `first`, 5 to 6 minutes
-#     GIT_COMMIT=... bash benchmarks/gpu_speed.sh --out FOLDER second       # 8 to 10 minutes
+#     GIT_COMMIT=... bash benchmarks/gpu_speed.sh --out FOLDER              # the set `first`, 7 minutes on an H200
+#     GIT_COMMIT=... bash benchmarks/gpu_speed.sh --out FOLDER second       # 10 minutes at most
 #     bash benchmarks/gpu_speed.sh --out FOLDER base profile                # these parts
 #     bash benchmarks/gpu_speed.sh --out FOLDER --toy                       # toy sizes on a CPU: do the scripts run?
 #
@@ -11,7 +11,7 @@
 # skipped, so a second call does what is missing. A part that fails does not stop the others; the last line names those
 # that failed, and the exit status is 1. A set leaves at most 8 files.
 first="versions tests base large tiny256 tiny1024 profile"
-second="best trainer whole caching largest"
+second="trainer caching cudagraph largest best"
 out='' toy='' parts=''
 while [ $# -gt 0 ]; do
     case $1 in
@@ -57,7 +57,7 @@ if [ -z "$toy" ]; then
     tiny256="--size cifar --batch_size 256" tiny1024="--size cifar --batch_size 1024"
     all=straightforward,straightforward-compiled,eager,compiled most=straightforward,eager,compiled
     rounds="--rounds 8" profiled=$large slack=1
-    trained="$large --num_steps 200 --rounds 1 --dataloader_num_workers 12"
+    trained="$large --num_steps 120 --rounds 1 --dataloader_num_workers 12"
     cached="--micro_batch_size 128 --num_micro_batches 8 --rounds 5" largest="--batch_size 256"
 else
     export OMP_NUM_THREADS=1
@@ -76,11 +76,11 @@ step tiny256 60 tiny256 $tiny256 $rounds --orders 1 --rows $most
 step tiny1024 60 tiny1024 $tiny1024 $rounds --orders 1 --rows $most
 part profile 60 profile_step-large.json benchmarks/profile_step.py $profiled --compiled --out=
 
+part trainer 150 trainer-large.json benchmarks/trainer.py $trained --out=
+part caching 60 gradient_caching-base.json benchmarks/gradient_caching.py $cached --out=
+step cudagraph 110 base-cudagraph $base $rounds --orders 1 --rows straightforward,cudagraph
+part largest 240 variants-largest-base.json benchmarks/variants.py --study largest --size base $largest --out=
 step best 120 best-base $base $rounds --rows straightforward,compiled
 step best 120 best-large $large $rounds --rows straightforward,compiled
-part trainer 240 trainer-large.json benchmarks/trainer.py $trained --out=
-step whole 150 whole-base $base $rounds --orders 1 --rows straightforward,compiled,whole
-part caching 60 gradient_caching-base.json benchmarks/gradient_caching.py $cached --out=
-part largest 240 variants-largest-base.json benchmarks/variants.py --study largest --size base $largest --out=
 
 [ -z "$failed" ] || { echo "failed:$failed" | tee -a "$out/log.txt"; exit 1; }

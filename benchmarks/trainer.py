@@ -57,7 +57,7 @@ def bare(argv: list[str], num_steps: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = CANForPreTraining(recipe.config).to(device).train()
-    augment = run_pretraining.augmentation(recipe)
+    augment = run_pretraining.augmentation(recipe).to(device)
     compiled = how_to_compile(recipe.torch_compile, device, recipe.config.drop_path_rate)
     if compiled:
         compile_model(model, compiled)
@@ -70,8 +70,9 @@ def bare(argv: list[str], num_steps: int) -> dict:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
+        pixel_values = augment(views)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(augment(views)).loss
+            loss = model(pixel_values).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

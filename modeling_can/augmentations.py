@@ -131,7 +131,8 @@ class Augmentation(nn.Module):
     and grayscale are skipped, with a message.
 
     Nothing waits for the device, and no shape depends on what was drawn: each step is computed for all images and
-    selected for some. A step of probability 0 is not computed.
+    selected for some. A step of probability 0 is not computed. Move the module to the device of the views, and call it
+    outside of autocast.
 
     Args:
         mean, std (`tuple[float]`): Of the pixels in [0, 1], one entry a channel.
