@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             recipe.probe_image_column or recipe.image_column,
             recipe.probe_label_column,
             Preprocessor(processor),
+            device,
         )
 
     # --- Length and learning rate, derived once ----------------------------------------------------------------------
@@ -465,9 +466,11 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             line |= embedding_health(embeds)
         line |= {f"{term}_trivial": x for term, x in trivial_losses(config, pixel_values, num_contrasted).items()}
         line = {name: value for name, value in line.items() if math.isfinite(value)}  # of a step that was left out
+        probe_began = time.perf_counter()
         if probing:
             accuracy = torch.tensor((measure(linear=False) or {"knn": 0.0})["knn"], device=device)
             line["knn"] = accelerator.reduce(accuracy, "sum").item()
+        probe_seconds = time.perf_counter() - probe_began
         metrics.append(line)
         found = judge(findings)
         line["health"] = list(found.values())
@@ -488,7 +491,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             except OSError as error:  # a full disk ends no run: the lines are in the checkpoints as well
                 tqdm.write(f"step {step} could not be logged: {error}")
         logged_at, logged_step, known_findings = now, step, set(found)
-        not_training(time.perf_counter() - now)
+        not_training(probe_seconds)
 
     def not_training(seconds: float):
         """Probes and pictures do not count in the speed."""

@@ -43,7 +43,9 @@ def effective_rank(embeds: torch.Tensor) -> torch.Tensor:
     How many directions the rows of `(n, d)` fill, from 1 to min(n, d): the exponential of the entropy of their
     singular values, as shares of the sum (RankMe, arXiv 2210.02885, section 3).
     """
-    values = torch.linalg.svdvals(embeds.float())
+    embeds = embeds.double()
+    # d x d instead of n x d, on the CPU: the decompositions of a GPU take longer and wait for it several times.
+    values = torch.linalg.eigvalsh((embeds.T @ embeds).cpu()).clamp(min=0).sqrt()
     shares = values / values.sum()
     return torch.special.entr(shares).sum().exp()
 
@@ -61,16 +63,20 @@ def embedding_health(image_embeds: torch.Tensor) -> dict[str, float]:
     """
     embeds = image_embeds.float()
     cosines = torch.einsum("ivd,jwd->ijvw", embeds, embeds)
-    different = ~torch.eye(len(embeds), dtype=torch.bool, device=embeds.device)
-    positive = cosines[~different][:, 0, 1]
-    negative = cosines[different]
-    return {
-        "effective_rank": effective_rank(embeds.flatten(0, 1)).item(),
-        "alignment": (2 - 2 * positive).mean().item(),
-        "uniformity": (2 * (2 * negative - 2)).exp().mean().log().item(),  # distance^2 = 2 - 2 cosine
-        "positive_similarity": positive.mean().item(),
-        "negative_similarity": negative.mean().item(),
+    positive = cosines.diagonal()[0, 1].mean()  # (2, 2, B) -> ()
+
+    def mean_of_different(values):
+        number = values.numel() - values.diagonal().numel()
+        return (values.sum() - values.diagonal().sum()) / number
+
+    measures = {
+        "alignment": 2 - 2 * positive,  # distance^2 = 2 - 2 cosine
+        "uniformity": mean_of_different((2 * (2 * cosines - 2)).exp()).log(),
+        "positive_similarity": positive,
+        "negative_similarity": mean_of_different(cosines),
     }
+    values = dict(zip(measures, torch.stack(list(measures.values())).tolist(), strict=True))  # one wait for the device
+    return {"effective_rank": effective_rank(embeds.flatten(0, 1)).item(), **values}
 
 
 @torch.no_grad()

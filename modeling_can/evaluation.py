@@ -246,6 +246,23 @@ class Pictures(torch.utils.data.Dataset):
             ) from error
 
 
+class KeptPictures(Pictures):
+    """Pictures that are prepared once and kept, up to a gigabyte of them, for a set that is seen again and again."""
+
+    def __init__(self, split: Split, prepare: Callable):
+        super().__init__(split, prepare)
+        self.kept, self.num_bytes = {}, 0
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        if all(index in self.kept for index in indices):
+            return [self.kept[index] for index in indices]
+        images = super().__getitems__(indices)
+        if self.num_bytes < 2**30:
+            self.kept.update(zip(indices, images, strict=True))
+            self.num_bytes += sum(image.nbytes for image in images)
+        return images
+
+
 @torch.no_grad()
 def extract(
     encode: Callable[[torch.Tensor], dict[str, torch.Tensor]],
@@ -579,6 +596,7 @@ class Probe:
         dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labelled` takes.
         preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
             measured.
+        device (`torch.device`): That looks for the nearest neighbors.
     """
 
     def __init__(
@@ -590,13 +608,18 @@ class Probe:
         image_column: str,
         label_column: str,
         preprocessor,
+        device: str | torch.device = "cpu",
     ):
         try:
             self.set = load_labelled(dataset_name, config_name, train_split, test_split, image_column, label_column)
         except ValueError as error:
             message = f"probe_dataset_name={dataset_name}: {error} (here all these names begin with probe_)"
             raise ValueError(message) from error
-        self.preprocessor = preprocessor
+        self.preprocessor, self.device = preprocessor, device
+        self.train, self.test = (
+            KeptPictures(split, lambda *picture: self.preprocessor.decode(*picture))
+            for split in (self.set.train, self.set.test)
+        )
 
     def measure(self, embed: Callable[[torch.Tensor], torch.Tensor], linear: bool = True) -> dict:
         """
@@ -604,13 +627,12 @@ class Probe:
         `linear_probe`; beside each its 95 % interval, as `knn_interval`; and `num_test`, the number of test images.
         """
 
-        def features(split: Split) -> np.ndarray:
-            pictures = Pictures(split, self.preprocessor.decode)
+        def features(pictures: Pictures) -> np.ndarray:
             return extract(lambda batch: {"features": embed(self.preprocessor.normalise(batch))}, pictures)["features"]
 
-        train, test = features(self.set.train), features(self.set.test)
+        train, test = features(self.train), features(self.test)
         labels, num_classes = self.set.train.labels, len(self.set.class_names)
-        predictions = {"knn": knn_predictions(train, labels, test, num_classes, ks=(20,))[20]}
+        predictions = {"knn": knn_predictions(train, labels, test, num_classes, ks=(20,), device=self.device)[20]}
         if linear:
             predictions["linear_probe"] = linear_probe(train, labels, num_classes).predict(test)
         figures = {"num_test": len(self.set.test)}

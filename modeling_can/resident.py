@@ -8,7 +8,6 @@ For small images: a GPU trains on 32 x 32 pixels several times faster than worke
 import functools
 import itertools
 import logging
-import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,29 +166,25 @@ def read_images(
         OSError: if the source cannot be read.
     """
     shape = one_size(crops) if same_size else None
-    loader = torch.utils.data.DataLoader(
-        DecodeOnce(source, crops.decoding, shape),
-        batch_size=256,
-        num_workers=num_workers,
-        collate_fn=list,
-        worker_init_fn=outlive_stop_signals,
-    )
+    decoder = DecodeOnce(source, crops.decoding, shape)
+    options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": outlive_stop_signals}
+    loader = torch.utils.data.DataLoader(decoder, batch_size=128, **options)
+    first = list(itertools.islice(decoder, 16))  # which often tells that it is in vain, before workers decode hundreds
     num_images, pixels, keys, bad = source.num_images() or 0, [], [], []
-    for samples in tqdm(loader, "decoding", math.ceil(num_images / 256) or None, unit_scale=256, disable=None):
+    for samples in itertools.chain([first], tqdm(loader, "decoding", disable=None)):
         good = [sample for sample in samples if len(sample) == 3]
-        bad += [sample for sample in samples if len(sample) == 2]
-        if not good:
-            continue
-        shape = shape or good[0][0].shape[1:]
+        shape = shape or (good[0][0].shape[1:] if good else None)
         if any(image.shape[1:] != shape for image, *_ in good):
             return SEVERAL_SIZES
-        keys += [key for _, *key in good]
-        needed = max(num_images, len(keys)) * good[0][0].numel()
+        needed = max(num_images, len(keys)) * sum(image.numel() for image, *_ in good[:1])
         if needed > max_bytes:
-            return (
-                f"decoded, the images take {needed / 1e9:.1f} GB, and {max_bytes / 1e9:.1f} GB are set apart for them"
-            )
-        pixels.append(torch.stack([image for image, *_ in good]).to(device))
+            return f"the decoded images take {needed / 1e9:.3g} GB, more than the {max_bytes / 1e9:.3g} GB set apart"
+        if samples is first:
+            continue
+        bad += [sample for sample in samples if len(sample) == 2]
+        keys += [key for _, *key in good]
+        if good:
+            pixels.append(torch.stack([image for image, *_ in good]).to(device))
     if not pixels:
         raise ValueError(f"{source.name} has no usable image; the last bad one: {bad[-1][1]}")
     order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -232,10 +227,16 @@ def resize_weights(low: torch.Tensor, high: torch.Tensor, size: int, new_size: i
     return ((weights / step).round() * step).float()
 
 
+def halves(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two parts of so few bits that their products with pixels are exact in TF32, which a GPU may be set to."""
+    coarse = (128 * weights).round() / 128
+    return coarse, weights - coarse
+
+
 def crop(images: torch.Tensor, boxes: torch.Tensor, image_shape: tuple[int, int], resample: str) -> torch.Tensor:
     """
     Resized crops as two products per view, first along the rows, then along the columns, each rounded as Pillow does.
-    They differ from those of `RandomCrops` by at most 1 of 255, by the order of sums.
+    They are those of `RandomCrops`, but for a large JPEG, which that decodes at a smaller scale.
 
     Args:
         images (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): uint8.
@@ -249,8 +250,11 @@ def crop(images: torch.Tensor, boxes: torch.Tensor, image_shape: tuple[int, int]
     left, upper, right, lower = boxes.flatten(0, 1).unbind(1)
     across = resize_weights(left, right, images.shape[3], image_shape[1], resample).unflatten(0, boxes.shape[:2])
     down = resize_weights(upper, lower, images.shape[2], image_shape[0], resample).unflatten(0, boxes.shape[:2])
-    rows = images.float()[:, None] @ across.transpose(2, 3)[:, :, None]  # (B, V, C, height, new width)
-    views = down[:, :, None] @ (rows + 0.5).floor().clamp(0, 255)
+    rows = sum(
+        images.float()[:, None] @ part.mT[:, :, None] for part in halves(across)
+    )  # (B, V, C, height, new width)
+    rows = (rows + 0.5).floor().clamp(0, 255)
+    views = sum(part[:, :, None] @ rows for part in halves(down))
     return (views + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 

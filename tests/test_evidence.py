@@ -75,7 +75,7 @@ def test_figures_of_a_gpu_are_shown_where_they_are(tmp_path, monkeypatch):
     for name, figures in reports.items():
         (tmp_path / "gpu" / f"{name}.json").write_text(json.dumps(gpu_report(**figures)))
     table = evidence.FIGURES["gpu_train_step"]()
-    row = "| ViT-Large, batch 64: CAN, compiled | A GPU | 1,009 | 430 | 55 % | 1.58 | 31.2 | 21 |"
+    row = "| ViT-Large, batch 64: CAN, compiled | A GPU | 1,009 | 430 | 55 % | 1.58 | 31.2 | 21.0 |"
     assert row in table.splitlines()
     assert "CAN, compiled whole | A GPU | failed: Memory: none |" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1

@@ -159,7 +159,7 @@ def test_several_sizes_are_brought_to_one_where_that_is_asked_for(folder):
 
 def test_too_much_for_the_memory(tiles, monkeypatch):
     monkeypatch.setattr(resident, "MEMORY_FRACTION", 1e-6)
-    with pytest.raises(ValueError, match=r"data_on_device=true, but decoded, the images take .* GB, more than"):
+    with pytest.raises(ValueError, match=r"data_on_device=true, but the decoded images take .* GB, more than"):
         resident_images(True, tiles, RandomCrops((32, 32)), CPU, 0)
 
 
