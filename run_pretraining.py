@@ -600,7 +600,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                     if stopping:
                         raise
                     tqdm.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
-                if not stopping:
+                if not stopping and done % recipe.save_steps == 0:
                     begun = time.perf_counter()
                     draw(done, in_one_piece())
                     not_training(time.perf_counter() - begun)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from claims import round_weights
 from datasets import load_dataset
 from evidence import ROOT
-from safetensors.torch import save_file
 from transformers import AutoImageProcessor
 
 
@@ -28,7 +28,7 @@ import run_eval  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
 from modeling_can.recipe import Recipe  # noqa: E402
-from modeling_can.visualization import reconstruction_sheet  # noqa: E402
+from modeling_can.visualization import curves, reconstruction_sheet  # noqa: E402
 
 
 HUB = {"dataset_name": "uoft-cs/cifar10", "image_column": "img"}
@@ -39,25 +39,20 @@ TILES = ROOT / "modeling_can" / "sample_data"
 def keep(run: Path, folder: Path, data: str):
     recipe = Recipe.from_dict(yaml.safe_load((run / "recipe.yaml").read_text()))
     recipe = replace(
-        recipe, **HUB, probe_dataset_name=None, probe_every=0, resume_from_checkpoint=None,
+        recipe, **HUB, probe_dataset_name=None, probe_every=0, resume_from_checkpoint=None, torch_compile="auto",
+        data_on_device="auto",
         output_dir=f"out/{folder.name}",
     )  # fmt: skip
     results = json.loads((run / "results.json").read_text())
-    for measured_on_some in ("probe", "best_probe"):
-        results.pop(measured_on_some, None)
+    for other in ("probe", "best_probe", "length"):  # measured on some images, or of the study
+        results.pop(other, None)
     command = ["run_pretraining.py", f"model_cards/{folder.name}/recipe.yaml"]
     results["command"] = command
 
     (folder / "figures").mkdir(parents=True)
-    model = CANForPreTraining.from_pretrained(run)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((run / "config.json").read_text())
-    config.pop("auto_map", None)
-    # Stored as bfloat16, computed in float32: `dtype` is what from_pretrained loads into
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
-    shutil.copy(run / "preprocessor_config.json", folder)
-    shutil.copy(run / "figures" / "curves.png", folder / "figures")
+    round_weights(run / "model.safetensors", run / "recipe.yaml", folder)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curves(metrics, folder / "figures" / "curves.png")
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 

@@ -3,11 +3,12 @@ The claims of the paper at a scale that runs here: CAN, SimCLR and MAE as three 
 
     python benchmarks/claims.py --data CIFAR10_FOLDER --stage search main      # hours on two CPU cores
     python benchmarks/claims.py --stage report                                 # tables and figures from the JSONs
-    python benchmarks/claims.py --data CIFAR10_FOLDER --scale tiny             # on a GPU
+    bash benchmarks/gpu_study.sh --out FOLDER --data CIFAR10_FOLDER main-can-0 --seconds 340    # on a GPU
+    python benchmarks/claims.py --data CIFAR10_FOLDER --scale tiny --stage evaluate report --weights FOLDER
 
 --data is a folder of parquet shards with train and test splits (columns image and label), or a Hub id
 (uoft-cs/cifar10). All rows see the same unlabelled training images with the same encoder,
-batch, optimiser, augmentation and number of epochs. Stages, in this order:
+batch, optimiser, augmentation and number of epochs. Stages of the scale `toy`, in this order:
 
 search      each method's learning rate, MAE's mask ratio and CAN's contrastive weight, at a shorter schedule; judged
             by a linear probe on a fifth of the training images, so that the test images have no say. The learning
@@ -26,18 +27,31 @@ downstream  of the main rows' weights, pre-trained again where they are gone: fi
 What is done is not done again: a JSON for each run in benchmarks/claims/SCALE, with command, machine, versions, commit
 and seed. An interrupted run goes on from its checkpoint. Weights stay in --output_dir. With --jobs 2, two runs share
 the machine, each with half of its cores: more gets done, and times mean less, which is why `rate` stands alone.
+
+The scale `tiny` is a fixed list of runs for a GPU, without a search; `smoke` is the same list in seconds on a CPU.
+Stages, each of which takes only the runs whose names match --runs:
+
+trial       CAN, SimCLR and MAE with each of --rates, judged on training images
+main        the runs of the study, in the order of their worth; --epochs fixes their length, or --seconds fixes it
+            from a speed that is measured first. Every minute, what there is of a run comes into --weights/RUN, at most
+            6 small files, of which none is half written: metrics, and the weights in bfloat16
+evaluate    anywhere: the JSONs, from what lies in --weights
+downstream  as above, from what lies in --weights
 """
 
 import argparse
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +65,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "claims"
+sys.path.insert(0, str(ROOT))  # for run_pretraining.py
 SCALES = {
     # The toy trial that two CPU cores finish: 16 patches, 0.9 M parameters in the encoder
     "toy": {
@@ -58,19 +73,26 @@ SCALES = {
         "intermediate_size": 512, "decoder_hidden_size": 64, "decoder_num_hidden_layers": 2,
         "decoder_num_attention_heads": 4, "decoder_intermediate_size": 256, "num_train_epochs": 8,
     },
-    # ViT-tiny, 64 patches: for a GPU
+    # ViT-tiny, 64 patches: for a GPU. An epoch of CIFAR-10 is 49 steps: k-NN every 20 epochs, a checkpoint every 80.
     "tiny": {
         "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3,
         "intermediate_size": 768, "decoder_hidden_size": 192, "decoder_num_hidden_layers": 4,
-        "decoder_num_attention_heads": 6, "decoder_intermediate_size": 768, "num_train_epochs": 200,
-        "dataloader_num_workers": 12,
+        "decoder_num_attention_heads": 6, "decoder_intermediate_size": 768, "dataloader_num_workers": 12,
+        "per_device_train_batch_size": 1024, "torch_compile": "cudagraph", "data_on_device": True,
+        "logging_steps": 100, "probe_every": 977, "save_steps": 3908, "num_train_epochs": 200,
+    },
+    # Do the runs of `tiny` work?
+    "smoke": {
+        "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32, "dataloader_num_workers": 0,
+        "per_device_train_batch_size": 64, "torch_compile": False, "data_on_device": True,
+        "logging_steps": 2, "probe_every": 4, "save_steps": 4, "num_train_epochs": 0.3,
     },
 }  # fmt: skip
-EPOCHS = {"toy": {"search": 2, "short": 4, "long": 24}, "tiny": {"search": 20, "short": 50, "long": 800}}
-LARGER = {  # the second encoder of the scaling stage
-    "toy": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768},
-    "tiny": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-}
+EPOCHS = {"search": 2, "short": 4, "long": 24}
+# The second encoder of the scaling stage
+LARGER = {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 768}
 CAN = {"mask_ratio": 0.5}
 SIMCLR = {"mask_ratio": 0, "noise_std_max": 0, "contrastive_loss_weight": 1, "reconstruction_loss_weight": 0,
           "denoising_loss_weight": 0}  # fmt: skip
@@ -90,7 +112,8 @@ METHODS = {"CAN": CAN, "SimCLR": SIMCLR, "MAE": MAE}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 CONTRASTIVE_WEIGHTS = (0.1, 0.3, 0.6, 0.9)
 MASK_RATIOS = (0.25, 0.5)  # of MAE, beside its own 0.75
-ACCURACIES = (0.3, 0.4, 0.45, 0.5, 0.55)  # of k-NN along the way: which method gets there first
+# Of k-NN along the way: which method gets there first
+ACCURACIES = {"toy": (0.3, 0.4, 0.45, 0.5, 0.55), "tiny": (0.5, 0.6, 0.7, 0.8, 0.85), "smoke": (0.1,)}
 
 
 def contrastive_weight(weight: float) -> dict:
@@ -113,9 +136,12 @@ class Run:
     seed: int = 0
     tasks: tuple[str, ...] = ("knn", "linear_probe")
     title: str = ""  # where tables of several stages share a run
+    label: str = ""  # of a run in a fixed list
 
     @property
     def name(self) -> str:
+        if self.label:
+            return f"{self.stage}-{self.label}-{self.seed}"
         words = [f"{key}={value}" for key, value in sorted(self.settings.items())]
         words = [self.stage, self.method.replace(" ", "-").replace(",", ""), *words, f"seed={self.seed}"]
         return "_".join(re.sub(r"[^\w.='-]", "", word.replace(",", "-")) for word in words)
@@ -123,7 +149,7 @@ class Run:
 
 def search(scale: str) -> list[Run]:
     """The learning rate with each method's own settings, then the rest at the best one, then CAN's rate again."""
-    short = {"num_train_epochs": EPOCHS[scale]["search"]}
+    short = {"num_train_epochs": EPOCHS["search"]}
     runs = []
     for method in METHODS:
         rates = sorted(LEARNING_RATES)
@@ -191,7 +217,7 @@ def rate(scale: str) -> list[Run]:
 
 
 def short(scale: str, method: str, title: str, **changes) -> Run:
-    settings = {**found(scale)[method], "num_train_epochs": EPOCHS[scale]["short"], **changes}
+    settings = {**found(scale)[method], "num_train_epochs": EPOCHS["short"], **changes}
     return Run("short", method, settings, title=f"{method}, {title}")
 
 
@@ -211,7 +237,7 @@ def ablations(scale: str) -> list[Run]:
 
 
 def order(scale: str) -> list[Run]:
-    epochs = EPOCHS[scale]["long"]
+    epochs = EPOCHS["long"]
     changes = {
         "as searched": {},
         "temperature 0.2": {"temperature": 0.2},
@@ -232,12 +258,12 @@ def order(scale: str) -> list[Run]:
 
 
 def scaling(scale: str) -> list[Run]:
-    epochs = EPOCHS[scale]["short"]
+    epochs = EPOCHS["short"]
     changes = {
         "10 %": {"dataset_split": "train[:10%]", "streaming": False, "num_train_epochs": epochs * 10},
         "30 %": {"dataset_split": "train[:30%]", "streaming": False, "num_train_epochs": round(epochs / 0.3, 2)},
         "100 %": {},
-        "larger encoder": LARGER[scale],
+        "larger encoder": LARGER,
     }
     return [short(scale, method, title, **change) for title, change in changes.items() for method in METHODS]
 
@@ -246,14 +272,68 @@ def downstream(scale: str) -> list[Run]:
     return [Run("downstream", run.method, run.settings, run.seed) for run in main_rows(scale)]
 
 
+# --- The scale tiny: a fixed list ------------------------------------------------------------------------------------
+
+# The toy search found 2e-3 for CAN and 4e-3 for SimCLR and MAE, at a batch of 256. These give the same peak, as the
+# trainer multiplies by batch / 256: four times the batch would ask for more, three times the depth for less. A trial
+# of a factor of two to either side decides.
+RATES = {"CAN": 5e-4, "SimCLR": 1e-3, "MAE": 1e-3}
+NOISE = {}  # settings of every CAN here, for the study of the noise term to fill
+PAPERS_NOISE = {"noise_std_max": 0.05, "denoising_loss_weight": contrastive_weight(0.3)["denoising_loss_weight"]}
+
+
+def listed(stage: str, label: str, method: str, seed: int = 0, **changes) -> Run:
+    own = {**contrastive_weight(0.3), **NOISE} if method.startswith("CAN") else {}  # 0.3 as in the toy search
+    settings = {"base_learning_rate": RATES[method.split(",")[0]], **own, **changes}
+    tasks = () if stage == "trial" else ("knn", "linear_probe", "few_shot")
+    return Run(stage, method, settings, seed, tasks, label=label)
+
+
+def tiny_rows() -> list[Run]:
+    return [
+        listed("main", "can", "CAN"),
+        listed("main", "simclr", "SimCLR"),
+        listed("main", "mae", "MAE"),
+        listed("main", "can-quarter", "CAN, mask 0.25", mask_ratio=0.25),
+        listed("main", "can", "CAN", 1),
+        listed("main", "simclr", "SimCLR", 1),
+        listed("main", "can", "CAN", 2),
+        listed("main", "simclr", "SimCLR", 2),
+        listed("main", "can-no-noise", "CAN, no noise", denoising_loss_weight=0, noise_std_max=0),
+        listed("main", "can-paper-noise", "CAN, paper's noise", **PAPERS_NOISE),
+    ]
+
+
+def trial(rates: list[float] | None = None) -> list[Run]:
+    return [
+        listed("trial", f"{method.lower()}-{rate:g}", method, base_learning_rate=rate)
+        for method in METHODS
+        for rate in rates or [RATES[method] * factor for factor in (0.5, 1, 2)]
+    ]
+
+
 STAGES = {
     "search": search, "main": main_rows, "rate": rate, "ablations": ablations, "order": order, "scaling": scaling,
     "downstream": downstream,
 }  # fmt: skip
 
 
+def runs_of(scale: str, stage: str) -> list[Run]:
+    """Of a stage, in its order."""
+    if scale == "toy":
+        return STAGES[stage](scale)
+    rows = tiny_rows()
+    lists = {"trial": trial(), "main": rows, "downstream": [replace(run, stage="downstream") for run in rows]}
+    return lists.get(stage, [])
+
+
+def folder_of(scale: str) -> Path:
+    """Of the JSONs."""
+    return Path("out/claims/smoke") if scale == "smoke" else RESULTS / scale
+
+
 def path_of(scale: str, run: Run) -> Path:
-    return RESULTS / scale / f"{run.name}.json"
+    return folder_of(scale) / f"{run.name}.json"
 
 
 def read(scale: str, run: Run) -> dict | None:
@@ -266,84 +346,234 @@ def accuracy(result: dict, task: str = "linear_probe") -> float:
     return figures["20"]["accuracy"] if task == "knn" else figures["accuracy"]
 
 
+def settings_of(scale: str, run: Run) -> dict:
+    return {**SCALES[scale], **METHODS[run.method.split(",")[0]], **run.settings, "seed": run.seed}
+
+
+def data_flags(arguments) -> list[str]:
+    return ["--dataset_name", arguments.data, "--image_column", arguments.image_column]
+
+
+def pretrain(folder: Path, settings: dict, flags: list[str], arguments, threads: int, **options):
+    flags = [*(word for name, value in settings.items() for word in (f"--{name}", str(value))), *flags]
+    flags += ["--log_with", "none", "--output_dir", str(folder)]
+    recipe = str(Path(__file__).with_suffix(".yaml"))
+    python(threads, "run_pretraining.py", recipe, *data_flags(arguments), *flags, **options)
+
+
 def do(run: Run, arguments, threads: int):
     """Pre-trains, or takes a main row's weights where they are still there, and evaluates; leaves the JSON."""
     of_main = replace(run, stage="main").name if run.stage == "downstream" else run.name
     folder = Path(arguments.output_dir) / arguments.scale / of_main
-    settings = {**SCALES[arguments.scale], **METHODS[run.method.split(",")[0]], **run.settings, "seed": run.seed}
+    settings = settings_of(arguments.scale, run)
     if "max_steps" in settings:
         del settings["num_train_epochs"]
-    result = {"stage": run.stage, "method": run.method, "seed": run.seed, "settings": settings, "threads": threads}
-    data = ["--dataset_name", arguments.data, "--image_column", arguments.image_column]
     if run.stage != "downstream" or not (folder / "results.json").exists():
-        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        flags = ["--resume_from_checkpoint", "latest"]
         if run.stage == "main":
             flags += ["--probe_dataset_name", str(probe_data(arguments)), "--probe_every", str(arguments.probe_every)]
-        flags += ["--resume_from_checkpoint", "latest", "--log_with", "none", "--output_dir", str(folder)]
-        recipe = str(Path(__file__).with_suffix(".yaml"))
-        python(threads, "run_pretraining.py", recipe, *data, *flags, log=folder.parent / f"{folder.name}.log")
+        pretrain(folder, settings, flags, arguments, threads, log=folder.parent / f"{folder.name}.log")
+    judge(run, folder, settings, arguments, threads)
+
+
+def judge(run: Run, folder: Path, settings: dict, arguments, threads: int):
+    """Evaluates the model in a folder and leaves the JSON."""
+    result = {"stage": run.stage, "method": run.method, "seed": run.seed, "settings": settings, "threads": threads}
     result["pretraining"] = json.loads((folder / "results.json").read_text())
+    if length := result["pretraining"].pop("length", None):  # of a run in a fixed list
+        settings["num_train_epochs"] = length.pop("num_train_epochs")
+        result |= length
     if run.stage == "downstream":
+        data = data_flags(arguments)
         result["evaluation"] = {
-            "finetune": evaluate(folder, threads, ["finetune"], [*data, *FINE_TUNING]),
-            "robustness": evaluate(folder, threads, ["robustness"], [*data, *ROBUSTNESS]),
+            "finetune": evaluate(run, folder, arguments, threads, ["finetune"], [*data, *FINE_TUNING]),
+            "robustness": evaluate(run, folder, arguments, threads, ["robustness"], [*data, *ROBUSTNESS]),
         }
         if arguments.further_data:
             flags = ["--dataset_name", arguments.further_data, "--test_size", "0.5"]
-            result["evaluation"]["transfer"] = evaluate(folder, threads, ["knn", "linear_probe"], flags)
+            tasks = ["knn", "linear_probe"]
+            result["evaluation"]["transfer"] = evaluate(run, folder, arguments, threads, tasks, flags)
     else:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        result["along_the_way"] = [{key: line[key] for key in ("step", "knn")} for line in lines if "knn" in line]
+        result |= of_the_log(folder / "metrics.jsonl", result["pretraining"]["global_batch_size"])
         if run.tasks:
             held_out = "--train_split train[:80%] --test_split train[80%:]".split() if run.stage == "search" else []
-            result["evaluation"] = evaluate(folder, threads, run.tasks, [*data, *held_out])
-    text = json.dumps(result, indent=1)
+            flags = [*data_flags(arguments), *held_out]
+            result["evaluation"] = evaluate(run, folder, arguments, threads, run.tasks, flags)
+    path = path_of(arguments.scale, run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, without_paths(json.dumps(result, indent=1), arguments) + "\n")
+
+
+def of_the_log(log: Path, batch_size: int) -> dict:
+    """k-NN along the way over the seconds of training, of which the first ones compile; and the speed after them."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    step, seconds, along_the_way = 0, 0.0, []
+    for line in lines:
+        seconds += (line["step"] - step) * batch_size / line["images_per_second"]
+        step = line["step"]
+        if "knn" in line:
+            along_the_way.append({"step": step, "knn": line["knn"], "seconds": seconds})
+    return {
+        "along_the_way": along_the_way,
+        "images_per_second": statistics.median(line["images_per_second"] for line in lines),
+    }
+
+
+def without_paths(text: str, arguments) -> str:
+    """The paths of this machine are no part of a result."""
     places = {
+        arguments.weights: "WEIGHTS",
         str(Path(arguments.output_dir)): "OUT",
         arguments.data: "DATA",
         arguments.further_data: "FURTHER_DATA",
         str(ROOT): ".",
     }
-    for place, word in places.items():  # the paths of this machine are no part of the result
+    for place, word in places.items():
         text = re.sub(rf"(?<![\w/-]){re.escape(place)}(?![\w-])", word, text) if place else text
-    path = path_of(arguments.scale, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".partial").write_text(text + "\n")
-    path.with_suffix(".partial").replace(path)
+    return text
 
 
-def probe_data(arguments) -> Path:
-    """5,000 training and 2,000 test images, for k-NN along the way."""
-    folder = Path(arguments.output_dir) / "probe_data"
+def train(run: Run, arguments, threads: int):
+    """Pre-trains a run of a fixed list; every minute, what there is of it comes into --weights."""
+    folder, kept = (
+        Path(place) / run.name for place in (f"{arguments.output_dir}/{arguments.scale}", arguments.weights)
+    )
+    is_smoke = arguments.scale == "smoke"
+    for partial_file in kept.glob("*.partial"):  # of a call that was killed
+        partial_file.unlink()
+    settings = settings_of(arguments.scale, run)
+    length = {"num_train_epochs": arguments.epochs or settings["num_train_epochs"]}
+    if arguments.seconds:
+        length = length_in(folder, settings, arguments, threads)
+        print(f"{run.name}: {length}", flush=True)
+    settings["num_train_epochs"] = length["num_train_epochs"]
+    flags = ["--probe_dataset_name", str(probe_data(arguments, of_training=run.stage == "trial"))]
+    flags += ["--resume_from_checkpoint", "latest"]
+    keeping = partial(keep, folder, kept, run.stage == "main", length, arguments)
+    try:
+        pretrain(folder, settings, flags, arguments, threads, meanwhile=keeping, every=1 if is_smoke else 60)
+    finally:
+        keeping()
+    if not (folder / "results.json").exists():
+        raise SystemExit(f"{run.name} was stopped; the same command goes on with it, if {folder} is still there")
+
+
+def length_in(folder: Path, settings: dict, arguments, threads: int) -> dict:
+    """The epochs that so many seconds hold at the speed of a short run, which compiles for the long one too."""
+    path = folder / "length.json"
+    if not path.exists():  # else the run goes on, at the length with which it began
+        short = Path(f"{folder}-speed")
+        settings = {**settings, "max_steps": 3 * settings["logging_steps"], "probe_every": 0}
+        pretrain(short, settings, ["--overwrite_output_dir", "true"], arguments, threads)
+        results = json.loads((short / "results.json").read_text())
+        lines = [json.loads(line) for line in (short / "metrics.jsonl").read_text().splitlines()]
+        rate = statistics.mean(line["images_per_second"] for line in lines[1:])  # the first one compiles
+        epochs = max(1, int(arguments.seconds * rate / results["num_images"]))
+        folder.mkdir(parents=True, exist_ok=True)
+        length = {"num_train_epochs": epochs, "seconds": arguments.seconds, "measured_images_per_second": rate}
+        write(path, json.dumps(length) + "\n")
+    return json.loads(path.read_text())
+
+
+def keep(folder: Path, kept: Path, with_weights: bool, length: dict, arguments):
+    """What there is of a run, perhaps unfinished, in files that are whole and small."""
+    if not (folder / "metrics.jsonl").exists():
+        return
+    kept.mkdir(parents=True, exist_ok=True)
+    lines = (folder / "metrics.jsonl").read_text()
+    write(kept / "metrics.jsonl", lines[: lines.rfind("\n") + 1])
+    is_done = (folder / "results.json").exists()
+    if with_weights:
+        write(kept / "recipe.yaml", without_paths((folder / "recipe.yaml").read_text(), arguments))
+        checkpoints = list(folder.glob("checkpoints/step-*[0-9]"))
+        newest = max(checkpoints, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+        if is_done or newest:
+            try:
+                round_weights((folder if is_done else newest) / "model.safetensors", folder / "recipe.yaml", kept)
+            except FileNotFoundError:  # a newer one has just taken its place, and is for the next time
+                assert not is_done
+    if is_done:  # last: it says that the rest is there
+        results = json.loads((folder / "results.json").read_text()) | {"length": length}
+        write(kept / "results.json", without_paths(json.dumps(results, indent=2), arguments) + "\n")
+
+
+def write(path: Path, text: str):
+    """All or nothing. That of modeling_can.hub would import torch, which costs seconds before a run begins."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def round_weights(weights: Path, recipe: Path, folder: Path):
+    """A model folder with weights in bfloat16, which from_pretrained loads as float32, and computes with."""
+    import torch  # here, as a run has begun by now
+    import yaml
+    from safetensors.torch import load_file, save_file
+
+    from modeling_can import CANForPreTraining
+    from modeling_can.recipe import Recipe
+    from run_pretraining import image_processor
+
+    recipe = Recipe.from_dict(yaml.safe_load(recipe.read_text()))
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
+    partial = folder / "model.safetensors.partial"
+    save_file(rounded, partial, {"format": "pt"})
+    partial.replace(folder / "model.safetensors")
+    # `dtype` is what from_pretrained loads into
+    config = json.loads(recipe.config.to_json_string()) | {
+        "architectures": [CANForPreTraining.__name__], "dtype": "float32",
+    }  # fmt: skip
+    write(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write(folder / "preprocessor_config.json", image_processor(recipe).to_json_string())
+
+
+def probe_data(arguments, of_training: bool = False) -> Path:
+    """5,000 training and 2,000 test images, for k-NN along the way; perhaps these are training images too."""
+    folder = Path(arguments.output_dir) / ("probe_data_of_training" if of_training else "probe_data")
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         partial.mkdir(parents=True, exist_ok=True)
         splits = load_dataset(arguments.data)
-        for name, number in (("train", 5000), ("test", 2000)):
-            some = splits[name].shuffle(seed=0).select(range(number))
+        train, test = (splits[name].shuffle(seed=0) for name in ("train", "test"))
+        num_train, num_test = (200, 100) if arguments.scale == "smoke" else (5000, 2000)
+        parts = {"train": train.select(range(num_train)), "test": test.select(range(num_test))}
+        if of_training:
+            parts["test"] = train.select(range(num_train, num_train + num_test))
+        for name, some in parts.items():
             some.to_parquet(partial / f"{name}-00000-of-00001.parquet")
         partial.replace(folder)
     return folder
 
 
-def evaluate(folder: Path, threads: int, tasks: tuple[str, ...] | list[str], flags: list[str]) -> dict:
+def evaluate(run: Run, folder: Path, arguments, threads: int, tasks: tuple | list, flags: list[str]) -> dict:
     """run_eval.py's results.json of one model."""
-    output_dir = folder / "-".join(["evaluation", *tasks])
+    place = Path(arguments.output_dir) / arguments.scale / folder.name  # not the model's: that may be read-only
+    output_dir = place / "-".join(["evaluation", *tasks])
     flags = ["--task", *tasks, "--baselines", "none", "--output_dir", str(output_dir), *flags]
-    log = folder.parent / f"{folder.name}.log"
+    log = place.parent / f"{folder.name}.log"
     python(threads, "run_eval.py", "--model_name_or_path", str(folder), *flags, log=log)
     result = json.loads((output_dir / "results.json").read_text())
     result["results"] = result["results"][folder.name]
     return result
 
 
-def python(threads: int, script: str, *words: str, log: Path):
-    log.parent.mkdir(parents=True, exist_ok=True)
+def python(
+    threads: int, script: str, *words: str, log: Path | None = None, meanwhile=None, every: float | None = None
+):
+    """A script, with its output in a log or in ours; `meanwhile` is called after every so many seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with log.open("a") as file:
-        command = [sys.executable, str(ROOT / script), *words]
-        if subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode:
-            raise SystemExit(f"{' '.join(command)} failed; see {log}")
+    command = [sys.executable, str(ROOT / script), *words]
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") if log else nullcontext() as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT if file else None)
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(every)
+                break
+            meanwhile()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed; see {log or 'above'}")
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
@@ -352,20 +582,25 @@ def python(threads: int, script: str, *words: str, log: Path):
 def results(scale: str, stage: str) -> dict[str, list[dict]]:
     """Row of the table -> its runs, of a stage, in its order; what is done of them."""
     done = {}
-    for run in STAGES[stage](scale):
+    for run in runs_of(scale, stage):
         if result := read(scale, run):
             done.setdefault(run.title or run.method, []).append(result)
     return done
 
 
 def mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return ""
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{spread}"
 
 
 def measured(scale: str, method: str, fact: str) -> float | None:
-    """Images a second, peak memory: medians from the stage that has the machine to itself."""
-    runs = results(scale, "rate").get(method.removesuffix(", paper's weights"))
+    """Images a second, peak memory: medians from the stage, or of the scale, that has the machine to itself."""
+    if scale == "toy":
+        runs = results(scale, "rate").get(method.removesuffix(", paper's weights"))
+    else:  # at the speed after compiling
+        runs = [{"pretraining": {**run["pretraining"], **run}} for run in results(scale, "main").get(method, [])]
     return statistics.median(run["pretraining"][fact] for run in runs) if runs else None
 
 
@@ -397,21 +632,24 @@ def reached(scale: str) -> str:
     Which method is first: the mean training until the first k-NN test along the way that gives so much, over the
     seeds; empty where one of them never does.
     """
+    goals = ACCURACIES[scale]
     lines = [
-        f"| k-NN of | {' | '.join(f'{100 * goal:.0f} %' for goal in ACCURACIES)} |",
-        "|---" * (1 + len(ACCURACIES)) + "|",
+        f"| k-NN of | {' | '.join(f'{100 * goal:.0f} %' for goal in goals)} |",
+        "|---" * (1 + len(goals)) + "|",
     ]
     for method, runs in results(scale, "main").items():
         rate, cells = measured(scale, method, "images_per_second"), []
-        for goal in ACCURACIES:
-            first = [next((n["step"] for n in run["along_the_way"] if n["knn"] >= goal), None) for run in runs]
+        for goal in goals:
+            first = [next((n for n in run["along_the_way"] if n["knn"] >= goal), None) for run in runs]
             if None in first:
                 cells.append("")
                 continue
             facts = runs[0]["pretraining"]
-            images = statistics.mean(first) * facts["global_batch_size"]
+            images = statistics.mean(line["step"] for line in first) * facts["global_batch_size"]
             cells.append(f"{images * facts['flops_per_image'] / 1e12:.0f} TFLOP")
-            if rate:
+            if scale != "toy":
+                cells[-1] += f", {statistics.mean(line['seconds'] for line in first) / 60:.1f} min"
+            elif rate:
                 cells[-1] += f", {images / rate / 60:.0f} min"
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -428,7 +666,10 @@ def downstream_table(scale: str) -> str:
             [f["finetune"]["results"]["finetune"]["accuracy"] for f in found],
             [f["robustness"]["results"]["robustness"]["clean"]["accuracy"] for f in found],
             [f["robustness"]["results"]["robustness"]["accuracy"] for f in found],
-            *([accuracy({"evaluation": f["transfer"]}, task) for f in found] for task in ("linear_probe", "knn")),
+            *(
+                [accuracy({"evaluation": f["transfer"]}, task) for f in found if "transfer" in f]
+                for task in ("linear_probe", "knn")
+            ),
         ]
         lines.append(f"| {method} | {len(runs)} | {' | '.join(map(mean_and_spread, figures))} |")
     return "\n".join(lines)
@@ -449,6 +690,16 @@ def searched(scale: str) -> str:
     return "\n".join(lines)
 
 
+def tried(scale: str) -> str:
+    lines = ["| on training images | learning rate | k-NN | linear probe |", "|---|---|---|---|"]
+    for path in sorted(folder_of(scale).glob("trial-*.json")):  # with whatever --rates
+        run = json.loads(path.read_text())
+        figures = run["pretraining"]["probe"]["CAN, pre-trained"]  # as the trainer calls every model
+        figures = " | ".join(f"{100 * figures[task]:.1f}" for task in ("knn", "linear_probe"))
+        lines.append(f"| {run['method']} | {run['settings']['base_learning_rate']} | {figures} |")
+    return "\n".join(lines)
+
+
 def figure(scale: str, path: Path):
     """k-NN accuracy along the way, over training FLOPs and over time."""
     found = results(scale, "main")
@@ -462,10 +713,14 @@ def figure(scale: str, path: Path):
             axes[0][0].plot([n * run["pretraining"]["flops_per_image"] / 1e12 for n in images], knn, **style)
             if has_rates:
                 rate = measured(scale, method, "images_per_second")
-                axes[0][1].plot([n / rate / 60 for n in images], knn, **style)
+                minutes = [n / rate / 60 for n in images]
+                if scale != "toy":
+                    minutes = [line["seconds"] / 60 for line in run["along_the_way"]]
+                axes[0][1].plot(minutes, knn, **style)
     labels = ["TFLOP of training"]
     if has_rates:
-        labels.append(f"minutes on {next(iter(results(scale, 'rate').values()))[0]['pretraining']['machine']}")
+        of_times = results(scale, "rate" if scale == "toy" else "main")
+        labels.append(f"minutes on {next(iter(of_times.values()))[0]['pretraining']['machine']}")
     for axis, label in zip(axes[0], labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
@@ -478,7 +733,8 @@ def figure(scale: str, path: Path):
 
 def report(scale: str):
     """README.md and figure.png of a scale, from its JSONs alone."""
-    if not results(scale, "search"):
+    folder = folder_of(scale)
+    if not any(folder.glob("*.json")):
         print(f"no results at scale {scale} yet")
         return
     parts = [
@@ -486,7 +742,7 @@ def report(scale: str):
         f"Written by `python benchmarks/claims.py --scale {scale} --stage report`.",
     ]
     if results(scale, "main"):
-        figure(scale, RESULTS / scale / "figure.png")
+        figure(scale, folder / "figure.png")
         parts.append(f"## Main\n\n{table(scale, 'main')}\n\n![k-NN along the way](figure.png)")
         parts.append(f"## Which is first\n\n{reached(scale)}")
     if results(scale, "downstream"):
@@ -496,8 +752,10 @@ def report(scale: str):
             parts.append(f"## {stage.capitalize()}\n\n{table(scale, stage)}")
     if results(scale, "search"):
         parts.append(f"## Search\n\n{searched(scale)}")
+    if any(folder.glob("trial-*.json")):
+        parts.append(f"## Trial\n\n{tried(scale)}")
     text = "\n\n".join(parts)
-    (RESULTS / scale / "README.md").write_text(text + "\n")
+    (folder / "README.md").write_text(text + "\n")
     print(text)
 
 
@@ -506,24 +764,70 @@ def main():
     parser.add_argument("--data", default="uoft-cs/cifar10", help="folder of parquet shards, or Hub id")
     parser.add_argument("--image_column", help="image, or img for uoft-cs/cifar10")
     parser.add_argument("--scale", choices=SCALES, default="toy")
-    parser.add_argument("--stage", nargs="+", choices=[*STAGES, "report"], default=[*STAGES, "report"])
+    stages = [*STAGES, "trial", "evaluate", "report"]
+    parser.add_argument("--stage", nargs="+", choices=stages, help="all of toy's, or main and trial")
     parser.add_argument("--output_dir", default="out/claims", help="for weights and logs")
-    parser.add_argument("--probe_every", type=int, default=195, help="steps between k-NN tests of the main rows")
+    parser.add_argument("--probe_every", type=int, default=195, help="steps between k-NN tests of toy's main rows")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     parser.add_argument("--further_data", help="folder of labelled pictures to transfer to (downstream)")
+    lists = parser.add_argument_group("the scales tiny and smoke")
+    lists.add_argument("--runs", default="*", help="only those of these names: main-can-0, 'trial-can-*'")
+    lists.add_argument("--weights", default="out/claims/weights", help="a folder for each run: what is kept of it")
+    lists.add_argument("--rates", type=float, nargs="+", help="learning rates of the trial")
+    length = lists.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=float, help="of every run; 200 unless given")
+    length.add_argument("--seconds", type=float, help="of training: a short run measures how many epochs they hold")
     arguments = parser.parse_args()
     arguments.image_column = arguments.image_column or ("img" if arguments.data == "uoft-cs/cifar10" else "image")
-    for name in ("data", "output_dir", "further_data"):  # absolute, so that nothing else is called so
-        if getattr(arguments, name) and (name == "output_dir" or Path(getattr(arguments, name)).exists()):
-            setattr(arguments, name, str(Path(getattr(arguments, name)).resolve()))
+    for name in ("data", "output_dir", "further_data", "weights"):  # absolute, so that nothing else is called so
+        value = getattr(arguments, name)
+        if value and (name in ("output_dir", "weights") or Path(value).exists()):
+            setattr(arguments, name, str(Path(value).resolve()))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for stage in arguments.stage:
+    if arguments.scale == "toy":
+        toy(arguments)
+    else:
+        fixed_list(arguments)
+
+
+def fixed_list(arguments):
+    signal.signal(signal.SIGTERM, lambda *_: None)  # the trainer gets it too, and saves what there is to keep
+    scale, threads = arguments.scale, 1 if arguments.scale == "smoke" else os.cpu_count()
+    stages = {
+        "trial": trial(arguments.rates),
+        "main": runs_of(scale, "main"),
+        "downstream": runs_of(scale, "downstream"),
+    }
+    stages["evaluate"] = stages["trial"] + stages["main"]
+    names = [run.name for runs in stages.values() for run in runs]
+    if not any(fnmatch(name, arguments.runs) for name in names):
+        raise SystemExit(f"--runs {arguments.runs} is none of {', '.join(dict.fromkeys(names))}")
+    for stage in arguments.stage or ["trial", "main"]:
         if stage == "report":
-            report(arguments.scale)
+            report(scale)
+            continue
+        for run in stages.get(stage, []):
+            kept = Path(arguments.weights) / replace(run, stage="main" if stage == "downstream" else run.stage).name
+            is_done = (kept / "results.json").exists()
+            if not fnmatch(run.name, arguments.runs):
+                continue
+            if stage in ("trial", "main") and not is_done:
+                train(run, arguments, threads)
+            elif stage in ("evaluate", "downstream") and is_done and not read(scale, run):
+                judge(run, kept, settings_of(scale, run), arguments, threads)
+            else:
+                continue
+            print(f"{time.strftime('%H:%M')} {stage}: {run.name}", flush=True)
+
+
+def toy(arguments):
+    for stage in arguments.stage or [*STAGES, "report"]:
+        if stage == "report":
+            report("toy")
             continue
         jobs = 1 if stage == "rate" else arguments.jobs
         threads = max(1, os.cpu_count() // jobs)
-        while todo := [run for run in STAGES[stage](arguments.scale) if not read(arguments.scale, run)]:
+        while todo := [run for run in STAGES[stage]("toy") if not read("toy", run)]:
             print(f"=== {stage}: {len(todo)} to do ===", flush=True)
             if stage == "main":
                 probe_data(arguments)  # before the runs share it

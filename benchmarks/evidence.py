@@ -271,10 +271,10 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def claims(stage: str) -> str:
-    from claims import table
+def claims(stage: str, scale: str = "toy") -> str:
+    from claims import results, table
 
-    return table("toy", stage)
+    return table(scale, stage) if results(scale, stage) else "Not measured on a GPU yet."
 
 
 def downstream() -> str:
@@ -306,6 +306,7 @@ FIGURES = {
     "evaluation": evaluation,
     "quickstart": quickstart,
     "claims": partial(claims, "main"),
+    "claims_tiny": partial(claims, "main", "tiny"),
     "order": partial(claims, "order"),
     "downstream": downstream,
     "scaling": partial(claims, "scaling"),

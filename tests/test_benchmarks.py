@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import TINY, inputs, tiny_model
 
+from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
+from modeling_can.recipe import Recipe
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -65,6 +68,77 @@ def test_the_runs_of_the_study_have_names_that_files_and_the_evaluation_can_bear
     assert len(names) == len(set(names)) > 0
     for name in names:  # run_eval.py takes a comma between two models
         assert re.fullmatch(r"[\w.='-]+", name) and len(f"{name}.partial") <= 255, name
+
+
+def test_the_runs_for_a_gpu_are_a_list_in_the_order_of_their_worth():
+    names = ["can-0", "simclr-0", "mae-0", "can-quarter-0", "can-1", "simclr-1", "can-2", "simclr-2", "can-no-noise-0",
+             "can-paper-noise-0"]  # fmt: skip
+    assert [run.name for run in claims.runs_of("tiny", "main")] == [f"main-{name}" for name in names]
+    assert [run.name for run in claims.runs_of("tiny", "downstream")] == [f"downstream-{name}" for name in names]
+    assert [run.name for run in claims.trial([2e-3])] == [f"trial-{name}-0.002-0" for name in ("can", "simclr", "mae")]
+    for scale in ("tiny", "smoke"):
+        assert not claims.runs_of(scale, "search")
+        runs = [*claims.runs_of(scale, "main"), *claims.runs_of(scale, "trial")]
+        assert len({run.name for run in runs}) == len(runs)
+        own = {name for run in runs for name in (*run.settings, *claims.METHODS[run.method.split(",")[0]])}
+        for run in runs:  # they differ in the objective alone
+            settings = claims.settings_of(scale, run)
+            assert {name: settings[name] for name in settings.keys() - own - {"seed"}} == claims.SCALES[scale]
+            recipe = yaml.safe_load(Path(claims.__file__).with_suffix(".yaml").read_text())
+            Recipe.from_dict(recipe | settings | {"probe_dataset_name": "some"})
+
+
+def test_the_time_of_a_run_is_that_of_its_log(tmp_path):
+    lines = [{"step": 10, "images_per_second": 5.0}, {"step": 20, "images_per_second": 50.0, "knn": 0.4},
+             {"step": 25, "images_per_second": 40.0, "knn": 0.5}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert claims.of_the_log(tmp_path / "metrics.jsonl", batch_size=10) == {
+        "along_the_way": [{"step": 20, "knn": 0.4, "seconds": 22.0}, {"step": 25, "knn": 0.5, "seconds": 23.25}],
+        "images_per_second": 40.0,
+    }
+
+
+def test_rounded_weights_load_as_those_of_the_run_in_float32(tmp_path):
+    recipe = Recipe(config=CANConfig(**TINY), max_steps=1, image_mean=(0.1, 0.2, 0.3))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    model = CANForPreTraining(recipe.config)
+    model.save_pretrained(tmp_path / "run")
+    (tmp_path / "kept").mkdir()
+    claims.round_weights(tmp_path / "run" / "model.safetensors", tmp_path / "recipe.yaml", tmp_path / "kept")
+    loaded, info = CANForPreTraining.from_pretrained(tmp_path / "kept", output_loading_info=True)
+    assert not any(info.values()), info
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor.bfloat16().float(), rtol=0, atol=0)
+    names = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    written, usual = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("kept", "run"))
+    usual.pop("auto_map")
+    assert written == usual
+    assert json.loads((tmp_path / "kept" / "preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]
+
+
+def test_a_report_of_gpu_runs_has_times_and_no_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    claims.report("tiny")
+    assert "no results" in capsys.readouterr().out
+    figures = {"linear_probe": {"accuracy": 0.9}, "knn": {"20": {"accuracy": 0.88}}}
+    pretraining = {"flops_per_image": 4e9, "train_flops": 4e16, "peak_memory": 5e9, "images_per_second": 1,
+                   "global_batch_size": 1000, "machine": "A GPU"}  # fmt: skip
+    line = {"step": 10, "knn": 0.65, "seconds": 90}
+    result = {"images_per_second": 34000, "along_the_way": [line], "pretraining": pretraining}
+    (tmp_path / "tiny").mkdir()
+    for name in ("can", "simclr"):
+        path = tmp_path / "tiny" / f"main-{name}-0.json"
+        path.write_text(json.dumps({**result, "evaluation": {"results": figures}}))
+    tried = {"probe": {"CAN, pre-trained": {"knn": 0.5, "linear_probe": 0.6}}}
+    tried = {"method": "MAE", "settings": {"base_learning_rate": 0.003}, "pretraining": tried}
+    (tmp_path / "tiny" / "trial-mae-0.003-0.json").write_text(json.dumps(tried))
+    claims.report("tiny")
+    text = (tmp_path / "tiny" / "README.md").read_text()
+    assert "| SimCLR | 1 | 90.0 | 88.0 | 4000 | 40000 | 34000 | 5.00 |" in text
+    assert "| CAN | 40 TFLOP, 1.5 min | 40 TFLOP, 1.5 min |  |  |  |" in text
+    assert "| MAE | 0.003 | 50.0 | 60.0 |" in text and "Search" not in text
+    assert (tmp_path / "tiny" / "figure.png").exists()
 
 
 def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):

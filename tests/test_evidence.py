@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import claims  # noqa: E402
 import evidence  # noqa: E402
 
 
@@ -82,6 +83,18 @@ def test_figures_of_a_gpu_are_shown_where_they_are(tmp_path, monkeypatch):
     assert "| GELU | 2.1 % |" in evidence.FIGURES["gpu_profile"]()
     assert "1.012 times" in evidence.FIGURES["gpu_trainer"]().replace("\n", " ")
     assert evidence.FIGURES["gpu_caching"]() == "1.21 times the time, 20.5 GiB instead of 20.0 (A GPU)"
+
+
+def test_the_study_of_a_gpu_is_shown_where_it_is(tmp_path, monkeypatch):
+    figures = evidence.FIGURES["claims_tiny"]
+    (tmp_path / "claims" / "tiny").mkdir(parents=True)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "claims")
+    assert figures() == "Not measured on a GPU yet."
+    evaluation = {"results": {"linear_probe": {"accuracy": 0.9}, "knn": {"20": {"accuracy": 0.88}}}}
+    pretraining = {"flops_per_image": 3.65e9, "train_flops": 4e16, "peak_memory": 5e9, "images_per_second": 1}
+    result = {"images_per_second": 34000, "pretraining": pretraining, "evaluation": evaluation}
+    (tmp_path / "claims" / "tiny" / "main-can-0.json").write_text(json.dumps(result))
+    assert "| CAN | 1 | 90.0 | 88.0 | 3650 | 40000 | 34000 | 5.00 |" in figures()
 
 
 def test_every_benchmark_is_in_contributing():
