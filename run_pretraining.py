@@ -58,6 +58,7 @@ from modeling_can.diagnostics import (
     embedding_spread,
     findings,
     peak_memory,
+    reachable_gain,
     training_flops,
     trivial_losses,
     verdict,
@@ -317,6 +318,12 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             f"{device}; learning rate {peak_learning_rate:.3g} after {warmup_steps} steps of warm-up"
             + (f"; frozen, as their loss weight is 0: {', '.join(frozen)}" if frozen else "")
         )
+        if config.denoising_loss_weight > 0 and math.isfinite(gain := reachable_gain(config)):
+            print(
+                f"the noise can be weakened by {gain:.1f} dB at most: hidden_size={config.hidden_size} and "
+                f"decoder_hidden_size={config.decoder_hidden_size} are narrower than the {config.pixels_per_patch} "
+                "values of a patch; for more, take smaller patches or wider layers"
+            )
         if compiled:
             print(f"the first step compiles the {compiled}, about a minute; --torch_compile false turns it off")
         if num_images and num_images < num_contrasted and config.contrastive_loss_weight > 0:
@@ -954,7 +961,7 @@ def reasons(ledger: list[str]) -> Counter:
 
 def step_metrics(terms: dict[str, torch.Tensor], config, grad_norm: torch.Tensor) -> dict[str, torch.Tensor]:
     metrics = {name: value for name, value in terms.items() if name.endswith("loss")}
-    metrics["loss"] = sum(getattr(config, f"{name}_weight") * value for name, value in metrics.items())
+    metrics["loss"] = sum(config.loss_weights[name] * value for name, value in metrics.items())
     metrics["grad_norm"] = grad_norm
     if "image_embeds" in terms:
         metrics["embedding_spread"] = embedding_spread(terms["image_embeds"])

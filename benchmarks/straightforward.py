@@ -71,6 +71,8 @@ class StraightforwardCAN(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_width, config.pixels_per_patch)
+        if config.has_noise_head:
+            self.noise_pred = nn.Linear(decoder_width, config.pixels_per_patch)
 
     def patchify(self, images):
         (height, width), channels = self.config.patch_shape, self.config.num_channels
@@ -116,10 +118,13 @@ class StraightforwardCAN(nn.Module):
         x = torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        prediction = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        x = self.decoder_norm(x)[:, 1:]
+        predicted_pixels = predicted_noise = self.decoder_pred(x)
+        if self.config.has_noise_head:
+            predicted_noise = sigma[:, None, None] * self.noise_pred(x)
 
-        reconstruction = ((prediction - self.patchify(images)) ** 2).mean(dim=-1)
-        denoising = ((prediction - self.patchify(noise)) ** 2).mean(dim=-1)
+        reconstruction = ((predicted_pixels - self.patchify(images)) ** 2).mean(dim=-1)
+        denoising = ((predicted_noise - self.patchify(noise)) ** 2).mean(dim=-1)
         visible = 1 - mask
         return features, (reconstruction * mask).sum() / mask.sum(), (denoising * visible).sum() / visible.sum()
 
@@ -142,9 +147,10 @@ class StraightforwardCAN(nn.Module):
             self.view(pixel_values[:, v], pixel_noise[:, v], noise_level[:, v], masking_scores[:, v]) for v in (0, 1)
         ]
         (first, a1, n1), (second, a2, n2) = views
-        loss = config.contrastive_loss_weight * self.contrast(first, second)
-        loss = loss + config.reconstruction_loss_weight * (a1 + a2) / 2
-        return SimpleNamespace(loss=loss + config.denoising_loss_weight * (n1 + n2) / 2)
+        weights = config.loss_weights
+        loss = weights["contrastive_loss"] * self.contrast(first, second)
+        loss = loss + weights["reconstruction_loss"] * (a1 + a2) / 2
+        return SimpleNamespace(loss=loss + weights["denoising_loss"] * (n1 + n2) / 2)
 
 
 class StraightforwardSimCLR(StraightforwardCAN):
@@ -152,7 +158,7 @@ class StraightforwardSimCLR(StraightforwardCAN):
 
     def __init__(self, config):
         super().__init__(config)
-        for name in [name for name, _ in self.named_children() if name.startswith(("decoder", "level"))]:
+        for name in [name for name, _ in self.named_children() if name.startswith(("decoder", "level", "noise"))]:
             delattr(self, name)
         del self.mask_token, self.decoder_pos_embed
 

@@ -70,6 +70,13 @@ class CANConfig(PreTrainedConfig):
         norm_pix_loss (`bool`, defaults to `False`):
             Whether the reconstruction target is normalised per patch (MAE, section 4). Never applied to the noise
             target, from which it would erase the noise level.
+        noise_head (`str`, defaults to `"shared"`):
+            `"shared"`: one linear layer predicts pixels and noise, as in the paper. `"own"`: a second one, which
+            starts at zero, predicts e on the visible patches, and sigma times that is the predicted noise.
+        norm_noise_loss (`bool`, defaults to `False`):
+            Whether N counts relative to the loss of predicting no noise, noise_std_max^2 / 3, one constant for all
+            noise levels: a head that has learned nothing then costs `denoising_loss_weight`. `False`, as in the paper,
+            counts it in raw units.
 
     Raises:
         ValueError: for a value that cannot work; the message names the field, the value and the fix.
@@ -121,6 +128,8 @@ class CANConfig(PreTrainedConfig):
     reconstruction_loss_weight: float | int = 0.67
     denoising_loss_weight: float | int = 0.30
     norm_pix_loss: bool = False
+    noise_head: str = "shared"
+    norm_noise_loss: bool = False
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
@@ -189,6 +198,24 @@ class CANConfig(PreTrainedConfig):
         """Whether reconstruction or noise prediction is part of the objective."""
         return self.reconstruction_loss_weight > 0 or self.denoising_loss_weight > 0
 
+    @property
+    def has_noise_head(self) -> bool:
+        """Whether a layer of its own predicts the noise. There is none where nothing is to be predicted."""
+        return self.noise_head == "own" and self.denoising_loss_weight > 0 and self.noise_std_max > 0
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """
+        What each term is multiplied by, under its name in `CANForPreTrainingOutput`: its weight; for N, with
+        `norm_noise_loss`, weight / (noise_std_max^2 / 3).
+        """
+        scale = 3 / self.noise_std_max**2 if self.norm_noise_loss and self.noise_std_max > 0 else 1
+        return {
+            "contrastive_loss": self.contrastive_loss_weight,
+            "reconstruction_loss": self.reconstruction_loss_weight,
+            "denoising_loss": self.denoising_loss_weight * scale,
+        }
+
     @classmethod
     def _refuse_misspelt(cls, kwargs):
         # transformers accepts any keyword, so `mask_ration=0.75` would quietly train with 0.5.
@@ -233,6 +260,8 @@ class CANConfig(PreTrainedConfig):
             raise ValueError(f"temperature={self.temperature} must be finite and greater than 0; the default is 0.1")
         if not self.layer_norm_eps > 0:
             raise ValueError(f"layer_norm_eps={self.layer_norm_eps} must be greater than 0; the default is 1e-6")
+        if self.noise_head not in ("own", "shared"):
+            raise ValueError(f"noise_head={self.noise_head!r} is not one of own, shared")
         if self.hidden_act not in ACT2FN:
             near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1, cutoff=0) or ["gelu"]
             raise ValueError(f"hidden_act={self.hidden_act!r} is not known; did you mean {near[0]!r}?")

@@ -179,8 +179,9 @@ DECODER_FIELDS = (
 PARTS = (
     ("encoder", r"can\.", ENCODER_FIELDS),
     ("projection head", r"projection_head\.", ("projection_hidden_size", "projection_size")),
-    ("decoder", r"decoder\.(?!noise_level_embedding\.)", DECODER_FIELDS),
+    ("decoder", r"decoder\.(?!noise_)", DECODER_FIELDS),
     ("noise-level embedding", r"decoder\.noise_level_embedding\.", DECODER_FIELDS),
+    ("noise head", r"decoder\.noise_head\.", DECODER_FIELDS),
 )
 
 
@@ -239,7 +240,7 @@ def _copy(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path: str) -
                 f"model_name_or_path={name_or_path!r} lacks {len(missing)} tensors of its encoder, or holds them in "
                 f"another shape than its config.json says, e.g. {missing[0]}; give a complete checkpoint"
             )
-        if not keys:  # a model without noise has no noise-level embedding
+        if not keys:  # a model without noise has neither noise-level embedding nor noise head
             continue
         if wanted.isdisjoint(theirs):
             new.append(part)

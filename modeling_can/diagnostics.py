@@ -107,6 +107,15 @@ def trivial_losses(config: CANConfig, pixel_values: torch.Tensor, num_contrasted
     return losses
 
 
+def reachable_gain(config: CANConfig) -> float:
+    """
+    By how many dB the noise can be weakened at most. Through the encoder's width D and the decoder's w, min(D, w) of
+    the P directions of a patch are reached, and noise is alike in all of them. Infinite where all are reached.
+    """
+    width, pixels = min(config.hidden_size, config.decoder_hidden_size), config.pixels_per_patch
+    return math.inf if width >= pixels else -10 * math.log10(1 - width / pixels)
+
+
 # --- The verdict -----------------------------------------------------------------------------------------------------
 
 

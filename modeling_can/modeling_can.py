@@ -61,10 +61,12 @@ class CANForPreTrainingOutput(ModelOutput):
     Output of `CANForPreTraining`. What a loss weight of zero makes superfluous is `None`.
 
     Args:
-        loss (`torch.Tensor` of shape `()`): Weighted sum of the three terms.
+        loss (`torch.Tensor` of shape `()`):
+            w_C C + w_A A + w_N N with the configuration's loss weights; N is divided by noise_std_max^2 / 3 with
+            `norm_noise_loss`.
         contrastive_loss (`torch.Tensor` of shape `()`, *optional*): C, unweighted.
         reconstruction_loss (`torch.Tensor` of shape `()`, *optional*): A, unweighted.
-        denoising_loss (`torch.Tensor` of shape `()`, *optional*): N, unweighted.
+        denoising_loss (`torch.Tensor` of shape `()`, *optional*): N, unweighted, in raw units.
         logits (`torch.Tensor` of shape `(batch_size, num_views, num_patches, pixels_per_patch)`, *optional*):
             Predicted pixels on hidden patches (normalised per patch with `norm_pix_loss`), predicted noise sigma * e
             on visible ones. Pixels are laid out (row, column, channel), as in MAE.
@@ -404,6 +406,15 @@ class CANNoiseLevelEmbedding(nn.Module):
         return self.fc2(nn.functional.relu(hidden))
 
 
+class CANNoiseHead(nn.Linear):
+    """
+    Decoder tokens of visible patches -> the noise e in them. Starts at zero, and N at the loss of predicting no noise.
+
+    Deviation: in the paper one layer serves both targets. What it learns of the pixels then appears on the visible
+    patches as well.
+    """
+
+
 class CANDecoder(nn.Module):
     """
     Visible tokens and noise level -> one prediction of P pixels per patch.
@@ -428,6 +439,7 @@ class CANDecoder(nn.Module):
         )
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, config.pixels_per_patch)
+        self.noise_head = CANNoiseHead(width, config.pixels_per_patch) if config.has_noise_head else None
 
     def forward(
         self,
@@ -447,7 +459,14 @@ class CANDecoder(nn.Module):
         hidden_states = hidden_states + resize_positions(self.position_embeddings, self.config.grid_shape, grid_shape)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return self.head(self.layernorm(hidden_states)[:, 1:])  # (N, L, P)
+        patch_tokens = self.layernorm(hidden_states)[:, 1:]
+        if self.noise_head is None:
+            return self.head(patch_tokens)  # (N, L, P)
+        visible, hidden = gather_tokens(patch_tokens, ids_restore.argsort(dim=1)).tensor_split(
+            [visible.shape[1]], dim=1
+        )
+        noise = noise_level.to(visible.dtype)[:, None, None] * self.noise_head(visible)  # sigma times the predicted e
+        return gather_tokens(torch.cat([noise, self.head(hidden)], dim=1), ids_restore)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -476,7 +495,10 @@ class CANPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         # MAE's scheme: Xavier-uniform linear layers (the patch projection is one), N(0, 0.02) tokens, fixed positions.
-        if isinstance(module, nn.Linear):
+        if isinstance(module, CANNoiseHead):
+            initialization.zeros_(module.weight)
+            initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
             initialization.xavier_uniform_(module.weight)
             if module.bias is not None:
                 initialization.zeros_(module.bias)
@@ -607,7 +629,7 @@ class CANForPreTraining(CANPreTrainedModel):
         Raises:
             ValueError: for a wrong number of axes, views, channels or pixels, or a batch without negatives.
         """
-        config = self.config
+        config, weights = self.config, self.config.loss_weights
         self._check_views(pixel_values)
         noise, noise_level = self._draw_noise(pixel_values, pixel_noise, noise_level)  # sigma * e, sigma (B, V)
         noised = pixel_values if noise is None else pixel_values + noise
@@ -624,7 +646,7 @@ class CANForPreTraining(CANPreTrainedModel):
                 contrastive = contrastive_loss(image_embeds, config.temperature)
             else:
                 contrastive = (image_embeds * image_embeds_grad).sum()
-            loss = loss + config.contrastive_loss_weight * contrastive
+            loss = loss + weights["contrastive_loss"] * contrastive
 
         if config.uses_decoder:  # the clean pixels where the encoder saw nothing, the noise where it saw it
             logits = split_views(self._decode(encoded, pixel_values, noise_level))
@@ -636,11 +658,11 @@ class CANForPreTraining(CANPreTrainedModel):
 
         if config.reconstruction_loss_weight > 0:  # A
             reconstruction = masked_mean(errors, mask)
-            loss = loss + config.reconstruction_loss_weight * reconstruction
+            loss = loss + weights["reconstruction_loss"] * reconstruction
 
         if config.denoising_loss_weight > 0:  # N
             denoising = masked_mean(errors, 1 - mask)
-            loss = loss + config.denoising_loss_weight * denoising
+            loss = loss + weights["denoising_loss"] * denoising
 
         return CANForPreTrainingOutput(
             loss=loss,
@@ -664,15 +686,17 @@ class CANForPreTraining(CANPreTrainedModel):
             The names of the frozen parts.
         """
         config, unused = self.config, {}
+        hides_none = num_visible_patches(config.num_patches, config.mask_ratio) == config.num_patches
         if config.contrastive_loss_weight == 0:
             unused["projection_head"] = self.projection_head
         if not config.uses_decoder:
             unused["decoder"] = self.decoder
+        elif hides_none:
+            unused["decoder.mask_token"] = self.decoder.mask_token
+        if config.has_noise_head and (hides_none or config.reconstruction_loss_weight == 0):
+            unused["decoder.head"] = self.decoder.head
         for part in unused.values():
             part.requires_grad_(False)
-        if config.uses_decoder and num_visible_patches(config.num_patches, config.mask_ratio) == config.num_patches:
-            self.decoder.mask_token.requires_grad_(False)
-            unused["decoder.mask_token"] = self.decoder.mask_token
         return list(unused)
 
     def _encode(self, pixel_values, masking_scores, interpolate_pos_encoding, **kwargs):

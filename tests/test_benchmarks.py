@@ -27,14 +27,18 @@ from straightforward import StraightforwardCAN  # noqa: E402
 from variants import largest_batch  # noqa: E402
 
 
-def test_the_straightforward_can_computes_our_loss():
-    ours = tiny_model()
+@pytest.mark.parametrize("noise_head", ["own", "shared"])
+def test_the_straightforward_can_computes_our_loss(noise_head):
+    ours = tiny_model(noise_head=noise_head)
+    if noise_head == "own":  # which starts at zero
+        torch.nn.init.normal_(ours.decoder.noise_head.weight, std=0.1)
     theirs = StraightforwardCAN(ours.config)
     state = encoder_weights(ours, MAE_FILE)
     for name, tensor in ours.state_dict().items():
         if not name.startswith("can."):
             name = name.replace("decoder.noise_level_embedding.fc1", "level_embed.0")
             name = name.replace("decoder.noise_level_embedding.fc2", "level_embed.2")
+            name = name.replace("decoder.noise_head", "noise_pred")
             state[their_name(name, MAE_FILE) or name] = tensor
     names = {"patch_embed.proj": "patch_embed", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2"}
     for before, after in names.items():

@@ -256,6 +256,12 @@ def test_the_tables_name_every_tensor_of_the_sources_and_of_ours():
             ["encoder"],
             ["projection head", "decoder", "noise-level embedding"],
         ),
+        (
+            lambda: can(**SQUARE),
+            {"noise_head": "own"},
+            ["encoder", "projection head", "decoder", "noise-level embedding"],
+            ["noise head"],
+        ),
         (lambda: can(**SQUARE, **MAE), {}, ["encoder", "projection head", "decoder"], ["noise-level embedding"]),
         (lambda: can(**SQUARE), MAE, ["encoder", "projection head", "decoder"], []),
         (
@@ -280,6 +286,7 @@ def test_the_lists_name_each_part_once_and_nothing_else_changes(source, changes,
         "projection head": "projection_head.",
         "decoder": "decoder.",
         "noise-level embedding": "decoder.noise_level_embedding.",
+        "noise head": "decoder.noise_head.",
     }
     assert changed_parts(model, before) == {prefixes[part.split(" (")[0]] for part in taken}
 

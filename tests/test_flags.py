@@ -36,7 +36,7 @@ RUNS = {
         "image_mean": "0.5,0.5,0.5", "image_std": "0.25,0.25,0.25", "drop_path_rate": 0.2, "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1, "hidden_act": "relu", "initializer_range": 0.01, "layer_norm_eps": 1e-5,
         "qkv_bias": False, "patch_size": 16, "norm_pix_loss": True, "mask_ratio": 0.6, "noise_std_max": 0.1,
-        "noise_level_embedding": False,
+        "noise_level_embedding": False, "noise_head": "own", "norm_noise_loss": True,
         "projection_hidden_size": 24, "temperature": 0.2, "contrastive_loss_weight": 0.2,
         "reconstruction_loss_weight": 0.5, "denoising_loss_weight": 0.4, "probe_dataset_name": None,
     },
