@@ -359,6 +359,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         for group, of_recipe in zip(optimizer.param_groups, hyperparameters, strict=True):
             group.update(of_recipe)  # which the checkpoint has overwritten with its own
         remarks = [f"settings that changed since: {', '.join(changed)}"] if changed else []
+        if "data_on_device" not in shared["recipe"]:
+            remarks.append("an earlier version wrote it, whose augmentation drew other random numbers")
         if len(own) == accelerator.num_processes:
             set_rng_state(own[accelerator.process_index]["rng"])
             average.sums, average.num_steps = own[accelerator.process_index]["average"]
@@ -721,12 +723,12 @@ def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[s
     """
     before = shared["recipe"]
     harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
-                "dataloader_num_workers", "gradient_checkpointing")  # fmt: skip
+                "dataloader_num_workers", "gradient_checkpointing", "data_on_device")  # fmt: skip
     now = recipe.to_dict()
     changed = [
-        f"{name} was {before.get(name)}, is {value}"
+        f"{name} was {before[name]}, is {value}"
         for name, value in now.items()
-        if value != before.get(name) and name not in harmless and not name.startswith("probe_")
+        if name in before and value != before[name] and name not in harmless and not name.startswith("probe_")
     ]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in weights.items()} != shapes:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_pretraining
-from modeling_can.training import Checkpoints
+from modeling_can.training import Checkpoints, describe_file
 
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +233,22 @@ def test_settings_that_changed_are_named_and_another_model_is_refused(uninterrup
     run_pretraining.main([*resume, f"--output_dir={tmp_path / 'b'}", "--base_learning_rate=0.001"])
     output = capfd.readouterr().out
     assert "settings that changed since: base_learning_rate was 0.006, is 0.001" in output
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(uninterrupted, tmp_path, capfd):
+    path = tmp_path / "step-25"
+    shutil.copytree(uninterrupted / "checkpoints" / "step-25", path)
+    shared = torch.load(path / "shared.pt", weights_only=False)
+    for name in ("data_on_device", "torch_compile", "noise_head", "norm_noise_loss"):  # later than 0.1.0
+        del shared["recipe"][name]
+    torch.save(shared, path / "shared.pt")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["shared.pt"] = describe_file(path / "shared.pt")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    results = run_pretraining.main([*RUN, f"--resume_from_checkpoint={path}", f"--output_dir={tmp_path / 'b'}"])
+    output = capfd.readouterr().out
+    assert results["num_steps"] == 30 and "settings that changed since" not in output
+    assert "at step 25; an earlier version wrote it, whose augmentation drew other random numbers" in output
 
 
 def test_the_optimiser_takes_the_settings_of_the_recipe(uninterrupted, tmp_path, monkeypatch, capfd):
