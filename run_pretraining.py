@@ -68,7 +68,7 @@ from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import run_facts, write, write_card
 from modeling_can.losses import contrastive_loss
 from modeling_can.push import LAST_CHECKPOINT, STOP_SECONDS, WAIT_SECONDS, Push, unfinished_card
-from modeling_can.recipe import LENGTH, SOURCE, Recipe, parse_arguments
+from modeling_can.recipe import LENGTH, SOURCE, Recipe, model_fields, parse_arguments, training_fields
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.resident import ResidentLoader, resident_images
 from modeling_can.training import (
@@ -133,6 +133,12 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    compiled = how_to_compile(recipe.torch_compile, device, config.drop_path_rate)
+    if compiled == "cudagraph" and (accelerator.num_processes > 1 or device.type != "cuda"):
+        raise ValueError(
+            f"torch_compile=cudagraph is for one process on a GPU, and this is one of {accelerator.num_processes} on "
+            f"{device.type}; set it to model or auto"
+        )
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if recipe.tf32 else "highest")  # the one way that compiling bears
     checkpoints = Checkpoints(
@@ -179,6 +185,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     )
     if remark and is_main:
         print(remark)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of decoding; that of training is reported
     if resident:
         loader = ResidentLoader(
             resident,
@@ -234,9 +242,6 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     frozen = model.freeze_unused_parameters()
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    compiled = how_to_compile(recipe.torch_compile, device, config.drop_path_rate)
-    if compiled == "cudagraph" and accelerator.num_processes > 1:
-        raise ValueError("torch_compile=cudagraph is for one process; set it to model or auto")
     if compiled:
         compile_model(model, compiled)
         if device.type != "cpu":  # where it is slower
@@ -295,6 +300,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if resident:
         resident.log_bad(source.name, recipe.max_bad_fraction, ledger if is_main and not recipe.preflight else None)
     bad_samples = reasons(ledger_lines(ledger) if is_main else [])
+    if resident and recipe.preflight:
+        bad_samples.update(reason for reason, _ in resident.bad)
 
     results = {
         "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
@@ -316,7 +323,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             f"{num_parameters / 1e6:.2f} M parameters; {num_images or 'unknown number of'} images from "
             f"{source.name}; {max_steps} steps of {global_batch_size} on {accelerator.num_processes} process(es), "
             f"{device}; learning rate {peak_learning_rate:.3g} after {warmup_steps} steps of warm-up"
-            + (f"; frozen, as their loss weight is 0: {', '.join(frozen)}" if frozen else "")
+            + (f"; frozen, because nothing trains them: {', '.join(frozen)}" if frozen else "")
         )
         if config.denoising_loss_weight > 0 and math.isfinite(gain := reachable_gain(config)):
             print(
@@ -325,7 +332,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 "values of a patch; for more, take smaller patches or wider layers"
             )
         if compiled:
-            print(f"the first step compiles the {compiled}, about a minute; --torch_compile false turns it off")
+            print(f"the first step compiles (torch_compile: {compiled}), which takes seconds to a minute")
         if num_images and num_images < num_contrasted and config.contrastive_loss_weight > 0:
             print(
                 f"of {num_contrasted} images that are contrasted only {num_images} can differ, and the same image "
@@ -721,14 +728,16 @@ def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[s
     What of a recipe has changed since a checkpoint, but for settings that do not touch what is computed. Raises
     ValueError where its weights no longer fit, or where its optimiser did not know what is now trained.
     """
-    before = shared["recipe"]
+    # What an earlier version did not know yet, it did as the default does now.
+    fields = [*training_fields(), *model_fields()]
+    before = {field.name: field.default for field in fields} | shared["recipe"]
     harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
                 "dataloader_num_workers", "gradient_checkpointing", "data_on_device")  # fmt: skip
     now = recipe.to_dict()
     changed = [
         f"{name} was {before[name]}, is {value}"
         for name, value in now.items()
-        if name in before and value != before[name] and name not in harmless and not name.startswith("probe_")
+        if value != before[name] and name not in harmless and not name.startswith("probe_")
     ]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if {name: tensor.shape for name, tensor in weights.items()} != shapes:
@@ -891,13 +900,16 @@ def preflight(
     few = [make()["pixel_values"][:16] for make in micro_batches]
     pixel_values = torch.cat(few)
     few_batches = [lambda pixels=pixels: {"pixel_values": pixels} for pixels in few]
-    timed(backward, few_batches)  # compiles, allocates
-    optimizer.zero_grad()
-    seconds = timed(backward, few_batches)
-    optimizer.zero_grad()
-    unwrapped.eval()  # a dropped path gives its block no gradient
-    backward(few_batches)
-    unwrapped.train()
+    if config.has_noise_head:  # which starts at zero, and then passes no gradient on
+        torch.nn.init.normal_(unwrapped.decoder.noise_head.weight, std=1e-3)
+    with interlude():  # uncompiled: these are other shapes than those of the run
+        timed(backward, few_batches)  # allocates
+        optimizer.zero_grad()
+        seconds = timed(backward, few_batches)
+        optimizer.zero_grad()
+        unwrapped.eval()  # a dropped path gives its block no gradient
+        backward(few_batches)
+        unwrapped.train()
     checks = {
         "pixels are normalised, views differ": check_pixels(pixel_values),
         "every parameter gets a gradient": check_gradients(unwrapped, total_norm),
@@ -935,7 +947,10 @@ def preflight(
         return not failures
 
     picture = figures / "preflight.png"
-    reconstruction_sheet(whole.eval(), pixel_values[:4].flatten(0, 1), recipe.image_mean, recipe.image_std, picture)
+    with interlude():
+        reconstruction_sheet(
+            whole.eval(), pixel_values[:4].flatten(0, 1), recipe.image_mean, recipe.image_std, picture
+        )
     memory = f"{peak_memory(device) / 1e9:.1f}"
     if device.type == "cuda":
         memory += f" of {torch.cuda.mem_get_info()[1] / 1e9:.0f}"

@@ -37,7 +37,7 @@ SECTION = re.compile(r"(<!-- figures: (\S+) -->(\n?))(.*?)(<!-- end of figures -
 def facts(seed: int | None, device: str | torch.device = "cpu") -> dict:
     """
     What a JSON must say of itself; to be called before anything takes time. `commit` ends in -dirty if code, not a
-    result, differs from it. The variable GIT_COMMIT counts instead, if set: for a copy without its history.
+    result, differs from it. Where there is no checkout, the variable GIT_COMMIT names it.
     """
     script = Path(sys.argv[0]).resolve()
     script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
@@ -65,13 +65,11 @@ def save(name: str, report: dict, out: Path):
 
 
 def commit() -> str | None:
-    if os.environ.get("GIT_COMMIT"):
-        return os.environ["GIT_COMMIT"]
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
+        return os.environ.get("GIT_COMMIT")  # not a checkout
     code = ["*.py", "*.yaml", "*.toml", "*.txt"]
     is_dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
     return head + "-dirty" * bool(is_dirty)

@@ -29,7 +29,7 @@ done
 [ -n "$out" ] || { echo "give --out FOLDER"; exit 2; }
 mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export GIT_COMMIT="${GIT_COMMIT:-$(git rev-parse HEAD 2> /dev/null)}"
+[ -z "$GIT_COMMIT" ] || export GIT_DIR=/nonexistent  # a copy may lie in a checkout of another commit
 failed=''
 
 part() { # part, seconds, result, what python3 is told; the result's path is added

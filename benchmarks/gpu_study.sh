@@ -28,7 +28,7 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 [ ! -e "$data" ] || data=$(cd "$data" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export GIT_COMMIT="${GIT_COMMIT:-$(git rev-parse HEAD 2> /dev/null)}"
+[ -z "$GIT_COMMIT" ] || export GIT_DIR=/nonexistent  # a copy may lie in a checkout of another commit
 if [ $scale = tiny ]; then
     [ -n "$data" ] || { echo "give --data CIFAR10_FOLDER"; exit 2; }
 else

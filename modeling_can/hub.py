@@ -74,8 +74,8 @@ def new_folder(folder: Path):
 
 def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
     """
-    Machine, versions of packages and git commit, under the names that they have in `results.json`. The variable
-    GIT_COMMIT names the commit on a machine that got a copy without the history.
+    Machine, versions of packages and git commit, under the names that they have in `results.json`. Where there is no
+    checkout, as on a machine that got a copy, the variable GIT_COMMIT names the commit.
     """
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -104,13 +104,11 @@ def cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    if os.environ.get("GIT_COMMIT"):
-        return os.environ["GIT_COMMIT"]
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # not a checkout
+        return os.environ.get("GIT_COMMIT")  # not a checkout
 
 
 def update_card(folder: str, results: list[EvalResult]):
@@ -304,11 +302,15 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
         "encoder": f"width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
         f"heads, patches of {config.patch_shape[0]} x {config.patch_shape[1]}",
         "loss weights": ", ".join(f"{term} {weight}" for term, weight in weights.items()),
+        "noise": ("a head of its own" if config.has_noise_head else "predicted by the head of the pixels")
+        + (", loss relative to predicting none" if config.norm_noise_loss else ", loss in raw units")
+        if config.denoising_loss_weight > 0
+        else "",
         "mask ratio, largest noise": f"{config.mask_ratio}, {config.noise_std_max}",
         "steps x global batch": f"{results['num_steps']:,} x {results['global_batch_size']:,}",
         "steps left out, as not finite": f"{results['nonfinite_steps']:,}" if results["nonfinite_steps"] else "",
         "learning rate at its peak": f"{results['learning_rate']:.3g}",
-        "not trained, as its weight is 0": ", ".join(results["frozen"]),
+        "frozen, because nothing trains it": ", ".join(results["frozen"]),
         "seed": f"{results['seed']}",
         "hardware": f"{results['machine']}, {processes} process{'es' if processes > 1 else ''}, {precision}",
         "time": f"{duration(results['train_seconds'])} of training, {duration(results['total_seconds'])} in all; "

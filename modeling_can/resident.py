@@ -35,7 +35,7 @@ from .views import BadImage, RandomCrops, decode
 
 logger = logging.getLogger(__name__)
 
-MEMORY_FRACTION = 0.25  # of the device's memory, which the images may take
+MEMORY_FRACTION = 0.25  # of the device's free memory, which the images may take; twice as much while they are sorted
 MARGIN = 256 / 224  # images that are brought to one size keep this much more than a view has
 SEVERAL_SIZES = "the images have several sizes"
 
@@ -81,7 +81,7 @@ def resident_images(
     is_gpu = device.type == "cuda"
     if not choice or (choice == "auto" and (not is_gpu or source.is_remote or source.num_images() is None)):
         return None, None
-    memory = torch.cuda.mem_get_info(device)[1] if is_gpu else psutil.virtual_memory().total
+    memory = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
     read = functools.partial(read_images, source, crops, device, num_workers, MEMORY_FRACTION * memory)
     images, remark = read(), None
     if images == SEVERAL_SIZES and choice is True:
@@ -189,8 +189,13 @@ def read_images(
         raise ValueError(f"{source.name} has no usable image; the last bad one: {bad[-1][1]}")
     order = sorted(range(len(keys)), key=keys.__getitem__)
     checksums, names = zip(*(keys[index] for index in order), strict=True)
-    pixels = torch.cat(pixels)[torch.tensor(order, device=device)]
-    return ResidentImages(pixels, np.array(checksums), list(names), sorted(bad))
+    place = torch.tensor(order, device=device).argsort()  # of each image, among the sorted ones
+    images = torch.empty(len(order), *pixels[0].shape[1:], dtype=torch.uint8, device=device)
+    while pixels:  # each batch is let go of when it is copied
+        batch = pixels.pop(0)
+        images[place[: len(batch)]] = batch
+        place = place[len(batch) :]
+    return ResidentImages(images, np.array(checksums), list(names), sorted(bad))
 
 
 # --- Cropping --------------------------------------------------------------------------------------------------------

@@ -240,10 +240,11 @@ def _joined(results: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 def how_to_compile(choice: bool | str, device: torch.device, drop_path_rate: float) -> str | None:
     """
     What `compile_model` is to do for the recipe's `torch_compile`, or `None` for nothing.
-    `"auto"` compiles the blocks where that pays and works: on a GPU with Triton, without drop path.
+    `"auto"` compiles the blocks where that pays and works: on a GPU with Triton and a C compiler, without drop path.
     """
     if choice == "auto":
-        choice = device.type == "cuda" and has_triton() and drop_path_rate == 0
+        has_compiler = has_triton() and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+        choice = device.type == "cuda" and has_compiler and drop_path_rate == 0
     return {True: "blocks", False: None}.get(choice, choice)
 
 

@@ -239,16 +239,23 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(uninterrupte
     path = tmp_path / "step-25"
     shutil.copytree(uninterrupted / "checkpoints" / "step-25", path)
     shared = torch.load(path / "shared.pt", weights_only=False)
-    for name in ("data_on_device", "torch_compile", "noise_head", "norm_noise_loss"):  # later than 0.1.0
+    for name in ("data_on_device", "noise_head", "norm_noise_loss"):  # which it did not know
         del shared["recipe"][name]
+    shared["recipe"]["torch_compile"] = False
     torch.save(shared, path / "shared.pt")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["shared.pt"] = describe_file(path / "shared.pt")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    results = run_pretraining.main([*RUN, f"--resume_from_checkpoint={path}", f"--output_dir={tmp_path / 'b'}"])
+    resume = [*RUN, f"--resume_from_checkpoint={path}", f"--output_dir={tmp_path / 'b'}"]
+    assert run_pretraining.main(resume)["num_steps"] == 30
     output = capfd.readouterr().out
-    assert results["num_steps"] == 30 and "settings that changed since" not in output
-    assert "at step 25; an earlier version wrote it, whose augmentation drew other random numbers" in output
+    assert (
+        "settings that changed since: torch_compile was False, is auto; an earlier version wrote it, whose" in output
+    )
+    with pytest.raises(ValueError, match="is of another model: .*noise_head was shared, is own"):
+        run_pretraining.main([*resume, "--noise_head=own", "--overwrite_output_dir"])
+    run_pretraining.main([*resume, "--norm_noise_loss=true", "--overwrite_output_dir"])
+    assert "norm_noise_loss was False, is True" in capfd.readouterr().out
 
 
 def test_the_optimiser_takes_the_settings_of_the_recipe(uninterrupted, tmp_path, monkeypatch, capfd):

@@ -283,9 +283,9 @@ def test_no_worker_outlives_its_process(places, tmp_path, number):
         process.kill()
     else:  # which a terminal sends to the group
         os.killpg(process.pid, number)
-    process.join(5)
+    process.join(30)
     assert process.exitcode
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 15
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -457,7 +457,7 @@ def test_a_folder_that_was_begun_otherwise_is_refused(places, tmp_path):
         go_on({**FACTS, "pooling": "mean"})
     with pytest.raises(ValueError, match=r"embedding_dtype='float32' \(there: 'float16'\)"):
         go_on(dtype="float32")
-    with pytest.raises(ValueError, match="source='.*/places0/images'"):
+    with pytest.raises(ValueError, match="source='.*/places\d+/images'"):
         go_on(place=places / "images")
     (tmp_path / "images" / "2.png").rename(tmp_path / "images" / "3.png")
     with pytest.raises(ValueError, match="source_fingerprint="):

@@ -10,6 +10,7 @@ from conftest import tiny_model as default_model
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+import run_pretraining
 from modeling_can import CANForPreTraining
 from modeling_can.diagnostics import reachable_gain
 from modeling_can.modeling_can import patchify
@@ -145,6 +146,17 @@ def test_what_is_not_used_is_frozen_and_the_rest_gets_a_gradient(changes, frozen
     for name, parameter in model.named_parameters():
         is_trained = parameter.grad is not None and bool(parameter.grad.any())
         assert is_trained == (not any(name.startswith(part) for part in frozen)) or name.endswith("k_proj.bias"), name
+
+
+def test_preflight_is_content_with_a_head_that_starts_at_zero(tmp_path, capfd):
+    """Which, as the decoder's only use, gives it no gradient in the first step."""
+    flags = ["--noise_head=own", "--reconstruction_loss_weight=0", "--max_steps=2", "--probe_dataset_name=none",
+             "--per_device_train_batch_size=4", "--dataloader_num_workers=0", "--preflight"]  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        run_pretraining.main([*flags, f"--output_dir={tmp_path}"])
+    output = capfd.readouterr().out
+    assert end.value.code == 0 and "ok    every parameter gets a gradient" in output
+    assert "the noise can be weakened by 1.8 dB at most" in output
 
 
 def test_it_costs_no_more_products():

@@ -192,6 +192,13 @@ def test_a_run_resumes_exactly_and_counts_bad_images_once(folder, tmp_path, capf
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
+def test_preflight_counts_bad_images(folder, tmp_path, capfd):
+    (folder / "broken.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as end:
+        train(folder, tmp_path / "out", preflight=True)
+    assert end.value.code == 0 and "bad       1 images so far" in capfd.readouterr().out
+
+
 def test_too_many_bad_images_stop_the_run(folder, tmp_path):
     for index in range(20):
         (folder / f"broken{index}.png").write_bytes(b"no image")
