@@ -281,8 +281,10 @@ def test_no_worker_outlives_its_process(places, tmp_path, number):
     assert all(map(is_running, workers))
     if number == signal.SIGKILL:
         process.kill()
-    else:  # which a terminal sends to the group
-        os.killpg(process.pid, number)
+    for _ in range(6 if number == signal.SIGINT else 0):  # again, as Python drops one in a destructor
+        if process.is_alive():
+            os.killpg(process.pid, number)  # a terminal sends it to the group
+            process.join(5)
     process.join(30)
     assert process.exitcode
     deadline = time.monotonic() + 15
@@ -457,7 +459,7 @@ def test_a_folder_that_was_begun_otherwise_is_refused(places, tmp_path):
         go_on({**FACTS, "pooling": "mean"})
     with pytest.raises(ValueError, match=r"embedding_dtype='float32' \(there: 'float16'\)"):
         go_on(dtype="float32")
-    with pytest.raises(ValueError, match="source='.*/places\d+/images'"):
+    with pytest.raises(ValueError, match=r"source='.*/places\d+/images'"):
         go_on(place=places / "images")
     (tmp_path / "images" / "2.png").rename(tmp_path / "images" / "3.png")
     with pytest.raises(ValueError, match="source_fingerprint="):
