@@ -33,7 +33,7 @@ RESULTS = sorted([*(ROOT / "benchmarks").glob("*.json"), *(ROOT / "benchmarks" /
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_jsons_say_where_they_come_from(path):
     report = json.loads(path.read_text())
-    assert re.fullmatch(r"python benchmarks/\w+\.py.*", report["command"])
+    assert re.fullmatch(r"python (benchmarks/\w+|run_pretraining)\.py.*", report["command"])
     assert (ROOT / report["command"].split()[1]).exists()
     assert report["machine"] and report["versions"]["torch"] and "seed" in report
     assert not re.search(r"/(root|work|tmp|home)/", path.read_text())
