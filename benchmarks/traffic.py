@@ -3,9 +3,9 @@ What does one product for q, k and v save in memory traffic? Counted on a CPU fo
 
     python benchmarks/traffic.py
 
-Every operation of the forward and backward pass counts the bytes that it reads and writes, views excepted. Batches of 2
-and 6 images give what an image costs and what a step costs, and so the traffic at --batch_size. The CPU's attention and
-casts stand in for those of a GPU. Writes traffic.json.
+Every operation of the forward and backward pass counts the bytes that it reads and writes, views excepted. Batches of
+2 and 6 images give what an image costs and what a step costs, and so the traffic at --batch_size. The CPU's attention
+and casts stand in for those of a GPU. Writes traffic.json.
 """
 
 import argparse
