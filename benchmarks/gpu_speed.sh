@@ -76,10 +76,10 @@ step tiny256 60 tiny256 $tiny256 $rounds --orders 1 --rows $most
 step tiny1024 60 tiny1024 $tiny1024 $rounds --orders 1 --rows $most
 part profile 60 profile_step-large.json benchmarks/profile_step.py $profiled --compiled --out=
 
-part trainer 150 trainer-large.json benchmarks/trainer.py $trained --out=
+part trainer 260 trainer-large.json benchmarks/trainer.py $trained --out=
 part caching 60 gradient_caching-base.json benchmarks/gradient_caching.py $cached --out=
 step cudagraph 110 base-cudagraph $base $rounds --orders 1 --rows straightforward,cudagraph
-part largest 240 variants-largest-base.json benchmarks/variants.py --study largest --size base $largest --out=
+part largest 200 variants-largest-base.json benchmarks/variants.py --study largest --size base $largest --out=
 step best 120 best-base $base $rounds --rows straightforward,compiled
 step best 120 best-large $large $rounds --rows straightforward,compiled
 

@@ -208,7 +208,8 @@ def main():
 
 def start(changes: dict, batch_size: int, arguments):
     """A worker that has warmed up, and what it says of itself. Raises EOFError if it died of it."""
-    context = get_context("spawn")
+    context = get_context("forkserver")  # imports once for all: the largest batch takes dozens of processes
+    context.set_forkserver_preload(["modeling_can.modeling_can", "modeling_can.training"])
     ours, theirs = context.Pipe()
     what = (theirs, preset(arguments.size), changes, batch_size, arguments.device)
     context.Process(target=worker, args=what, daemon=True).start()
