@@ -118,14 +118,6 @@ def train(name: str, settings: dict, arguments):
 
 def gains(folder: Path, arguments) -> dict[str, float]:
     """By how many dB the noise gets weaker on visible patches, on the first 2,000 test images."""
-    import torch
-    from datasets import load_dataset
-
-    from transformers import AutoImageProcessor
-
-    from modeling_can import CANForPreTraining
-    from modeling_can.visualization import reconstruct
-
     model = CANForPreTraining.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     images = load_dataset(arguments.data, split="test[:2000]")[arguments.image_column]
