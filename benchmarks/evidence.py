@@ -230,6 +230,16 @@ def gpu_caching(report: dict) -> str:
     )
 
 
+@or_not_measured
+def gpu_largest(report: dict) -> str:
+    largest = {name: result["batch_size"] for name, result in report["results"].items()}
+    return (
+        f"Of ViT-{report['size'].capitalize()}, {largest['CAN']:,} images fit into the memory of one "
+        f"{report['machine']} (in multiples of {report['command'].split()[-1]}), {largest['gradient checkpointing']:,} "
+        f"with\ngradient checkpointing, and {largest['straightforward CAN']:,} of the straightforward CAN."
+    )
+
+
 def input_pipeline() -> str:
     report = read("input_pipeline")
     by_key = {(line["pipeline"], line["workers"]): line for line in report["pipelines"]}
@@ -307,6 +317,7 @@ FIGURES = {
     "gpu_profile": partial(gpu_profile, "profile_step-large"),
     "gpu_trainer": partial(gpu_trainer, "trainer-large"),
     "gpu_caching": partial(gpu_caching, "gradient_caching-base"),
+    "gpu_largest": partial(gpu_largest, "variants-largest-base"),
     "photometric": photometric,
     "evaluation": evaluation,
     "quickstart": quickstart,
