@@ -43,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
+from modeling_can.configuration_can import EARLIER
 from modeling_can.conversion import normalisation, warm_start
 from modeling_can.data import SAMPLE_DATA, ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
 from modeling_can.diagnostics import (
@@ -728,9 +729,9 @@ def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[s
     What of a recipe has changed since a checkpoint, but for settings that do not touch what is computed. Raises
     ValueError where its weights no longer fit, or where its optimiser did not know what is now trained.
     """
-    # What an earlier version did not know yet, it did as the default does now.
+    # What an earlier version did not know yet, it did as the default does now, or as EARLIER says.
     fields = [*training_fields(), *model_fields()]
-    before = {field.name: field.default for field in fields} | shared["recipe"]
+    before = {field.name: field.default for field in fields} | EARLIER | shared["recipe"]
     harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
                 "dataloader_num_workers", "gradient_checkpointing", "data_on_device")  # fmt: skip
     now = recipe.to_dict()

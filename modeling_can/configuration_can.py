@@ -21,6 +21,9 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_can.CANForImageClassification",
 }
 
+# What a saved configuration that does not say it, because it is older than the field, was trained with: the paper's.
+EARLIER = {"noise_head": "shared", "norm_noise_loss": False}
+
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
     """K, the number of patches that stay visible when `mask_ratio` of `num_patches` are hidden; at least one."""
@@ -70,10 +73,10 @@ class CANConfig(PreTrainedConfig):
         norm_pix_loss (`bool`, defaults to `False`):
             Whether the reconstruction target is normalised per patch (MAE, section 4). Never applied to the noise
             target, from which it would erase the noise level.
-        noise_head (`str`, defaults to `"shared"`):
-            `"shared"`: one linear layer predicts pixels and noise, as in the paper. `"own"`: a second one, which
-            starts at zero, predicts e on the visible patches, and sigma times that is the predicted noise.
-        norm_noise_loss (`bool`, defaults to `False`):
+        noise_head (`str`, defaults to `"own"`):
+            `"own"`: a linear layer of its own, which starts at zero, predicts e on the visible patches, and sigma
+            times that is the predicted noise. `"shared"`: one layer predicts pixels and noise, as in the paper.
+        norm_noise_loss (`bool`, defaults to `True`):
             Whether N counts relative to the loss of predicting no noise, noise_std_max^2 / 3, one constant for all
             noise levels: a head that has learned nothing then costs `denoising_loss_weight`. `False`, as in the paper,
             counts it in raw units.
@@ -128,8 +131,8 @@ class CANConfig(PreTrainedConfig):
     reconstruction_loss_weight: float | int = 0.67
     denoising_loss_weight: float | int = 0.30
     norm_pix_loss: bool = False
-    noise_head: str = "shared"
-    norm_noise_loss: bool = False
+    noise_head: str = "own"
+    norm_noise_loss: bool = True
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt(kwargs)
@@ -148,10 +151,13 @@ class CANConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, `from_pretrained` included, but for overrides, which are checked like all values."""
+        """
+        As in transformers, `from_pretrained` included, but for overrides, which are checked like all values, and for
+        configurations from before `noise_head` and `norm_noise_loss`, which are read as `"shared"` and `False`.
+        """
         cls._refuse_misspelt(kwargs)
         overrides = {name: kwargs.pop(name) for name in CANConfig.__annotations__ if name in kwargs}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        return super().from_dict({**EARLIER, **config_dict, **overrides}, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """

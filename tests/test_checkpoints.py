@@ -235,9 +235,10 @@ def test_settings_that_changed_are_named_and_another_model_is_refused(uninterrup
     assert "settings that changed since: base_learning_rate was 0.006, is 0.001" in output
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(uninterrupted, tmp_path, capfd):
-    path = tmp_path / "step-25"
-    shutil.copytree(uninterrupted / "checkpoints" / "step-25", path)
+def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(tmp_path, capfd):
+    before = ["--noise_head=shared", "--norm_noise_loss=false"]  # and nothing else
+    run_pretraining.main([*RUN, *before, f"--output_dir={tmp_path / 'a'}"])
+    path = tmp_path / "a" / "checkpoints" / "step-25"
     shared = torch.load(path / "shared.pt", weights_only=False)
     for name in ("data_on_device", "noise_head", "norm_noise_loss"):  # which it did not know
         del shared["recipe"][name]
@@ -246,15 +247,15 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(uninterrupte
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["shared.pt"] = describe_file(path / "shared.pt")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    resume = [*RUN, f"--resume_from_checkpoint={path}", f"--output_dir={tmp_path / 'b'}"]
-    assert run_pretraining.main(resume)["num_steps"] == 30
+    resume = [*RUN, f"--resume_from_checkpoint={path}", f"--output_dir={tmp_path / 'b'}", "--overwrite_output_dir"]
+    assert run_pretraining.main([*resume, *before])["num_steps"] == 30
     output = capfd.readouterr().out
     assert (
         "settings that changed since: torch_compile was False, is auto; an earlier version wrote it, whose" in output
     )
     with pytest.raises(ValueError, match="is of another model: .*noise_head was shared, is own"):
-        run_pretraining.main([*resume, "--noise_head=own", "--overwrite_output_dir"])
-    run_pretraining.main([*resume, "--norm_noise_loss=true", "--overwrite_output_dir"])
+        run_pretraining.main(resume)
+    run_pretraining.main([*resume, "--noise_head=shared"])
     assert "norm_noise_loss was False, is True" in capfd.readouterr().out
 
 

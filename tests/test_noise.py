@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import inputs, tiny_config
-from conftest import tiny_model as default_model
+from conftest import inputs, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,10 +13,6 @@ import run_pretraining
 from modeling_can import CANForPreTraining
 from modeling_can.diagnostics import reachable_gain
 from modeling_can.modeling_can import patchify
-
-
-def tiny_model(**changes) -> CANForPreTraining:
-    return default_model(**{"noise_head": "own", "norm_noise_loss": True, **changes})
 
 
 def trivial(config, batch, mask) -> torch.Tensor:
@@ -97,7 +92,7 @@ def test_without_the_term_there_is_no_layer_and_nothing_changes(changes):
 
 
 def test_a_configuration_from_before_is_read_as_the_shared_layer(tmp_path):
-    model = default_model()
+    model = tiny_model(noise_head="shared", norm_noise_loss=False)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written.pop("noise_head"), written.pop("norm_noise_loss")) == ("shared", False)
