@@ -49,8 +49,8 @@ BASE = {
     "denoising_loss_weight": 1, "per_device_train_batch_size": 512, "base_learning_rate": 1e-3, "max_steps": 2000,
 }  # fmt: skip
 del BASE["num_train_epochs"]
-NONE = {"noise_std_max": 0, "denoising_loss_weight": 0, "noise_head": "shared", "norm_noise_loss": False}
-NO_LOSS = {"denoising_loss_weight": 0, "noise_head": "shared", "norm_noise_loss": False}
+NONE = {"noise_std_max": 0, "denoising_loss_weight": 0}
+NO_LOSS = {"denoising_loss_weight": 0}
 NO_C = {"contrastive_loss_weight": 0}
 RUNS = {  # name: what differs from BASE, in the order of worth
     "base": {},
@@ -116,25 +116,22 @@ def train(name: str, settings: dict, arguments):
     print(f"{name}: status {status} after {time.monotonic() - began:.0f} s", flush=True)
 
 
-def gains(folder: Path, arguments) -> dict[str, float]:
-    """By how many dB the noise gets weaker on visible patches, on the first 2,000 test images."""
+def gains(folder: Path, images: list) -> dict[str, float]:
+    """By how many dB the noise gets weaker on visible patches: at sigma_max, half of it, over U[0, sigma_max]."""
     model = CANForPreTraining.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    images = load_dataset(arguments.data, split="test[:2000]")[arguments.image_column]
     pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
-    largest = model.config.noise_std_max
-    levels = {"largest": largest, "mean": largest / 2}
-    levels |= {f"{share:.2f}": share * largest for share in (0.1, 0.3, 0.5, 0.7, 0.9)}  # over U[0, sigma_max]
-    noise, rest = {}, {}
-    for name, level in levels.items():
-        torch.manual_seed(0)
-        with torch.inference_mode():
-            pictures = reconstruct(model, pixels, noise_level=level)
-        noise[name] = pictures["noise"].nan_to_num().square().mean().item()
-        rest[name] = (pictures["noise"] - pictures["predicted_noise"]).nan_to_num().square().mean().item()
-    spread = [name for name in levels if name[0] == "0"]
-    noise["uniform"], rest["uniform"] = (sum(part[name] for name in spread) for part in (noise, rest))
-    return {name: 10 * math.log10(noise[name] / rest[name]) for name in ("largest", "mean", "uniform")}
+    shares = {"largest": [1.0], "mean": [0.5], "uniform": [0.05 + 0.1 * step for step in range(10)]}
+    found = {}
+    for name, levels in shares.items():
+        noise = residual = 0.0
+        for level in levels:
+            torch.manual_seed(0)
+            pictures = reconstruct(model, pixels, noise_level=level * model.config.noise_std_max)
+            noise += pictures["noise"].nan_to_num().square().sum().item()
+            residual += (pictures["noise"] - pictures["predicted_noise"]).nan_to_num().square().sum().item()
+        found[name] = 10 * math.log10(noise / residual)
+    return found
 
 
 def evaluate(name: str, settings: dict, arguments):
@@ -151,7 +148,8 @@ def evaluate(name: str, settings: dict, arguments):
         "losses": {key: statistics.mean(line[key] for line in lines[-3:]) for key in lines[-1] if "loss" in key},
     }
     if settings["denoising_loss_weight"] > 0:
-        result["gain"] = gains(folder, arguments)
+        images = load_dataset(arguments.data, split="test[:2000]")[arguments.image_column]
+        result["gain"] = gains(folder, images)
     place = Path(arguments.output_dir) / name
     for task, more in {"features": ["--task", "knn", "linear_probe"], "noise": ["--task", "robustness", *NOISE]}.items():
         output = place / f"evaluation-{task}"

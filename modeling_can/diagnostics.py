@@ -155,15 +155,15 @@ def findings(
             f"the embeddings have collapsed: those of different images have a cosine of {similarity:.3f} and fill "
             f"{rank:.1f} directions; lower base_learning_rate, or check that the two views are not all alike"
         )
-    dead = {
-        "contrastive": "the contrastive head tells images apart no better than guessing",
-        "reconstruction": "the decoder reconstructs hidden patches no better than the mean colour",
-        "denoising": "the noise head is no better than predicting zero",
+    dead = {  # with the share of the trivial loss above which a term is dead
+        "contrastive": ("the contrastive head tells images apart no better than guessing", 0.95),
+        "reconstruction": ("the decoder reconstructs hidden patches no better than the mean colour", 0.95),
+        # A draw of sigma makes the loss of a dead head scatter, and 0.9 is half a decibel of noise.
+        "denoising": ("the noise head is hardly better than predicting zero", 0.9),
     }
-    for term, sentence in dead.items():
+    for term, (sentence, share) in dead.items():
         loss, trivial = mean(f"{term}_loss"), mean(f"{term}_trivial")
-        # 5 % below, because the draw of sigma makes the denoising loss of a dead head scatter.
-        if loss is not None and trivial is not None and loss > 0.95 * trivial:
+        if loss is not None and trivial is not None and loss > share * trivial:
             found[term] = (
                 f"{sentence}: {loss:.4g} against {trivial:.4g}; train longer, or raise base_learning_rate or "
                 f"{term}_loss_weight"
