@@ -1,20 +1,22 @@
 """
-Which noise, which weight and which head make N remove noise, and what that does to the features: CAN on CIFAR-10, one
-factor at a time.
+Which noise, which weight and which head make N remove noise, and what that does to the features: one factor at a time.
 
-    python benchmarks/noise.py --data CIFAR10_FOLDER                # hours on two CPU cores; goes on where it stopped
-    python benchmarks/noise.py --data CIFAR10_FOLDER --stage train --jobs 10 --minutes 4 --weights FOLDER   # on a GPU
-    python benchmarks/noise.py --data CIFAR10_FOLDER --stage evaluate report --weights FOLDER
+    python benchmarks/noise.py --jobs 2                             # the quickstart's tiles: half an hour on two cores
+    python benchmarks/noise.py --scale cifar10 --data CIFAR10_FOLDER                  # hours on two cores
+    python benchmarks/noise.py --scale cifar10 --data CIFAR10_FOLDER --stage train --jobs 12 --minutes 5.8 \\
+        --weights FOLDER                                                              # a GPU
+    python benchmarks/noise.py --scale cifar10 --data CIFAR10_FOLDER --stage evaluate report --weights FOLDER
 
-All runs have the encoder of `claims.py`, scale toy, but patches of 4, and the same images, views, batch and number of
-steps. The first is the base; every other one says in its name what differs from it. Stages:
+Scale `quickstart`: the recipe of the quickstart. Scale `cifar10`: the encoder of `claims.py`, scale toy, but with
+patches of 4, 2,000 steps of 512 images. The first run of a scale is its base; every other one says in its name what
+differs from it. Stages:
 
 train       pre-trains, --jobs at a time; --weights gets a folder for each run that is done: metrics, and the weights
-            in bfloat16. After --minutes what still runs is given up.
+            in bfloat16. After --minutes what still runs is given up, and a second call does what is missing.
 evaluate    a JSON for each run in benchmarks/noise: by how many dB the noise gets weaker on test images, at sigma_max,
-            at half of it and over sigma ~ U[0, sigma_max]; k-NN and linear probe; the probe under the noise group of
-            the common corruptions, on a fifth of the test images
-report      the table in benchmarks/noise/README.md
+            at half of it and over sigma ~ U[0, sigma_max]; k-NN and linear probe; on CIFAR-10 also the probe under the
+            noise group of the common corruptions, of a fifth of the test images
+report      the tables in benchmarks/noise/README.md
 """
 
 import argparse
@@ -26,10 +28,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
-from claims import ROOT, SCALES, accuracy, contrastive_weight, data_flags, keep, mean_and_spread, without_paths, write
+from claims import ROOT, SCALES, accuracy, contrastive_weight, data_flags, keep, without_paths, write
 from datasets import load_dataset
 from transformers import AutoImageProcessor
 
@@ -44,28 +47,19 @@ RESULTS = Path(__file__).parent / "noise"
 OWN = {"noise_head": "own", "norm_noise_loss": True}
 SHARED = {"noise_head": "shared", "norm_noise_loss": True}
 PAPER = {"noise_head": "shared", "norm_noise_loss": False, "noise_std_max": 0.05, "denoising_loss_weight": 0.2165}
-BASE = {
-    **SCALES["toy"], "patch_size": 4, **contrastive_weight(0.3), **OWN, "noise_std_max": 0.5,
-    "denoising_loss_weight": 1, "per_device_train_batch_size": 512, "base_learning_rate": 1e-3, "max_steps": 2000,
-}  # fmt: skip
-del BASE["num_train_epochs"]
-NONE = {"noise_std_max": 0, "denoising_loss_weight": 0}
-NO_LOSS = {"denoising_loss_weight": 0}
 NO_C = {"contrastive_loss_weight": 0}
-RUNS = {  # name: what differs from BASE, in the order of worth
+NO_LOSS = {"denoising_loss_weight": 0}
+NO_NOISE = {"noise_std_max": 0, "denoising_loss_weight": 0}
+NO_LEVEL = {"noise_level_embedding": False}
+COMMON = {  # name: what differs from the base, in the order of worth
     "base": {},
-    "sigma-0.05": {"noise_std_max": 0.05},
-    "sigma-0.1": {"noise_std_max": 0.1},
-    "sigma-0.25": {"noise_std_max": 0.25},
-    "sigma-1": {"noise_std_max": 1},
-    "no-noise": NONE,
+    **{f"sigma-{sigma}": {"noise_std_max": sigma} for sigma in (0.05, 0.1, 0.25, 1)},
+    "no-noise": NO_NOISE,
     "paper": PAPER,
     "no-loss": NO_LOSS,
-    "no-level": {"noise_level_embedding": False},
+    "no-level": NO_LEVEL,
     "shared": SHARED,
-    "weight-0.1": {"denoising_loss_weight": 0.1},
-    "weight-0.3": {"denoising_loss_weight": 0.3},
-    "weight-3": {"denoising_loss_weight": 3},
+    **{f"weight-{weight}": {"denoising_loss_weight": weight} for weight in (0.1, 0.3, 3)},
     "raw-0.3": {"norm_noise_loss": False, "denoising_loss_weight": 0.3},
     "sigma-0.05-weight-10": {"noise_std_max": 0.05, "denoising_loss_weight": 10},
     "sigma-0.05-own-raw": {**PAPER, "noise_head": "own"},
@@ -75,21 +69,38 @@ RUNS = {  # name: what differs from BASE, in the order of worth
     "patch-8": {"patch_size": 8},
     "decoder-32": {"decoder_hidden_size": 32, "decoder_intermediate_size": 128},
     "decoder-128": {"decoder_hidden_size": 128, "decoder_intermediate_size": 512},
-    "encoder-64": {"hidden_size": 64, "intermediate_size": 256},
-    "encoder-192": {"hidden_size": 192, "intermediate_size": 768},
     "mask-0.25": {"mask_ratio": 0.25},
-    "sigma-0.25-no-loss": {**NO_LOSS, "noise_std_max": 0.25},
-    "sigma-0.25-no-level": {"noise_std_max": 0.25, "noise_level_embedding": False},
-    "sigma-0.25-shared": {**SHARED, "noise_std_max": 0.25},
 }
-ABLATIONS = ("base", "no-noise", "no-loss", "no-level", "shared", "paper", "sigma-0.25")  # with seeds 1 and 2 too
+CIFAR10 = {
+    **{key: value for key, value in SCALES["toy"].items() if key != "num_train_epochs"}, **contrastive_weight(0.3),
+    **OWN, "patch_size": 4, "noise_std_max": 0.5, "denoising_loss_weight": 1, "per_device_train_batch_size": 512,
+    "base_learning_rate": 1e-3, "max_steps": 2000,
+}  # fmt: skip
+BASES = {"quickstart": {**OWN, "noise_std_max": 0.5, "denoising_loss_weight": 1}, "cifar10": CIFAR10}
+RUNS = {
+    "quickstart": {
+        **COMMON,
+        "encoder-48": {"hidden_size": 48, "intermediate_size": 192},
+        "encoder-192": {"hidden_size": 192, "intermediate_size": 768},
+    },
+    "cifar10": {
+        **COMMON,
+        "encoder-64": {"hidden_size": 64, "intermediate_size": 256},
+        "encoder-192": {"hidden_size": 192, "intermediate_size": 768},
+        "sigma-0.25-no-loss": {**NO_LOSS, "noise_std_max": 0.25},
+        "sigma-0.25-no-level": {**NO_LEVEL, "noise_std_max": 0.25},
+        "sigma-0.25-shared": {**SHARED, "noise_std_max": 0.25},
+    },
+}
+ABLATIONS = ("base", "no-noise", "no-loss", "no-level", "shared", "paper")  # with seeds 1 and 2 too
+TASKS = ("knn", "linear_probe")
 NOISE = "--corruptions noise --test_split test[:20%]".split()
 
 
-def runs() -> dict[str, dict]:
+def runs(scale: str) -> dict[str, dict]:
     """Name with seed -> settings."""
-    seeded = [(name, 0) for name in RUNS] + [(name, seed) for seed in (1, 2) for name in ABLATIONS]
-    return {f"{name}-seed-{seed}": {**BASE, **RUNS[name], "seed": seed} for name, seed in seeded}
+    seeded = [(name, 0) for name in RUNS[scale]] + [(name, seed) for seed in (1, 2) for name in ABLATIONS]
+    return {f"{name}-seed-{seed}": {**BASES[scale], **RUNS[scale][name], "seed": seed} for name, seed in seeded}
 
 
 def train(name: str, settings: dict, arguments):
@@ -97,11 +108,13 @@ def train(name: str, settings: dict, arguments):
     if (folder / "results.json").exists():
         return
     flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    flags += ["--data_on_device", "true", "--torch_compile", "false", "--log_with", "none", "--dataloader_num_workers"]
-    flags += ["0", "--logging_steps", "100", "--save_steps", "100000", "--output_dir", str(folder)]
-    recipe = Path(__file__).with_name("claims.yaml")
-    command = [sys.executable, str(ROOT / "run_pretraining.py"), str(recipe), *data_flags(arguments), *flags]
-    command += ["--overwrite_output_dir", "true"]
+    flags += ["--log_with", "none", "--save_steps", "100000"]
+    flags += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]
+    if arguments.scale == "cifar10":
+        flags += ["--data_on_device", "true", "--torch_compile", "false", "--logging_steps", "100"]
+        flags += ["--dataloader_num_workers", "0"]
+        flags = [str(Path(__file__).with_name("claims.yaml")), *data_flags(arguments), *flags]
+    command = [sys.executable, str(ROOT / "run_pretraining.py"), *flags]
     began = time.monotonic()
     with Path(f"{folder}.log").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
@@ -135,108 +148,134 @@ def gains(folder: Path, images: list) -> dict[str, float]:
 
 
 def evaluate(name: str, settings: dict, arguments):
-    path, folder = RESULTS / f"{name}.json", Path(arguments.weights) / name
+    path, folder = RESULTS / f"{arguments.scale}-{name}.json", Path(arguments.weights) / name
     if path.exists() or not (folder / "results.json").exists():
         return
     RESULTS.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     result = {
         "name": name,
+        "scale": arguments.scale,
         "seed": settings["seed"],
         "settings": settings,
         "pretraining": json.loads((folder / "results.json").read_text()),
         "losses": {key: statistics.mean(line[key] for line in lines[-3:]) for key in lines[-1] if "loss" in key},
     }
+    is_quickstart = arguments.scale == "quickstart"
     if settings["denoising_loss_weight"] > 0:
-        images = load_dataset(arguments.data, split="test[:2000]")[arguments.image_column]
-        result["gain"] = gains(folder, images)
-    place = Path(arguments.output_dir) / name
-    for task, more in {"features": ["--task", "knn", "linear_probe"], "noise": ["--task", "robustness", *NOISE]}.items():
-        output = place / f"evaluation-{task}"
-        command = [sys.executable, str(ROOT / "run_eval.py"), "--model_name_or_path", str(folder), *more]
-        command += ["--baselines", "none", "--output_dir", str(output), *data_flags(arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-        with place.with_suffix(".eval.log").open("a") as log:
-            subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        result[task] = json.loads((output / "results.json").read_text())
-        result[task]["results"] = result[task]["results"][folder.name]
+        data = (
+            (str(ROOT / "modeling_can" / "sample_data"), "test") if is_quickstart else (arguments.data, "test[:2000]")
+        )
+        result["gain"] = gains(folder, load_dataset(data[0], split=data[1])["image"])
+    if not is_quickstart:
+        result["features"] = evaluation(folder, ["--task", "knn", "linear_probe"], arguments)
+        result["noise"] = evaluation(folder, ["--task", "robustness", *NOISE], arguments)
     write(path, without_paths(json.dumps(result, indent=1), arguments) + "\n")
     print(name, flush=True)
 
 
-def row(name: str, found: list[dict]) -> str:
-    def mean(path: str, digits: int = 1) -> str:
-        values = []
-        for result in found:
-            for key in path.split("/"):
-                result = result.get(key, {})
-            values += [result] if result != {} else []
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}" if values else ""
+def evaluation(folder: Path, flags: list[str], arguments) -> dict:
+    """run_eval.py's results.json of one model."""
+    place = Path(arguments.output_dir) / folder.name
+    output = place / flags[1]
+    command = [sys.executable, str(ROOT / "run_eval.py"), "--model_name_or_path", str(folder), *flags]
+    command += ["--baselines", "none", "--output_dir", str(output), *data_flags(arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    with place.with_suffix(".eval.log").open("a") as log:
+        subprocess.run(command, check=True, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    result = json.loads((output / "results.json").read_text())
+    return {**result, "results": result["results"][folder.name]}
 
-    features = [{"evaluation": result["features"]} for result in found]
-    robust = [result["noise"]["results"]["robustness"] for result in found]
-    cells = [
-        name,
-        str(len(found)),
-        *(mean(f"gain/{level}", 2) for level in ("largest", "mean", "uniform")),
-        *(mean_and_spread([accuracy(result, task) for result in features]) for task in ("knn", "linear_probe")),
-        mean_and_spread([result["clean"]["accuracy"] for result in robust]),
-        mean_and_spread([result["accuracy"] for result in robust]),
-        mean("losses/reconstruction_loss", 3),
-    ]
-    return f"| {' | '.join(cells)} |"
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def figures(result: dict) -> dict[str, float]:
+    """Column of the table -> figure, of one run."""
+    found = {f"dB, {level}": gain for level, gain in result.get("gain", {}).items()}
+    if "features" in result:
+        robust = result["noise"]["results"]["robustness"]
+        found["k-NN"], found["probe"] = (100 * accuracy({"evaluation": result["features"]}, task) for task in TASKS)
+        found["probe under noise"] = 100 * robust["accuracy"]
+    else:
+        probe = result["pretraining"]["probe"]["CAN, pre-trained"]
+        found["k-NN"], found["probe"] = (100 * probe[task] for task in TASKS)
+    if "reconstruction_loss" in result["losses"]:
+        found["A"] = result["losses"]["reconstruction_loss"]
+    return found
+
+
+def table(scale: str) -> str:
+    """Mean and standard deviation over the seeds, of what is done of a scale."""
+    done = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{scale}-*.json"))]
+    columns = ["dB, largest", "dB, mean", "dB, uniform", "k-NN", "probe", "probe under noise", "A"]
+    columns = [name for name in columns if any(name in figures(result) for result in done)]
+    lines = [f"| run | seeds | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
+    for name in RUNS[scale]:
+        found = [figures(result) for result in done if result["name"].rsplit("-seed-")[0] == name]
+        if found:
+            cells = [spread([run[column] for run in found if column in run], column) for column in columns]
+            lines.append(f"| {name} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], column: str) -> str:
+    if not values:
+        return ""
+    digits = 3 if column == "A" else 1
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def report():
-    done = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
-    lines = [
+    parts = [
         "# The noise term, one factor at a time",
-        "",
-        "Written by `python benchmarks/noise.py --stage report`. Noise weaker by so many dB on 2,000 test images, at "
-        "the largest level, at half of it, and over sigma ~ U[0, sigma_max]; accuracies in %.",
-        "",
-        "| run | seeds | dB, largest | dB, mean | dB, over all | k-NN | probe | probe, a fifth of the test images | "
-        "under noise | A |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "Written by `python benchmarks/noise.py --stage report`. By how many dB the noise in test images gets weaker: "
+        "at the\nlargest level, at half of it (mean), and over sigma ~ U[0, sigma_max] (uniform). Accuracies in %; "
+        "under noise on a fifth\nof the test images. A: mean square error on hidden patches, while training.\n\n"
+        "The base has a noise head of its own, N relative to its trivial loss with weight 1, sigma_max 0.5 and patches "
+        "of 4.\n`sigma-0.05` and so on say what differs.",
+        f"## CIFAR-10: 2,000 steps of 512 images, encoder 128 x 4, decoder 64 x 2\n\n{table('cifar10')}",
+        f"## The quickstart's tiles: 240 steps of 128 images\n\n{table('quickstart')}",
     ]
-    for name in RUNS:
-        found = [result for result in done if result["name"].rsplit("-seed-")[0] == name]
-        lines += [row(name, found)] if found else []
-    text = "\n".join(lines) + "\n"
+    text = "\n\n".join(parts) + "\n"
     write(RESULTS / "README.md", text)
     print(text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="uoft-cs/cifar10", help="folder of parquet shards, or Hub id")
+    parser.add_argument("--scale", choices=RUNS, default="quickstart")
+    parser.add_argument("--data", default="uoft-cs/cifar10", help="cifar10: folder of parquet shards, or Hub id")
     parser.add_argument("--image_column", default="image", help="image, or img for uoft-cs/cifar10")
     parser.add_argument("--stage", nargs="+", choices=["train", "evaluate", "report"])
     parser.add_argument("--runs", nargs="+", help="these alone: base no-noise")
-    parser.add_argument("--output_dir", default="out/noise", help="for checkpoints and logs")
-    parser.add_argument("--weights", default="out/noise/weights", help="a folder for each run: what is kept of it")
+    parser.add_argument("--output_dir", help="for checkpoints and logs; out/noise/SCALE unless given")
+    parser.add_argument("--weights", help="a folder for each run: what is kept of it; OUTPUT_DIR/weights unless given")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="of training; then it stops")
-    parser.add_argument("--max_steps", type=int, default=BASE["max_steps"])
     arguments = parser.parse_args()
-    for name in ("data", "output_dir", "weights"):
-        if name != "data" or Path(arguments.data).exists():
-            setattr(arguments, name, str(Path(getattr(arguments, name)).resolve()))
+    arguments.output_dir = str(Path(arguments.output_dir or f"out/noise/{arguments.scale}").resolve())
+    arguments.weights = str(Path(arguments.weights or f"{arguments.output_dir}/weights").resolve())
+    if Path(arguments.data).exists():
+        arguments.data = str(Path(arguments.data).resolve())
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
-    arguments.further_data = None
+    arguments.further_data = None  # which claims.py has
     arguments.ends = time.monotonic() + 60 * arguments.minutes
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    BASE["max_steps"] = arguments.max_steps
-    todo = {n: s for n, s in runs().items() if not arguments.runs or n.rsplit("-seed-")[0] in arguments.runs}
+    todo = {
+        name: settings
+        for name, settings in runs(arguments.scale).items()
+        if not arguments.runs or name.rsplit("-seed-")[0] in arguments.runs
+    }
     for stage in arguments.stage or ["train", "evaluate", "report"]:
         if stage == "report":
             report()
             continue
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            do = {"train": train, "evaluate": evaluate}[stage]
-            list(pool.map(lambda item: do(*item, arguments), todo.items()))
+            do = partial({"train": train, "evaluate": evaluate}[stage], arguments=arguments)
+            list(pool.map(do, todo, todo.values()))
 
 
 if __name__ == "__main__":

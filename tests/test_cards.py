@@ -374,7 +374,8 @@ def test_a_card_without_results_claims_nothing(folder):
     assert set(re.findall(r"\d+", text)) == {str(recipe.config.image_size), str(recipe.config.patch_size)}
 
 
-def test_the_quickstarts_card_is_its_results():
+def test_the_quickstarts_card_is_its_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     folder = ROOT / "model_cards" / "can-quickstart"
     card, runs = (folder / "README.md").read_text(), json.loads((folder / "results.json").read_text())
     rows = {row[0]: row[1:] for row in tables(card)}
@@ -388,6 +389,7 @@ def test_the_quickstarts_card_is_its_results():
     quickstart = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(quickstart)
     assert quickstart.card(runs) == card
+    assert all(run["health"][0].startswith("healthy") and run["noise_weaker_by"]["uniform"] > 1 for run in runs)
     assert [run["seed"] for run in runs] == [0, 1, 2]
     assert all(re.fullmatch("[0-9a-f]{40}", run["git_commit"]) for run in runs), "run from a clean commit"
     assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
