@@ -233,10 +233,11 @@ def gpu_caching(report: dict) -> str:
 @or_not_measured
 def gpu_largest(report: dict) -> str:
     largest = {name: result["batch_size"] for name, result in report["results"].items()}
+    unit = report["command"].split()[-1]
     return (
         f"Of ViT-{report['size'].capitalize()}, {largest['CAN']:,} images fit into the memory of one "
-        f"{report['machine']} (in multiples of {report['command'].split()[-1]}), {largest['gradient checkpointing']:,} "
-        f"with\ngradient checkpointing, and {largest['straightforward CAN']:,} of the straightforward CAN."
+        f"{report['machine']} (in multiples of {unit}), {largest['gradient checkpointing']:,} with\n"
+        f"gradient checkpointing, and {largest['straightforward CAN']:,} of the straightforward CAN."
     )
 
 
@@ -285,6 +286,12 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
+def noise(scale: str) -> str:
+    from noise import table
+
+    return table(scale)
+
+
 def claims(stage: str, scale: str = "toy") -> str:
     from claims import results, table
 
@@ -320,6 +327,8 @@ FIGURES = {
     "gpu_largest": partial(gpu_largest, "variants-largest-base"),
     "photometric": photometric,
     "evaluation": evaluation,
+    "noise": partial(noise, "cifar10"),
+    "noise_tiles": partial(noise, "quickstart"),
     "quickstart": quickstart,
     "claims": partial(claims, "main"),
     "claims_tiny": partial(claims, "main", "tiny"),

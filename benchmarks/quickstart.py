@@ -69,12 +69,12 @@ each photograph. Mean over the seeds {", ".join(map(str, SEEDS))} and, in bracke
 k-NN is weighted (k = 20, cosine, temperature 0.07); both read the mean of the patch tokens. One seed's 720 tiles leave
 an uncertainty of about 1.5 points (one standard deviation).
 
-Subtracting the noise that the model predicts makes the noise in the test tiles weaker by {weaker["uniform"]}, over sigma
-~ U[0, 0.5] as in training; at 0.5 by {weaker["largest"]}.
+Subtracting the noise that the model predicts makes the noise in the test tiles weaker by {weaker["uniform"]}, over
+sigma ~ U[0, 0.5] as in training; at 0.5 by {weaker["largest"]}.
 
 The contrastive weight (0.1 rather than 0.03) was chosen on these test tiles with seed 0, and seeds 0 and 1 were seen
-before the recipe was settled; seed 2 was not. Patches of 4, the noise, its weight, and the number of layers and steps were
-chosen later on seeds 0 and 1. Read the gain with that in mind.
+before the recipe was settled; seed 2 was not. Patches of 4, the noise, its weight, and the number of layers and steps
+were chosen later on seeds 0 and 1. Read the gain with that in mind.
 
 ## Health
 

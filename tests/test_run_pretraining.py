@@ -286,7 +286,10 @@ def test_parquet_shards_of_others_are_read_and_trained_on(tmp_path, name, num_im
 
 @pytest.mark.slow
 def test_the_quickstart_learns_as_promised(tmp_path):
-    """The README's command: all three terms learn; +6 points over the untrained encoder in both, +25 over pixels in the linear probe."""
+    """
+    The README's command: all three terms learn; +6 points over the untrained encoder in both, +25 over pixels in the
+    linear probe.
+    """
     command = [sys.executable, str(ROOT / "run_pretraining.py"), "--output_dir", str(tmp_path / "out")]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     subprocess.run(command, check=True, timeout=900, env=environment)
