@@ -212,7 +212,8 @@ class CANEmbeddings(nn.Module):
             ids_keep, ids_restore, mask = random_masking(masking_scores, num_visible)
             patches = gather_tokens(patches, ids_keep)  # (N, K, P)
             patch_positions = gather_tokens(patch_positions, ids_keep)
-        patch_tokens = self.patch_embeddings(patches.to(self.patch_embeddings.weight.dtype)) + patch_positions
+        # Not the dtype of the layer's weight: a quantizer stores that as integers.
+        patch_tokens = self.patch_embeddings(patches.to(self.cls_token.dtype)) + patch_positions
         class_token = (self.cls_token + class_position).expand(patches.shape[0], -1, -1)
         return torch.cat([class_token, patch_tokens], dim=1), mask, ids_restore  # (N, 1 + K, D)
 
@@ -401,8 +402,8 @@ class CANNoiseLevelEmbedding(nn.Module):
         angles = noise_level.float()[:, None] * self.scale * 10000.0**-exponents
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
-    def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
-        hidden = self.fc1(self.sinusoidal(noise_level).to(self.fc1.weight.dtype))
+    def forward(self, noise_level: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        hidden = self.fc1(self.sinusoidal(noise_level).to(dtype))
         return self.fc2(nn.functional.relu(hidden))
 
 
@@ -454,7 +455,7 @@ class CANDecoder(nn.Module):
         mask_tokens = self.mask_token.expand(visible.shape[0], num_hidden, -1)
         patch_tokens = gather_tokens(torch.cat([visible, mask_tokens], dim=1), ids_restore)  # (N, L, E), image order
         if self.noise_level_embedding is not None:
-            patch_tokens = patch_tokens + self.noise_level_embedding(noise_level)[:, None]
+            patch_tokens = patch_tokens + self.noise_level_embedding(noise_level, patch_tokens.dtype)[:, None]
         hidden_states = torch.cat([class_token, patch_tokens], dim=1)
         hidden_states = hidden_states + resize_positions(self.position_embeddings, self.config.grid_shape, grid_shape)
         for layer in self.layers:

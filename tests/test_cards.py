@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import MAE, SIMCLR, TINY, free_port
+from conftest import KEPT, MAE, SIMCLR, TINY, free_port
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -396,8 +396,6 @@ def test_the_quickstarts_card_is_its_results(monkeypatch):
 
 
 # --- The model that is kept ------------------------------------------------------------------------------------------
-
-KEPT = ROOT / "model_cards" / "can-toy-patch8-32-cifar10"
 
 
 def test_the_kept_model_loads_in_full_and_is_small():

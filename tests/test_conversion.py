@@ -190,7 +190,7 @@ def test_can_gives_the_same_losses(tmp_path):
     source.save_pretrained(tmp_path)
     model = tiny_model()
     taken, new = warm_start(model, str(tmp_path))
-    assert taken == ["encoder", "projection head", "decoder", "noise-level embedding"] and new == []
+    assert taken == ["encoder", "projection head", "decoder", "noise-level embedding", "noise head"] and new == []
     for name, tensor in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     batch = inputs(model.config)
@@ -217,22 +217,27 @@ def test_the_tables_name_every_tensor_of_the_sources_and_of_ours():
 @pytest.mark.parametrize(
     "source, changes, taken, new",
     [
-        (lambda: vit(), {}, ["encoder"], ["projection head", "decoder", "noise-level embedding"]),
+        (lambda: vit(), {}, ["encoder"], ["projection head", "decoder", "noise-level embedding", "noise head"]),
         (lambda: vit(), MAE, ["encoder"], ["projection head", "decoder"]),
         (
             lambda: dinov2(),
             {},
             ["encoder (layer scale folded into the output projections; mask token left out)"],
-            ["projection head", "decoder", "noise-level embedding"],
+            ["projection head", "decoder", "noise-level embedding", "noise head"],
         ),
-        (lambda: vit_mae(), {}, ["encoder", "decoder"], ["projection head", "noise-level embedding"]),
+        (lambda: vit_mae(), {}, ["encoder", "decoder"], ["projection head", "noise-level embedding", "noise head"]),
         (
             lambda: vit_mae(),
             dict(image_size=16),
             ["encoder (positions resized from 4 x 4 to 2 x 2)", "decoder (positions resized from 4 x 4 to 2 x 2)"],
-            ["projection head", "noise-level embedding"],
+            ["projection head", "noise-level embedding", "noise head"],
         ),
-        (lambda: vit_mae(ViTMAEModel), {}, ["encoder"], ["projection head", "decoder", "noise-level embedding"]),
+        (
+            lambda: vit_mae(ViTMAEModel),
+            {},
+            ["encoder"],
+            ["projection head", "decoder", "noise-level embedding", "noise head"],
+        ),
         (
             lambda: vit_mae(decoder_num_hidden_layers=3, decoder_num_attention_heads=4),
             {},
@@ -242,27 +247,33 @@ def test_the_tables_name_every_tensor_of_the_sources_and_of_ours():
                 "decoder (decoder_num_hidden_layers is 3 there and 2 here, decoder_num_attention_heads is 4 there and "
                 "2 here)",
                 "noise-level embedding",
+                "noise head",
             ],
         ),
         (
             lambda: can(CANModel, **SQUARE),
             {},
             ["encoder"],
-            ["projection head", "decoder", "noise-level embedding"],
+            ["projection head", "decoder", "noise-level embedding", "noise head"],
         ),
         (
             lambda: can(CANForImageClassification, **SQUARE),
             {},
             ["encoder"],
-            ["projection head", "decoder", "noise-level embedding"],
+            ["projection head", "decoder", "noise-level embedding", "noise head"],
         ),
         (
-            lambda: can(**SQUARE),
-            {"noise_head": "own"},
+            lambda: can(**SQUARE, noise_head="shared"),
+            {},
             ["encoder", "projection head", "decoder", "noise-level embedding"],
             ["noise head"],
         ),
-        (lambda: can(**SQUARE, **MAE), {}, ["encoder", "projection head", "decoder"], ["noise-level embedding"]),
+        (
+            lambda: can(**SQUARE, **MAE),
+            {},
+            ["encoder", "projection head", "decoder"],
+            ["noise-level embedding", "noise head"],
+        ),
         (lambda: can(**SQUARE), MAE, ["encoder", "projection head", "decoder"], []),
         (
             lambda: can(**SQUARE, decoder_num_hidden_layers=1, projection_size=16),
@@ -272,6 +283,7 @@ def test_the_tables_name_every_tensor_of_the_sources_and_of_ours():
                 "projection head (projection_size is 16 there and 8 here)",
                 "decoder (decoder_num_hidden_layers is 1 there and 2 here)",
                 "noise-level embedding (decoder_num_hidden_layers is 1 there and 2 here)",
+                "noise head (decoder_num_hidden_layers is 1 there and 2 here)",
             ],
         ),
     ],

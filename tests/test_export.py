@@ -353,7 +353,7 @@ def test_an_encoder_alone_leaves_the_rest_new_and_layer_scale_is_folded(mae_file
     model = tiny_model(**SQUARE)
     taken, new = warm_start(model, str(tmp_path / "timm.safetensors"))
     assert taken == ["encoder (layer scale folded into the output projections)"]
-    assert new == ["projection head", "decoder", "noise-level embedding"]
+    assert new == ["projection head", "decoder", "noise-level embedding", "noise head"]
     for block in theirs.blocks:
         scales = [state.pop(f"blocks.{list(theirs.blocks).index(block)}.ls{half}.gamma") for half in (1, 2)]
         for layer, scale in zip((block.attn["proj"], block.mlp["fc2"]), scales, strict=True):

@@ -145,7 +145,7 @@ def test_what_is_not_used_is_frozen_and_the_rest_gets_a_gradient(changes, frozen
 
 def test_preflight_is_content_with_a_head_that_starts_at_zero(tmp_path, capfd):
     """Which, as the decoder's only use, gives it no gradient in the first step."""
-    flags = ["--noise_head=own", "--reconstruction_loss_weight=0", "--max_steps=2", "--probe_dataset_name=none",
+    flags = ["--patch_size=8", "--reconstruction_loss_weight=0", "--max_steps=2", "--probe_dataset_name=none",
              "--per_device_train_batch_size=4", "--dataloader_num_workers=0", "--preflight"]  # fmt: skip
     with pytest.raises(SystemExit) as end:
         run_pretraining.main([*flags, f"--output_dir={tmp_path}"])

@@ -96,7 +96,7 @@ def test_the_card_has_its_pictures_and_its_snippets_run(finished, monkeypatch, t
         exec(snippet, scope)
     assert len(snippets) == 3 and scope["embedding"].shape == (1, 32)
     assert torch.allclose(torch.tensor(scope["pooled"]), scope["embedding"], atol=1e-6)
-    assert scope["predicted"].shape == (2 * 2 * 8, 8 * 8 * 3) and str(scope["output"].loss) in capsys.readouterr().out
+    assert scope["predicted"].shape == (2 * 2 * 32, 4 * 4 * 3) and str(scope["output"].loss) in capsys.readouterr().out
 
 
 def test_the_readmes_snippet_runs(finished, monkeypatch, tmp_path):

@@ -512,7 +512,7 @@ def test_the_logged_loss_is_the_weighted_sum():
         "denoising_loss": torch.tensor(2.0),
     }
     metrics = run_pretraining.step_metrics(terms, config, torch.tensor(1.0))
-    assert metrics["loss"].item() == pytest.approx(0.03 * 5 + 0.67 * 0.5 + 0.3 * 2)
+    assert metrics["loss"].item() == pytest.approx(0.03 * 5 + 0.67 * 0.5 + 0.3 * 2 / (0.05**2 / 3))
 
 
 def test_jitter_and_blur_are_as_strong_as_asked():

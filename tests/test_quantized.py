@@ -1,0 +1,69 @@
+"""Quantized weights: what stores them is not what computes with them, and the features stay what they were."""
+
+import pytest
+import torch
+from conftest import KEPT
+from torch import nn
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining, BitsAndBytesConfig
+
+import modeling_can  # noqa: F401  registers CAN with the Auto classes
+
+
+BITS = {"four_bits": {"load_in_4bit": True}, "eight_bits": {"load_in_8bit": True}}
+PIXELS = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def quantized(auto_class, kind: str, folder=KEPT) -> nn.Module:
+    if kind == "dynamic":
+        return torch.ao.quantization.quantize_dynamic(auto_class.from_pretrained(folder), {nn.Linear})
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra test)")
+    config = BitsAndBytesConfig(**BITS[kind])
+    return auto_class.from_pretrained(folder, quantization_config=config, device_map="cpu")
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    # 64, as bitsandbytes on a CPU wants widths in multiples of its blocks
+    AutoModelForImageClassification.from_pretrained(KEPT, num_labels=64).save_pretrained(folder)
+    return folder
+
+
+def similarity(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return nn.functional.cosine_similarity(ours.float(), exact, dim=-1).mean().item()
+
+
+@pytest.mark.parametrize("kind", [*BITS, "dynamic"])
+@torch.no_grad()
+def test_the_features_stay(kind, classifier_folder):
+    exact = AutoModel.from_pretrained(KEPT)(PIXELS).pooler_output
+    assert similarity(quantized(AutoModel, kind)(PIXELS).pooler_output, exact) > 0.98
+    exact = AutoModelForImageClassification.from_pretrained(classifier_folder)(PIXELS).logits
+    assert similarity(quantized(AutoModelForImageClassification, kind, classifier_folder)(PIXELS).logits, exact) > 0.98
+
+
+@pytest.mark.parametrize("kind", [*BITS, "dynamic"])
+@torch.no_grad()
+def test_the_losses_stay(kind):
+    generator = torch.Generator().manual_seed(1)
+    batch = {
+        "pixel_values": torch.stack([PIXELS, PIXELS.flip(-1)], dim=1),
+        "pixel_noise": torch.randn(16, 2, 3, 32, 32, generator=generator),
+        "noise_level": torch.rand(16, 2, generator=generator) * 0.05,
+        "masking_scores": torch.rand(16, 2, 16, generator=generator),
+    }
+    exact = AutoModelForPreTraining.from_pretrained(KEPT)(**batch)
+    outputs = quantized(AutoModelForPreTraining, kind)(**batch)
+    assert similarity(outputs.image_embeds, exact.image_embeds) > 0.95  # 0.975 with 4 bits
+    for name in ("contrastive_loss", "reconstruction_loss"):
+        assert outputs[name].item() == pytest.approx(exact[name].item(), rel=0.1)
+
+
+def test_an_adapter_on_four_bits_is_trained(classifier_folder):
+    peft = pytest.importorskip("peft", reason="peft is not installed (extra test)")
+    model = quantized(AutoModelForImageClassification, "four_bits", classifier_folder)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    model(PIXELS, labels=torch.arange(16)).loss.backward()
+    adapted = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert adapted and all(p.grad is not None and p.grad.any() for p in adapted.values())
