@@ -636,6 +636,10 @@ class CANForPreTraining(CANPreTrainedModel):
         noised = pixel_values if noise is None else pixel_values + noise
         encoded, split_views = self._encode(noised, masking_scores, interpolate_pos_encoding, **kwargs)
         mask = split_views(encoded.mask)
+
+        def split_all(tensors):  # None for a layer that was not asked for
+            return tensors and tuple(None if tensor is None else split_views(tensor) for tensor in tensors)
+
         image_embeds = logits = contrastive = reconstruction = denoising = None
         loss = 0
 
@@ -674,8 +678,8 @@ class CANForPreTraining(CANPreTrainedModel):
             mask=mask,
             ids_restore=split_views(encoded.ids_restore),
             image_embeds=image_embeds,
-            hidden_states=encoded.hidden_states and tuple(map(split_views, encoded.hidden_states)),
-            attentions=encoded.attentions and tuple(map(split_views, encoded.attentions)),
+            hidden_states=split_all(encoded.hidden_states),
+            attentions=split_all(encoded.attentions),
         )
 
     def freeze_unused_parameters(self) -> list[str]:

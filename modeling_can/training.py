@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -455,7 +456,10 @@ class StopSignals(contextlib.AbstractContextManager):
         self.reduce, self.device, self.received, self.asked = reduce, device, None, collections.deque()
 
     def __enter__(self):
-        self.previous = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        # Signals reach the main thread alone, which is another one in a notebook's server, say; there they stay its own.
+        is_main = threading.current_thread() is threading.main_thread()
+        caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if is_main else ()
+        self.previous = {number: signal.signal(number, self._remember) for number in caught}
         return self
 
     def __exit__(self, *_):

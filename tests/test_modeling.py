@@ -413,6 +413,8 @@ def test_hidden_states_attentions_and_tuples():
     assert torch.equal(model(**batch, return_dict=False)[0], outputs.loss)
     encoder = model.can(batch["pixel_values"][:, 0], output_hidden_states=True)
     torch.testing.assert_close(model.can.layernorm(encoder.hidden_states[-1]), encoder.last_hidden_state)
+    some = model(**batch, output_hidden_states=[0, -1]).hidden_states
+    assert some[1] is None and torch.equal(some[0], outputs.hidden_states[0])
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,14 @@ def test_a_data_set_built_in_python_trains_and_too_many_bad_images_stop_the_run(
     rows = Dataset.from_dict({"image": [None, *pictures]})
     with pytest.raises(ValueError, match=r"1 of 17 images .* max_bad_fraction=0.01; .*--max_bad_fraction"):
         run_pretraining.main([*TOY, *options, "--overwrite_output_dir"], rows)
+
+
+def test_it_trains_in_a_thread_too(tmp_path):
+    """As in a notebook's server or an app, where Python delivers no signals."""
+    rows = Dataset.from_dict({"image": [Image.effect_noise((40, 40), 60).convert("RGB") for _ in range(16)]})
+    options = ["--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none"]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_pretraining.main, [*TOY, *options], rows).result()["num_images"] == 16
 
 
 @pytest.mark.slow
