@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:  # never runs: transformers reads it, and so ships the models with every configuration
     from .modeling_can import CANModel  # noqa: F401
@@ -157,7 +160,15 @@ class CANConfig(PreTrainedConfig):
         """
         cls._refuse_misspelt(kwargs)
         overrides = {name: kwargs.pop(name) for name in CANConfig.__annotations__ if name in kwargs}
-        return super().from_dict({**EARLIER, **config_dict, **overrides}, **kwargs)
+        # What a user writes is refused; what a file holds, from another model perhaps, is kept as it is.
+        foreign = {name: config_dict[name] for name in cls._misspelt(config_dict)}
+        for name, near in cls._misspelt(config_dict).items():
+            logger.warning("the configuration has a field %r, which CANConfig does not know; it has %r", name, near)
+        own = {name: value for name, value in config_dict.items() if name not in foreign}
+        made = super().from_dict({**EARLIER, **own, **overrides}, **kwargs)
+        for name, value in foreign.items():
+            setattr(made[0] if isinstance(made, tuple) else made, name, value)
+        return made
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
@@ -223,13 +234,19 @@ class CANConfig(PreTrainedConfig):
         }
 
     @classmethod
+    def _misspelt(cls, values: dict) -> dict[str, str]:
+        """Keys that are no fields but look like one -> that field."""
+        names = [field.name for field in fields(cls)]
+        near = {
+            key: difflib.get_close_matches(key, names, n=1, cutoff=0.85) for key in values if key not in set(names)
+        }
+        return {key: found[0] for key, found in near.items() if found}
+
+    @classmethod
     def _refuse_misspelt(cls, kwargs):
         # transformers accepts any keyword, so `mask_ration=0.75` would quietly train with 0.5.
-        names = [field.name for field in fields(cls)]
-        for key in kwargs.keys() - set(names):
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.85)
-            if near:
-                raise ValueError(f"CANConfig has no field {key!r}; did you mean {near[0]!r}?")
+        for key, near in cls._misspelt(kwargs).items():
+            raise ValueError(f"CANConfig has no field {key!r}; did you mean {near!r}?")
 
     def _check_sizes(self):
         positive = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"]

@@ -186,7 +186,8 @@ class CANEmbeddings(nn.Module):
         self.patch_embeddings = nn.Linear(config.pixels_per_patch, config.hidden_size)
         # A buffer, because transformers 5 gives loaded parameters their gradient back; a saved one, because a warm
         # start may bring a learnt table.
-        self.register_buffer("position_embeddings", torch.zeros(1, config.num_patches + 1, config.hidden_size))
+        positions = sincos_positions(config.grid_shape, config.hidden_size)
+        self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
 
     def forward(
         self,
@@ -431,7 +432,8 @@ class CANDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("position_embeddings", torch.zeros(1, config.num_patches + 1, width))
+        positions = sincos_positions(config.grid_shape, width)
+        self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
         told = config.noise_std_max > 0 and config.noise_level_embedding
         self.noise_level_embedding = CANNoiseLevelEmbedding(config) if told else None
         self.layers = nn.ModuleList(

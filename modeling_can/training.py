@@ -456,7 +456,7 @@ class StopSignals(contextlib.AbstractContextManager):
         self.reduce, self.device, self.received, self.asked = reduce, device, None, collections.deque()
 
     def __enter__(self):
-        # Signals reach the main thread alone, which is another one in a notebook's server, say; there they stay its own.
+        # Python delivers signals to the main thread alone. In another one, of an app or a server, they are not ours.
         is_main = threading.current_thread() is threading.main_thread()
         caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if is_main else ()
         self.previous = {number: signal.signal(number, self._remember) for number in caught}

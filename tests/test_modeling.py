@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import json
+import logging
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
     ViTMAEForPreTraining,
     ViTModel,
 )
+from transformers.initialization import no_init_weights
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel
 from modeling_can.modeling_can import patchify, random_masking, resize_positions, sincos_positions, unpatchify
@@ -525,6 +528,30 @@ def test_config_refuses_what_cannot_work(changes, message, tmp_path):
     tiny_config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         CANConfig.from_pretrained(tmp_path, **changes)
+
+
+def test_a_foreign_key_in_a_file_is_kept_with_a_warning(tmp_path, caplog):
+    """Beside what a user writes: a folder that another library added to, or that was converted, is not locked."""
+    tiny_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layer_norm_epsilon": 1e-5, "in_channels": 3}))
+    transformers_logger = logging.getLogger("modeling_can.configuration_can")
+    transformers_logger.addHandler(caplog.handler)
+    config, unused = CANConfig.from_pretrained(tmp_path, return_unused_kwargs=True)
+    transformers_logger.removeHandler(caplog.handler)
+    assert config.layer_norm_epsilon == 1e-5 and config.layer_norm_eps == tiny_config().layer_norm_eps and not unused
+    assert "'layer_norm_epsilon', which CANConfig does not know; it has 'layer_norm_eps'" in caplog.text
+    config.save_pretrained(tmp_path / "again")
+    assert CANConfig.from_pretrained(tmp_path / "again").layer_norm_epsilon == 1e-5
+    with pytest.raises(ValueError, match="did you mean 'layer_norm_eps'"):
+        CANConfig.from_pretrained(tmp_path, layer_norm_epsilon=1e-5)
+
+
+def test_position_tables_are_there_before_any_initialisation():
+    with no_init_weights():
+        model = CANForPreTraining(tiny_config())
+    assert torch.equal(model.can.embeddings.position_embeddings, sincos_positions((4, 6), 32))
+    assert torch.equal(model.decoder.position_embeddings, sincos_positions((4, 6), 16))
 
 
 def test_classes_carry_the_public_signatures():
