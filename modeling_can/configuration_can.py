@@ -64,7 +64,8 @@ class CANConfig(PreTrainedConfig):
         mask_ratio (`float`, defaults to 0.5): Share of the patches that is hidden from the encoder, in [0, 1).
         noise_std_max (`float`, defaults to 0.05):
             sigma_max, in units of normalised pixels: each view's noise level is drawn from U[0, sigma_max].
-            0 builds no noise-level embedding. On CIFAR-10, noise is learned from 0.1 on (benchmarks/noise).
+            0 builds no noise-level embedding. 0.05 is the default of the authors' flag, which never reaches their
+            model: that runs with 0.1. On CIFAR-10, noise is learned from 0.1 on (benchmarks/noise).
         noise_level_embedding (`bool`, defaults to `True`):
             Whether the decoder is told each view's noise level; `False` is for ablations.
         projection_hidden_size (`int`, *optional*): Hidden width of the contrastive head; `hidden_size` if `None`.

@@ -582,6 +582,7 @@ class CANModel(CANPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layernorm(hidden_states)
+        # Deviation: the authors' release averages the class token along with the patch tokens.
         return CANModelOutput(
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 1:].mean(dim=1),
@@ -657,6 +658,8 @@ class CANForPreTraining(CANPreTrainedModel):
 
         if config.uses_decoder:  # the clean pixels where the encoder saw nothing, the noise where it saw it
             logits = split_views(self._decode(encoded, pixel_values, noise_level))
+            # Deviation: the authors' release takes the noised picture as the target of hidden patches, whose noise
+            # nothing that the encoder sees can tell.
             target = patchify(pixel_values.float(), config.patch_shape)
             target = normalize_patches(target) if config.norm_pix_loss else target
             if noise is not None:
