@@ -56,7 +56,9 @@ def hidden_share(shown: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
-    return save(tmp_path_factory.mktemp("demo") / "can", tiny_model())
+    return save(
+        tmp_path_factory.mktemp("demo") / "can", tiny_model(noise_head="shared")
+    )  # predicts some noise untrained
 
 
 @pytest.fixture(scope="module")
