@@ -286,10 +286,10 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def noise(scale: str) -> str:
+def noise() -> str:
     from noise import table
 
-    return table(scale)
+    return table("cifar10")
 
 
 def claims(stage: str, scale: str = "toy") -> str:
@@ -327,8 +327,7 @@ FIGURES = {
     "gpu_largest": partial(gpu_largest, "variants-largest-base"),
     "photometric": photometric,
     "evaluation": evaluation,
-    "noise": partial(noise, "cifar10"),
-    "noise_tiles": partial(noise, "quickstart"),
+    "noise": noise,
     "quickstart": quickstart,
     "claims": partial(claims, "main"),
     "claims_tiny": partial(claims, "main", "tiny"),

@@ -658,7 +658,7 @@ class CANForPreTraining(CANPreTrainedModel):
 
         if config.uses_decoder:  # the clean pixels where the encoder saw nothing, the noise where it saw it
             logits = split_views(self._decode(encoded, pixel_values, noise_level))
-            # Deviation: the authors' release takes the noised picture as the target of hidden patches, whose noise
+            # Deviation: the authors' release takes the noised image as the target of masked patches, whose noise
             # nothing that the encoder sees can tell.
             target = patchify(pixel_values.float(), config.patch_shape)
             target = normalize_patches(target) if config.norm_pix_loss else target
