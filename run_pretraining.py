@@ -45,7 +45,7 @@ from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
 from modeling_can.configuration_can import EARLIER
 from modeling_can.conversion import normalisation, warm_start
-from modeling_can.data import SAMPLE_DATA, ImageSource, ViewStream, ledger_lines, mean_and_std, resume, view_loader
+from modeling_can.data import SAMPLE_DATA, ImageSource, ViewStream, ledger_lines, mean_and_std
 from modeling_can.diagnostics import (
     TERMS,
     check_disk,
@@ -54,6 +54,7 @@ from modeling_can.diagnostics import (
     check_pixels,
     check_positions,
     check_positives,
+    check_shared_memory,
     duration,
     embedding_health,
     embedding_spread,
@@ -67,6 +68,7 @@ from modeling_can.diagnostics import (
 from modeling_can.encoders import Preprocessor
 from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import run_facts, write, write_card
+from modeling_can.loading import Patient, resume, view_loader
 from modeling_can.losses import contrastive_loss
 from modeling_can.push import LAST_CHECKPOINT, STOP_SECONDS, WAIT_SECONDS, Push, unfinished_card
 from modeling_can.recipe import LENGTH, SOURCE, Recipe, model_fields, parse_arguments, training_fields
@@ -77,6 +79,7 @@ from modeling_can.training import (
     DataWait,
     MetricAverage,
     NonFiniteGuard,
+    StoppedWaiting,
     StopSignals,
     accumulated_backward,
     cached_backward,
@@ -354,7 +357,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if checkpoint:
         states = [process["loader"] for process in own]
         exact = loader.resume(states) if resident else resume(loader, states)
-    batches = iter(loader)
+    batches = iter(loader) if resident else Patient(loader)
     if checkpoint:
         changed = changed_fields(recipe, shared, weights, unwrapped)
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
@@ -389,6 +392,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     # --- What a step needs -------------------------------------------------------------------------------------------
     data_wait = DataWait(device)
     pixel_values = None  # of the last micro-batch, to look at
+    sum_up = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
+    stop = StopSignals(sum_up, device)
     guard, num_nonfinite = NonFiniteGuard(optimizer.optimizer, accelerator.num_processes), progress["nonfinite"]
 
     def make_inputs(views):
@@ -400,7 +405,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         """The micro-batches of a step, and the names of their images."""
         micro_batches, images = [], []
         for _ in range(num_micro_batches):
-            with data_wait:
+            with data_wait, stop.waiting():
                 batch = next(batches)
             bad_samples.update(batch["bad"])
             images += batch["images"]
@@ -592,13 +597,17 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     # --- The loop ----------------------------------------------------------------------------------------------------
     logged_step, logged_at, known_findings = first_step, time.perf_counter(), set()
     train_started = logged_at
-    sum_up = partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
     bar = tqdm(range(first_step, max_steps), "pre-training", max_steps, initial=first_step, dynamic_ncols=True,
                disable=not is_main or not sys.stderr.isatty())  # fmt: skip
     model.train()
-    with StopSignals(sum_up, device) as stop:
+    with stop:
         for step in bar:
-            micro_batches, images = fetch()
+            try:
+                micro_batches, images = fetch()
+            except StoppedWaiting:
+                newest = checkpoints.paths()[-1:]
+                advice = f"go on with --resume_from_checkpoint {newest[0]}" if newest else "nothing was saved"
+                sys.exit(f"stopped by {stop.received.name} after step {step}, while the run waited for data; {advice}")
             terms, grad_norm, finite = update(step, micro_batches, images)
             average.update(step_metrics(terms, config, grad_norm), finite)
 
@@ -918,6 +927,10 @@ def preflight(
         "patches know their places": check_positions(unwrapped),
         "the disk has room for checkpoints": check_disk(
             figures, recipe.save_total_limit + bool(recipe.probe_every), unwrapped.parameters()
+        ),
+        "shared memory has room for batches": check_shared_memory(
+            recipe.dataloader_num_workers,
+            len(images) // recipe.gradient_accumulation_steps * math.prod(pixel_values.shape[1:]),  # uint8
         ),
     }
     if config.contrastive_loss_weight > 0:

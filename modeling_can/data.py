@@ -21,10 +21,8 @@ import itertools
 import json
 import logging
 import os
-import signal
 import sys
 import tarfile
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -37,8 +35,8 @@ import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, UnidentifiedImageError
-from torchdata.stateful_dataloader import StatefulDataLoader
 
+from .loading import resume, view_loader  # noqa: F401  to be imported from here too
 from .views import BadImage
 
 
@@ -48,6 +46,7 @@ SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
 IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 RETRY_SECONDS = (1, 5, 20, 60, 120)  # waits before a connection is tried again
+MAX_EMPTY_EPOCHS = 20  # in a row: a reader may be given nothing but empty shards by chance
 STALL_SECONDS = 60  # of silence, after which a connection counts as failed
 
 # datasets reads a broken connection up to 20 times more, 5 s apart, which a tar stream never survives. Instead, the
@@ -230,6 +229,10 @@ class ImageSource:
         """How many images an epoch has, without reading them: None where only reading would tell."""
         if self._num_images is not None or self._builder is None:
             return self._num_images
+        self._num_images = self._count()
+        return self._num_images
+
+    def _count(self) -> int | None:
         splits = self._builder.info.splits
         if splits and self.split in splits and splits[self.split].num_examples:
             return splits[self.split].num_examples
@@ -336,6 +339,7 @@ class ViewStream(torch.utils.data.IterableDataset):
         self.source, self.make_views, self.seed = source, make_views, seed
         self.process_index, self.num_processes = process_index, num_processes
         self.block_size, self.max_bad_fraction, self.ledger = block_size, max_bad_fraction, ledger
+        self.order = (seed, block_size, source.fingerprint)  # what the order of the images depends on
         self.begin(epoch=0)
 
     def begin(self, epoch: int, num_rows: int = 0):
@@ -348,7 +352,7 @@ class ViewStream(torch.utils.data.IterableDataset):
             "num_rows": 0,  # of this epoch, before the block
             "pass_length": None,  # rows of the last epoch that was finished
             "skip": num_rows,
-            "order": (self.seed, self.block_size),
+            "order": self.order,
             "num_seen": 0,
             "num_bad": 0,
         }
@@ -378,7 +382,7 @@ class ViewStream(torch.utils.data.IterableDataset):
                 "%s has %d shards for %d readers: every reader reads everything and keeps its rows of it",
                 self.source.name, self.source.num_shards, num_readers,
             )  # fmt: skip
-        bad, line = [], ""
+        bad, line, num_empty = [], "", 0
         reported = {hash(known) for known in ledger_lines(self.ledger)}  # before this run was resumed
         while True:
             epoch = state["epoch"]
@@ -414,6 +418,12 @@ class ViewStream(torch.utils.data.IterableDataset):
                     bad = []
                 state["num_rows"] += len(images)
                 state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}
+            num_empty = 0 if state["num_rows"] else num_empty + 1
+            if num_empty == MAX_EMPTY_EPOCHS:  # or it would spin for ever
+                raise ValueError(
+                    f"{self.source.name} has no rows for reader {reader} of {num_readers}; start fewer processes, or "
+                    "lower dataloader_num_workers"
+                )
             if state["num_seen"] and (epoch == 0 or state["num_bad"] == state["num_seen"]):
                 self._refuse_bad(line, reader, num_readers)
             state |= {"epoch": epoch + 1, "rows": None, "block": 0, "offset": 0, "skip": 0}
@@ -562,15 +572,6 @@ def refuse_cut_off_tar(path: str):
                 raise ValueError(f"{path} is cut off: it lacks the 1,024 zero bytes that end a tar; copy it once more")
 
 
-def collate(samples: list[dict]) -> dict:
-    """Samples -> `{"views": uint8 (B, 2, C, H, W), "bad": [reason], "images": [name]}`."""
-    return {
-        "views": torch.stack([sample["views"] for sample in samples]),
-        "bad": [reason for sample in samples for reason in sample["bad"]],
-        "images": [sample["image"] for sample in samples],
-    }
-
-
 def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of the views, in [0, 1], over the first images of a stream."""
     count, total, squares = 0, 0.0, 0.0
@@ -587,73 +588,3 @@ def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[floa
             "normalisation would divide by 0; give image_mean and image_std, with 1 for that channel"
         )
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())
-
-
-def view_loader(stream: ViewStream, batch_size: int, num_workers: int = 0, **options) -> StatefulDataLoader:
-    """The loader of full batches whose `state_dict()` says where each of its readers is."""
-    return StatefulDataLoader(
-        stream, batch_size, num_workers=num_workers, collate_fn=collate, worker_init_fn=outlive_stop_signals, **options
-    )
-
-
-def outlive_stop_signals(worker_id: int):
-    """
-    In a loader's worker: torchrun, Slurm and a terminal's Ctrl-C signal whole groups of processes, and the training
-    process needs its workers until it has saved. SIGTERM is for that process alone to send.
-    """
-
-    def end_when_asked():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=end_when_asked, daemon=True).start()
-
-
-def resume(loader: StatefulDataLoader, states: list[dict]) -> bool:
-    """
-    Continues where a run stopped.
-
-    Args:
-        loader (`StatefulDataLoader`): From `view_loader`, not iterated yet.
-        states (`list[dict]`): `loader.state_dict()` of every process of that run, in the order of their rank.
-
-    Returns:
-        Whether the samples will be exactly those of the uninterrupted run. With another number of readers (processes x
-        workers), seed or block size they cannot be: the epoch that the slowest reader was in is then finished
-        approximately, each reader leaving out as many of its rows as were read on average.
-    """
-    stream = loader.dataset
-    readers = [reader for state in states for reader in reader_states(state)]
-    num_readers = stream.num_processes * max(1, loader.num_workers)
-    same_order = all(reader["order"] == (stream.seed, stream.block_size) for reader in readers)
-    if same_order and len(states) == stream.num_processes and len(readers) == num_readers:
-        loader.load_state_dict(states[stream.process_index])
-        return True
-    epoch, num_rows = approximate_position(readers)
-    stream.begin(epoch, round(num_rows / num_readers))
-    logger.warning(
-        "%d readers (processes x workers) resume what %d began%s: epoch %d is finished approximately, from row %d",
-        num_readers, len(readers), "" if same_order else ", with another seed or block size", epoch, num_rows,
-    )  # fmt: skip
-    return False
-
-
-def approximate_position(readers: list[dict]) -> tuple[int, int]:
-    """The epoch that the slowest reader is in, and how many rows of it all of them have read."""
-    epoch = min(reader["epoch"] for reader in readers)
-    rows = (r["num_rows"] + r["offset"] if r["epoch"] == epoch else r["pass_length"] or 0 for r in readers)
-    return epoch, round(sum(rows))
-
-
-def reader_states(state) -> list[dict]:
-    """The readers' own states, wherever the loader keeps them in its state."""
-    if not isinstance(state, dict):
-        return []
-    if "pass_length" in state:
-        return [state]
-    return [reader for value in state.values() for reader in reader_states(value)]

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .configuration_can import CANConfig
+from .loading import SHARED_MEMORY, free_shared_memory
 from .losses import normalize_patches
 from .modeling_can import CANForPreTraining, patchify
 
@@ -297,6 +298,17 @@ def check_disk(folder: Path, num_checkpoints: int, parameters: Iterable[nn.Param
     free = shutil.disk_usage(folder).free
     if free < needed:
         return f"{folder} has {free / 1e9:.1f} GB free, checkpoints need {needed / 1e9:.1f}; lower save_total_limit"
+    return None
+
+
+def check_shared_memory(num_workers: int, batch_bytes: float) -> str | None:
+    """Whether there is room for what the loader workers of a process hand over: two batches each, and one more."""
+    needed, free = batch_bytes * (2 * num_workers + 1) if num_workers else 0, free_shared_memory()
+    if free < needed:
+        return (
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, the batches of {num_workers} loader workers need "
+            f"{needed / 1e6:.0f}; make it larger (docker run --shm-size=8g), or lower dataloader_num_workers"
+        )
     return None
 
 

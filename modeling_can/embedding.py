@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import append_line, ledger_line, refuse_bad
+from .loading import Patient, handed_over, worker_options
 from .training import flush_to_disk
 from .views import BadImage
 
@@ -118,7 +119,7 @@ def embed(
     loader = torch.utils.data.DataLoader(
         Batches(source, prepare, todo, num_parts, known_bad, batch_size, id_column, label_column),
         batch_size=None,
-        num_workers=min(num_workers, len(todo)),
+        **worker_options(min(num_workers, len(todo))),
         in_order=False,  # of the workers: none waits for one whose connection has failed
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=functools.partial(end_with, os.getpid()),
@@ -128,7 +129,7 @@ def embed(
     num_images = source.num_images() if process_index == 0 else None
     schema, start = None, time.monotonic()
     with progress_bar(num_images and num_images * len(units) // num_units, num_good + num_bad, process_index) as bar:
-        for batch in loader:
+        for batch in Patient(loader):
             unit, ids = units[batch.unit], batch.ids
             embeddings = to_numpy(encode(batch.images), ids, dtype) if ids else None
             if schema is None and (ids or batch.done):
@@ -181,7 +182,7 @@ class Batch:
     def close(self, next_row: int, done: bool = False):
         self.next_row, self.done = next_row, done
         if self.images:
-            self.images = torch.stack(self.images)
+            self.images = handed_over(torch.stack(self.images))
         return self
 
     def pin_memory(self):  # called by the loader

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .data import read_bytes, resolve_name
+from .loading import Patient, worker_options
 from .views import BadImage
 
 
@@ -285,11 +286,11 @@ def extract(
         list(range(start, min(start + batch_size, len(pictures))))
         for start in starts[processes.index :: processes.count]
     ]
-    loader = iter(
+    loader = Patient(
         torch.utils.data.DataLoader(
             pictures,
             batch_sampler=own,
-            num_workers=num_workers,
+            **worker_options(num_workers),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or starting it would draw a number from the global one
         )

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from .augmentations import RandAugment, random_boxes
 from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_config, load_model, pooled
 from .evaluation import ALONE, Pictures, Processes, Split, extract, hold_out
+from .loading import Patient, worker_options
 from .modeling_can import resize_positions
 from .recipe import INSTALL, option
 from .training import MetricAverage, NonFiniteGuard, decays, interlude, learning_rate
@@ -151,9 +152,8 @@ def crop_loader(train: Split, preprocessor: Preprocessor, share: Share, seed: in
         preprocessor.image_size, preprocessor.num_channels, (0.08, 1.0), resample=resample, seed=seed, num_views=1,
         **preprocessor.decoding,
     )  # fmt: skip
-    return torch.utils.data.DataLoader(
-        Crops(train, view), batch_sampler=share, num_workers=num_workers, pin_memory=torch.cuda.is_available()
-    )
+    options = {"pin_memory": torch.cuda.is_available(), **worker_options(num_workers)}
+    return Patient(torch.utils.data.DataLoader(Crops(train, view), batch_sampler=share, **options))
 
 
 class Augmentation:

@@ -22,14 +22,12 @@ from tqdm.auto import tqdm
 from .data import (
     ImageSource,
     append_line,
-    approximate_position,
     image_name,
     ledger_line,
     ledger_lines,
-    outlive_stop_signals,
-    reader_states,
     refuse_bad,
 )
+from .loading import Patient, approximate_position, outlive_stop_signals, reader_states, worker_options
 from .views import BadImage, RandomCrops, decode
 
 
@@ -167,11 +165,11 @@ def read_images(
     """
     shape = one_size(crops) if same_size else None
     decoder = DecodeOnce(source, crops.decoding, shape)
-    options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": outlive_stop_signals}
+    options = {"collate_fn": list, "worker_init_fn": outlive_stop_signals, **worker_options(num_workers)}
     loader = torch.utils.data.DataLoader(decoder, batch_size=128, **options)
     first = list(itertools.islice(decoder, 16))  # which often tells that it is in vain, before workers decode hundreds
     num_images, pixels, keys, bad = source.num_images() or 0, [], [], []
-    for samples in itertools.chain([first], tqdm(loader, "decoding", disable=None)):
+    for samples in itertools.chain([first], tqdm(Patient(loader), "decoding", disable=None)):
         good = [sample for sample in samples if len(sample) == 3]
         shape = shape or (good[0][0].shape[1:] if good else None)
         if any(image.shape[1:] != shape for image, *_ in good):
@@ -314,12 +312,12 @@ class ResidentLoader:
             self.plan,
             batch_size=None,
             sampler=itertools.count(self.next_batch),
-            num_workers=self.num_workers,
+            **worker_options(self.num_workers),
             prefetch_factor=8 if self.num_workers else None,
             pin_memory=self.images.pixels.is_cuda,
             worker_init_fn=outlive_stop_signals,
         )
-        return self._batches(iter(loader))  # starts the workers now, which draws a random number
+        return self._batches(Patient(loader))  # starts the workers now, which draws a random number
 
     def _batches(self, batches):
         for indices, boxes in batches:
