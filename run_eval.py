@@ -82,6 +82,7 @@ from modeling_can.finetuning import (
 )
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
 from modeling_can.metrics import Accuracy
+from modeling_can.progress import outlive_full_logs
 from modeling_can.recipe import INSTALL, option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.robustness import (
@@ -1164,6 +1165,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
+    outlive_full_logs()
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:

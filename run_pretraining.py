@@ -70,10 +70,12 @@ from modeling_can.evaluation import Probe, raw_pixels
 from modeling_can.hub import run_facts, write, write_card
 from modeling_can.loading import Patient, resume, view_loader
 from modeling_can.losses import contrastive_loss
+from modeling_can.progress import outlive_full_logs, tell
 from modeling_can.push import LAST_CHECKPOINT, STOP_SECONDS, WAIT_SECONDS, Push, unfinished_card
 from modeling_can.recipe import LENGTH, SOURCE, Recipe, model_fields, parse_arguments, training_fields
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.resident import ResidentLoader, resident_images
+from modeling_can.run_folder import lock, save_model
 from modeling_can.training import (
     Checkpoints,
     DataWait,
@@ -137,6 +139,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    own_folder = lock(output_dir) if is_main and not recipe.preflight else None
     compiled = how_to_compile(recipe.torch_compile, device, config.drop_path_rate)
     if compiled == "cudagraph" and (accelerator.num_processes > 1 or device.type != "cuda"):
         raise ValueError(
@@ -157,7 +160,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         keep_sharding_exact(accelerator.state.fsdp_plugin)
     push = Push(output_dir, recipe.repo_id, recipe.hub_private) if recipe.push_to_hub and is_main else None
     if push and (remark := push.check()):
-        print(remark)
+        tell(remark)
 
     # --- Data: the stream is split by process in ViewStream, so its loader is never prepared -------------------------
     source = ImageSource(
@@ -188,7 +191,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         recipe.data_on_device, source, view_maker(recipe), device, recipe.dataloader_num_workers
     )
     if remark and is_main:
-        print(remark)
+        tell(remark)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of decoding; that of training is reported
     if resident:
@@ -238,11 +241,11 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         with accelerator.local_main_process_first():  # which downloads it
             taken, new = warm_start(model, recipe.model_name_or_path)
         if is_main:
-            print(f"taken from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
+            tell(f"taken from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
             theirs = normalisation(recipe.model_name_or_path)
             if theirs and theirs != (list(recipe.image_mean), list(recipe.image_std)):
                 mean, std = (",".join(map(str, numbers)) for numbers in theirs)
-                print(f"its images were normalised otherwise; to do so as well: --image_mean {mean} --image_std {std}")
+                tell(f"its images were normalised otherwise; to do so as well: --image_mean {mean} --image_std {std}")
     frozen = model.freeze_unused_parameters()
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -298,7 +301,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         if is_main and ledger.exists() and not recipe.preflight:
             os.truncate(ledger, min(progress["ledger_bytes"], ledger.stat().st_size))
     elif recipe.resume_from_checkpoint and is_main:
-        print(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
+        tell(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
     accelerator.wait_for_everyone()  # until the ledger is cut
     first_step, metrics, probe_results = progress["step"], progress["metrics"], progress["probe"]
     if resident:
@@ -323,22 +326,22 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         **run_facts(device, ("torch", "transformers", "accelerate", "datasets")),
     }
     if is_main:
-        print(
+        tell(
             f"{num_parameters / 1e6:.2f} M parameters; {num_images or 'unknown number of'} images from "
             f"{source.name}; {max_steps} steps of {global_batch_size} on {accelerator.num_processes} process(es), "
             f"{device}; learning rate {peak_learning_rate:.3g} after {warmup_steps} steps of warm-up"
             + (f"; frozen, because nothing trains them: {', '.join(frozen)}" if frozen else "")
         )
         if config.denoising_loss_weight > 0 and math.isfinite(gain := reachable_gain(config)):
-            print(
+            tell(
                 f"the noise can be weakened by {gain:.1f} dB at most: hidden_size={config.hidden_size} and "
                 f"decoder_hidden_size={config.decoder_hidden_size} are narrower than the {config.pixels_per_patch} "
                 "values of a patch; for more, take smaller patches or wider layers"
             )
         if compiled:
-            print(f"the first step compiles (torch_compile: {compiled}), which takes seconds to a minute")
+            tell(f"the first step compiles (torch_compile: {compiled}), which takes seconds to a minute")
         if num_images and num_images < num_contrasted and config.contrastive_loss_weight > 0:
-            print(
+            tell(
                 f"of {num_contrasted} images that are contrasted only {num_images} can differ, and the same image "
                 "counts as its own negative; lower per_device_train_batch_size"
             )
@@ -386,7 +389,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             )
         if is_main:
             as_ever = "from here on the run is what it would have been without the interruption"
-            print(f"resumed from {checkpoint} at step {first_step}; {'; '.join(remarks) or as_ever}")
+            tell(f"resumed from {checkpoint} at step {first_step}; {'; '.join(remarks) or as_ever}")
         del weights, shared, own  # as large as the model and its optimiser once more
 
     # --- What a step needs -------------------------------------------------------------------------------------------
@@ -502,16 +505,16 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
             bar.set_postfix_str(text)
             if bar.disable:
                 seconds_left = (max_steps - step) * global_batch_size / line["images_per_second"]
-                print(f"step {step} of {max_steps}: {text}, {duration(seconds_left)} left", flush=True)
+                tell(f"step {step} of {max_steps}: {text}, {duration(seconds_left)} left")
             if sentences:
-                tqdm.write(f"step {step}, health: {sentences}")
+                tell(f"step {step}, health: {sentences}")
             numbers = {name: value for name, value in line.items() if name not in ("step", "health")}
             try:
                 metrics_file.write(json.dumps(line) + "\n")
                 metrics_file.flush()
                 accelerator.log(numbers | ({"health": sentences} if sentences else {}), step)
             except OSError as error:  # a full disk ends no run: the lines are in the checkpoints as well
-                tqdm.write(f"step {step} could not be logged: {error}")
+                tell(f"step {step} could not be logged: {error}")
         logged_at, logged_step, known_findings = now, step, set(found)
         not_training(probe_seconds)
 
@@ -530,7 +533,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 "at the images, or go on without such steps: --on_nonfinite skip"
             )
         for sentence in sentences:
-            tqdm.write(f"process {accelerator.process_index}: {sentence}")
+            tell(f"process {accelerator.process_index}: {sentence}")
 
     def best_probe() -> dict | None:
         """The logged line with the highest k-NN accuracy, the first of several."""
@@ -592,7 +595,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({"reconstructions": picture}, step, **options)
         except OSError as error:
-            tqdm.write(f"the reconstructions could not be drawn: {error}")
+            tell(f"the reconstructions could not be drawn: {error}")
 
     # --- The loop ----------------------------------------------------------------------------------------------------
     logged_step, logged_at, known_findings = first_step, time.perf_counter(), set()
@@ -625,7 +628,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 except OSError as error:
                     if stopping:
                         raise
-                    tqdm.write(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
+                    tell(f"{error}; training goes on, and tries again in {recipe.save_steps} steps")
                 if not stopping and done % recipe.save_steps == 0:
                     begun = time.perf_counter()
                     draw(done, in_one_piece())
@@ -636,9 +639,9 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
                 bar.close()
                 number = stop.received or signal.SIGTERM  # another process received it
                 if is_main:
-                    print(f"stopped by {number.name} after step {done}; go on with --resume_from_checkpoint latest")
+                    tell(f"stopped by {number.name} after step {done}; go on with --resume_from_checkpoint latest")
                 if push and push.finish(STOP_SECONDS)["error"]:
-                    print(f"{push.repo_id} is not up to date: {push.error}. It will be when the run goes on")
+                    tell(f"{push.repo_id} is not up to date: {push.error}. It will be when the run goes on")
                 accelerator.end_training()
                 sys.exit(130 if number is signal.SIGINT else 0)
     train_seconds = progress["train_seconds"] + time.perf_counter() - train_started
@@ -648,9 +651,9 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     # --- Results -----------------------------------------------------------------------------------------------------
     weights, _ = whole_state(model)
     if is_main:
+        # First: nothing that follows may cost the weights
+        save_model(output_dir, partial(unwrapped.save_pretrained, state_dict=weights), processor.save_pretrained)
         metrics_file.close()
-        unwrapped.save_pretrained(output_dir, state_dict=weights)  # first: nothing that follows may cost the weights
-        processor.save_pretrained(output_dir)
     if recipe.probe_dataset_name:
         probe_results["CAN, pre-trained"] = measure()
         results["probe"] = probe_results
@@ -682,11 +685,13 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
     if push:  # the other processes need not wait for it
         newest = recipe.hub_strategy == "checkpoint" and checkpoints.find("latest")
         push.hand_over(f"End of training, step {max_steps}", also={LAST_CHECKPOINT: newest} if newest else None)
-        print(f"\nwaiting for the upload to {push.repo_id}, at most {duration(WAIT_SECONDS)}; Ctrl-C gives it up")
+        tell(f"\nwaiting for the upload to {push.repo_id}, at most {duration(WAIT_SECONDS)}; Ctrl-C gives it up")
         with StopSignals(None, device) as stop:
             results["hub"] = push.finish(WAIT_SECONDS, stop.wanted)
         write(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
         print_push(push)
+    if own_folder:
+        own_folder.close()
     return results
 
 
@@ -723,7 +728,7 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
     is_longer = recipe.length == length and getattr(recipe, length) > before[length]
     is_longer = is_longer or (recipe.max_steps or 0) > results["num_steps"]
     if wanted == "latest" and not is_longer:
-        print(
+        tell(
             f"the run in {output_dir} is finished: nothing to do. To make it longer raise "
             f"{' or '.join(dict.fromkeys((length, 'max_steps')))}; for another one {choice}"
         )
@@ -969,8 +974,8 @@ def preflight(
     if device.type == "cuda":
         memory += f" of {torch.cuda.mem_get_info()[1] / 1e9:.0f}"
     for name in checks:
-        print(f"  {'ok  ' if name not in [failure[1] for failure in failures] else 'FAIL'}  {name}")
-    print(
+        tell(f"  {'ok  ' if name not in [failure[1] for failure in failures] else 'FAIL'}  {name}")
+    tell(
         f"  speed     {images_per_step / seconds:.4g} images/s ({how})\n"
         f"  memory    {memory} GB a process\n"
         f"  to finish {duration(num_steps * seconds)} for {num_steps} steps of {images_per_step} images\n"
@@ -978,8 +983,8 @@ def preflight(
         f"  picture   {picture}: both views of four images, with noise and mask"
     )
     for process, name, text in failures:
-        print(f"  process {process}, {name}: {text}")
-    print(f"preflight: {f'NOT ready, {len(failures)} checks failed' if failures else 'ready'}")
+        tell(f"  process {process}, {name}: {text}")
+    tell(f"preflight: {f'NOT ready, {len(failures)} checks failed' if failures else 'ready'}")
     return not failures
 
 
@@ -1022,13 +1027,13 @@ def progress_text(line: dict, num_bad: Counter) -> str:
 
 def print_summary(output_dir: Path, recipe: Recipe, results: dict):
     if "probe" in results:
-        print(f"\nAccuracy on the test images of {recipe.probe_dataset_name}:")
-        print(f"{'%':32}{'k-NN':>8}{'linear probe':>15}")
+        tell(f"\nAccuracy on the test images of {recipe.probe_dataset_name}:")
+        tell(f"{'%':32}{'k-NN':>8}{'linear probe':>15}")
         for name, accuracy in results["probe"].items():
-            print(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
-    print("\n" + "\n".join(results["health"]))
+            tell(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
+    tell("\n" + "\n".join(results["health"]))
     has_pictures = (output_dir / "figures" / "reconstructions.png").exists()
-    print(
+    tell(
         f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s "
         f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "
         f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
@@ -1040,7 +1045,7 @@ def print_summary(output_dir: Path, recipe: Recipe, results: dict):
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )
     if recipe.dataset_name == SAMPLE_DATA:
-        print(
+        tell(
             "  your own images         python run_pretraining.py --data_dir FOLDER --output_dir out/mine\n"
             "  a full-size encoder     accelerate launch run_pretraining.py "
             "model_cards/can-vit-base-patch16-224/recipe.yaml --data_dir FOLDER"
@@ -1049,12 +1054,13 @@ def print_summary(output_dir: Path, recipe: Recipe, results: dict):
 
 def print_push(push: Push):
     if push.error:
-        print(f"the upload to {push.repo_id} failed: {push.error}\nTo upload the same later:\n  {push.command()}")
+        tell(f"the upload to {push.repo_id} failed: {push.error}\nTo upload the same later:\n  {push.command()}")
     else:
-        print(f"uploaded to {push.repo_id}, commit {push.commit}")
+        tell(f"uploaded to {push.repo_id}, commit {push.commit}")
 
 
 if __name__ == "__main__":
+    outlive_full_logs()
     try:
         main()
     except (ValueError, FloatingPointError, OSError) as error:

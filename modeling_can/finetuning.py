@@ -29,6 +29,7 @@ from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_co
 from .evaluation import ALONE, Pictures, Processes, Split, extract, hold_out
 from .loading import Patient, worker_options
 from .modeling_can import resize_positions
+from .progress import tell
 from .recipe import INSTALL, option
 from .training import MetricAverage, NonFiniteGuard, decays, interlude, learning_rate
 from .views import RandomCrops
@@ -700,7 +701,7 @@ class Report:
         self.bar.set_postfix_str(text)
         if self.is_main and self.bar.disable and (now - self.told > 30 or step == self.num_steps):
             self.told = now
-            tqdm.write(f"fine-tuning, epoch {epoch + 1}, step {step} of {self.num_steps}: {text}")
+            tell(f"fine-tuning, epoch {epoch + 1}, step {step} of {self.num_steps}: {text}")
         if step == self.num_steps:
             self.bar.close()
 

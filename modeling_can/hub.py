@@ -43,8 +43,11 @@ EXPORTS = {
 def write(path: Path, text: str):
     """All or nothing: a reader never meets half a file."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_new_folder(folder: Path):

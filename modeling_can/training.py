@@ -429,10 +429,13 @@ def describe_file(path: Path) -> dict:
 
 
 def flush_to_disk(path: Path):
-    """A renamed file may otherwise be empty after a power cut."""
+    """A renamed file may otherwise be empty after a power cut. Some file systems cannot flush a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

@@ -162,7 +162,7 @@ def preflight(folder, *options) -> int:
 def test_preflight_says_ready_and_leaves_the_folder_free(tmp_path, capfd):
     assert preflight(tmp_path) == 0
     output = capfd.readouterr().out
-    assert output.strip().endswith("preflight: ready") and output.count("  ok  ") == 6 and "FAIL" not in output
+    assert output.strip().endswith("preflight: ready") and output.count("  ok  ") == 7 and "FAIL" not in output
     assert "images/s (measured over 10 steps" in output and "for 1000 steps of 8 images" in output
     assert min(Image.open(tmp_path / "figures" / "preflight.png").size) > 300
     run_pretraining.main([*TOY, "--max_steps=1", f"--output_dir={tmp_path}"])  # a run may begin there

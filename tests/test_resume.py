@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, interleave_datasets
 from datasets import Image as ImageFeature
+from PIL import Image
 from test_data import add_to_tar, identity, picture
 
 from modeling_can.data import ImageSource, ViewStream, resume, view_loader
@@ -170,7 +171,28 @@ def test_another_order_is_not_taken_for_the_same(sources, caplog):
     next(iter(loader))
     for changed in ({"seed": 1}, {"block_size": 7}):
         assert not resume(view_loader(ViewStream(source, identity, **changed), 3), [loader.state_dict()])
-    assert "with another seed or block size" in caplog.text
+    assert "with another seed, block size or set of images" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["none", "moved", "added", "removed", "replaced"])
+def test_other_images_are_not_taken_for_the_same(tmp_path, change):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(20):
+        Image.new("RGB", (16, 16), (index, 0, 0)).save(folder / f"{index:02}.png")
+    loader = view_loader(ViewStream(ImageSource(data_dir=folder), identity), 3)
+    next(iter(loader))
+    if change == "moved":
+        folder = folder.rename(tmp_path / "elsewhere")
+    elif change == "added":
+        Image.new("RGB", (16, 16)).save(folder / "20.png")
+    elif change == "removed":
+        (folder / "07.png").unlink()
+    elif change == "replaced":
+        Image.effect_noise((16, 16), 50).save(folder / "07.png")
+    again = view_loader(ViewStream(ImageSource(data_dir=folder), identity), 3)
+    assert resume(again, [loader.state_dict()]) == (change in ("none", "moved"))
+    assert next(iter(again))["views"].shape[0] == 3
 
 
 def test_a_shuffle_buffer_is_refused():
