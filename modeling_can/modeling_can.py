@@ -611,6 +611,7 @@ class CANForPreTraining(CANPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         embeds_only: bool = False,
         image_embeds_grad: torch.Tensor | None = None,
+        return_loss: bool = True,  # by this transformers' Trainer knows that there is a loss without labels
         **kwargs,
     ) -> CANForPreTrainingOutput:
         """
@@ -629,6 +630,7 @@ class CANForPreTraining(CANPreTrainedModel):
             image_embeds_grad (`torch.Tensor` of the shape of `image_embeds`, *optional*):
                 The gradient of a contrastive loss over more images than these, for the second pass. Instead of the
                 loss over these images, `contrastive_loss` is then a scalar that has this gradient.
+            return_loss (`bool`, defaults to `True`): Whether to compute the losses; `False` leaves them `None`.
 
         Raises:
             ValueError: for a wrong number of axes, views, channels or pixels, or a batch without negatives.
@@ -639,17 +641,33 @@ class CANForPreTraining(CANPreTrainedModel):
         noised = pixel_values if noise is None else pixel_values + noise
         encoded, split_views = self._encode(noised, masking_scores, interpolate_pos_encoding, **kwargs)
         mask = split_views(encoded.mask)
+        image_embeds = logits = None
 
         def split_all(tensors):  # None for a layer that was not asked for
             return tensors and tuple(None if tensor is None else split_views(tensor) for tensor in tensors)
 
-        image_embeds = logits = contrastive = reconstruction = denoising = None
-        loss = 0
-
-        if config.contrastive_loss_weight > 0:  # C
+        if config.contrastive_loss_weight > 0:
             image_embeds = split_views(self.projection_head(encoded.pooler_output))
             if embeds_only:
                 return CANForPreTrainingOutput(image_embeds=image_embeds)
+
+        if config.uses_decoder:
+            logits = split_views(self._decode(encoded, pixel_values, noise_level))
+
+        predicted = {
+            "logits": logits,
+            "mask": mask,
+            "ids_restore": split_views(encoded.ids_restore),
+            "image_embeds": image_embeds,
+            "hidden_states": split_all(encoded.hidden_states),
+            "attentions": split_all(encoded.attentions),
+        }
+        if not return_loss:
+            return CANForPreTrainingOutput(**predicted)
+        contrastive = reconstruction = denoising = None
+        loss = 0
+
+        if config.contrastive_loss_weight > 0:  # C
             if image_embeds_grad is None:
                 contrastive = contrastive_loss(image_embeds, config.temperature)
             else:
@@ -657,7 +675,6 @@ class CANForPreTraining(CANPreTrainedModel):
             loss = loss + weights["contrastive_loss"] * contrastive
 
         if config.uses_decoder:  # the clean pixels where the encoder saw nothing, the noise where it saw it
-            logits = split_views(self._decode(encoded, pixel_values, noise_level))
             # Deviation: the authors' release takes the noised image as the target of masked patches, whose noise
             # nothing that the encoder sees can tell.
             target = patchify(pixel_values.float(), config.patch_shape)
@@ -679,12 +696,7 @@ class CANForPreTraining(CANPreTrainedModel):
             contrastive_loss=contrastive,
             reconstruction_loss=reconstruction,
             denoising_loss=denoising,
-            logits=logits,
-            mask=mask,
-            ids_restore=split_views(encoded.ids_restore),
-            image_embeds=image_embeds,
-            hidden_states=split_all(encoded.hidden_states),
-            attentions=split_all(encoded.attentions),
+            **predicted,
         )
 
     def freeze_unused_parameters(self) -> list[str]:

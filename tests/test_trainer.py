@@ -1,7 +1,8 @@
 """CAN through transformers' own Trainer."""
 
+import pytest
 import torch
-from conftest import MAE, tiny_model
+from conftest import MAE, inputs, tiny_model
 from transformers import Trainer, TrainingArguments
 
 
@@ -49,3 +50,27 @@ def test_accumulation_in_the_trainer_is_a_mean_over_the_batches(tmp_path):
         assert abs(line["loss"] - other["loss"]) < 1e-4 and abs(line["grad_norm"] - other["grad_norm"]) < 1e-3
     for (name, parameter), other in zip(left.named_parameters(), right.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_evaluate_reports_the_loss_of_the_model(tmp_path):
+    """Without a hint such as `label_names`: the Trainer finds `return_loss=True` in the signature."""
+    model = tiny_model()
+    batch = inputs(model.config, batch_size=8)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[]),
+        eval_dataset=[{name: tensor[index] for name, tensor in batch.items()} for index in range(8)],
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    output = trainer.predict(trainer.eval_dataset)  # keeps what the model predicts as well
+    assert output.metrics["test_loss"] == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert any(getattr(array, "shape", None) == (8, 2, 24, 192) for array in output.predictions)
+
+
+def test_without_the_loss_the_predictions_stay():
+    model = tiny_model()
+    batch = inputs(model.config)
+    outputs, predicted = model(**batch), model(**batch, return_loss=False)
+    losses = {"loss", "contrastive_loss", "reconstruction_loss", "denoising_loss"}
+    assert outputs.keys() - predicted.keys() == losses
+    assert all(torch.equal(outputs[name], value) for name, value in predicted.items())
