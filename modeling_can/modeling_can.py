@@ -12,6 +12,7 @@ E decoder width, P pixels per patch (rows, columns, channels).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -554,7 +555,7 @@ class CANModel(CANPreTrainedModel):
         mask_ratio: float | None = None,
         masking_scores: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CANModelOutput:
         """
         Args:
@@ -612,7 +613,7 @@ class CANForPreTraining(CANPreTrainedModel):
         embeds_only: bool = False,
         image_embeds_grad: torch.Tensor | None = None,
         return_loss: bool = True,  # by this transformers' Trainer knows that there is a loss without labels
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CANForPreTrainingOutput:
         """
         Args:
@@ -807,7 +808,7 @@ class CANForImageClassification(CANPreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
         Args:
