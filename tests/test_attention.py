@@ -102,7 +102,7 @@ def test_an_adapter_counts_and_is_trained():
 
 
 def four_bits(linear: nn.Linear) -> nn.Module:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra test)")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra quantization)")
     layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32)
     layer.load_state_dict(linear.state_dict())
     return layer.to("cpu")  # which packs the weights
