@@ -15,6 +15,7 @@ reported; a shard that is gone stops the run.
 
 import asyncio
 import copy
+import functools
 import hashlib
 import io
 import itertools
@@ -464,15 +465,31 @@ def read_bytes(image: dict | None) -> bytes:
     if encoded is None:
         is_remote = "://" in path
         try:
-            with fsspec.open(path, "rb") if is_remote else open(path, "rb") as file:
+            with open_file(path) if is_remote else open(path, "rb") as file:
                 encoded = file.read()
         except Exception as error:  # anything from a broken archive to a protocol that there is not
             if is_remote and isinstance(error, connection_errors()) and not is_gone(error):
+                open_archive.cache_clear()  # the next attempt opens the archive anew
                 raise
             raise BadImage("missing", f"{type(error).__name__}: {error}") from error
     if not encoded:
         raise BadImage("empty", "the file has 0 bytes")
     return encoded
+
+
+def open_file(path: str):
+    """A file of a file system that fsspec knows; of an archive, whose index is read once and not for every file."""
+    inner, *archive = path.split("::", 1)
+    if not archive or "://" not in inner:
+        return fsspec.open(path, "rb")
+    protocol, name = inner.split("://", 1)
+    return open_archive(os.getpid(), protocol, archive[0]).open(name, "rb")
+
+
+@functools.lru_cache(maxsize=4)
+def open_archive(process_id: int, protocol: str, archive: str) -> fsspec.AbstractFileSystem:
+    """The opened archive of this process: processes that share an open file move each other's position in it."""
+    return fsspec.core.url_to_fs(f"{protocol}://::{archive}")[0]
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
