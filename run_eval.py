@@ -42,7 +42,7 @@ from transformers.utils import is_peft_available
 
 from modeling_can import CANConfig
 from modeling_can.conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
-from modeling_can.data import ImageSource, resolve_name
+from modeling_can.data import ImageSource
 from modeling_can.embedding import embed, totals
 from modeling_can.encoders import (
     POOLINGS,
@@ -80,6 +80,7 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
+from modeling_can.folders import load_arguments, resolve_name
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
 from modeling_can.metrics import Accuracy
 from modeling_can.recipe import INSTALL, option, parse_value, read_flags
@@ -924,7 +925,7 @@ def seen_in_pretraining(path: str, settings: Settings) -> bool | None:
 
 def num_rows(settings: Settings) -> dict[str, int]:
     """Of every split of the set."""
-    splits = load_dataset(resolve_name(settings.dataset_name), settings.dataset_config_name)
+    splits = load_dataset(**load_arguments(settings.dataset_name, settings.dataset_config_name))
     return {name: len(rows) for name, rows in splits.items()}
 
 
@@ -1018,6 +1019,8 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
     label_column, source = settings.label_column, source_with(settings.label_column)
     if label_column is None and isinstance(source.features.get("label"), Value | ClassLabel):
         label_column, source = "label", source_with("label")
+    if source.left_out_line and accelerator.is_main_process:
+        print(source.left_out_line)
     facts = {
         "weights": digest,
         "pooling": settings.pooling,
@@ -1043,6 +1046,7 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
     own = gather_object([(figures["new_images"], figures["images_per_second"])])
     new_images, speed = map(sum, zip(*own, strict=True))
     results["model"] = {"path": settings.model_name_or_path[0], "sha256": digest}
+    results["left_out"] = source.left_out
     results["embed"] = {**totals(settings.output_dir), "new_images": new_images, "images_per_second": speed}
     if accelerator.is_main_process:
         write(Path(settings.output_dir) / "results.json", json.dumps(results, indent=2) + "\n")
