@@ -80,7 +80,7 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.folders import load_arguments, resolve_name
+from modeling_can.folders import expand_user, load_arguments, resolve_name
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
 from modeling_can.metrics import Accuracy
 from modeling_can.recipe import INSTALL, option, parse_value, read_flags
@@ -110,6 +110,8 @@ TASKS = ("knn", "linear_probe", "linear_probe_sgd", "few_shot", "finetune", "rob
 FROZEN = ("knn", "linear_probe", "few_shot")  # which the baselines take
 ON_FEATURES = (*FROZEN, "retrieval")  # of the frozen encoder, extracted once
 BASELINES = ("pixels", "untrained")
+PATHS = ("model_name_or_path", "output_dir", "dataset_name", "processor_name_or_path", "feature_cache",
+         "export_classifier", "reference_model", "further_sets", "data_dir", "data_files")  # fmt: skip
 CAPTION = "in % or dB; ± half the 95 % interval over the test images, of labels a class the deviation of the draws"
 NUM_EXAMPLES = 3  # pictures beside an exported classifier
 QUERIES, SHOWN = 8, 7  # of the retrieval sheet: rows, and neighbours in each
@@ -174,6 +176,8 @@ class Settings:
     max_bad_fraction: float = option(0.01, "embed: share of bad images above which it stops")
 
     def __post_init__(self):
+        for name in PATHS:
+            setattr(self, name, expand_user(getattr(self, name)))
         if not self.model_name_or_path:
             raise ValueError("give --model_name_or_path: folders or Hub ids")
         known = {"task": TASKS, "baselines": BASELINES, "corruptions": GROUPS}

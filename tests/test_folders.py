@@ -13,11 +13,13 @@ from datasets import Image as ImageFeature
 from test_data import identity, picture, read
 from test_run_pretraining import TOY
 
+import run_eval
 import run_pretraining
 from modeling_can import folders
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.evaluation import load_labelled
 from modeling_can.folders import image_extensions, load_arguments
+from modeling_can.recipe import Recipe, parse_arguments, parse_value
 
 
 def fill(folder: Path, *names: str, start: int = 0) -> list[int]:
@@ -174,6 +176,12 @@ def test_names_are_literal_where_such_a_file_exists(tmp_path, name):
         assert sorted(read(ViewStream(source, identity), 3)) == crcs and source.left_out == {}
         assert ImageSource(str(folder / "shards"), split="test", streaming=streaming).num_images() == 2
     assert load_labelled(str(folder / "p"), test_split="train").class_names == ["cat [1]", "dog"]
+    words = ["--data_files", str(folder / "train.parquet"), "--max_steps=1"]
+    recipe = parse_arguments(words, run_pretraining.QUICKSTART, "")
+    assert recipe.data_files == str(folder / "train.parquet")
+    for words in ([str(folder)], [str(folder), "other"]):
+        settings, _ = run_eval.parse(["--model_name_or_path", *words, "--dataset_name=sample_data"])
+        assert settings.model_name_or_path == tuple(words)
 
 
 def test_a_folder_with_brackets_and_configurations_is_refused(tmp_path):
@@ -183,10 +191,36 @@ def test_a_folder_with_brackets_and_configurations_is_refused(tmp_path):
         load_arguments(str(tmp_path / "[x]"))
 
 
+def test_several_words_and_commas_are_lists_as_ever(tmp_path):
+    assert parse_value("x", "a.parquet,b.parquet", str | list[str] | None) == ("a.parquet", "b.parquet")
+    assert parse_value("x", ["a,b", "c"], tuple[str, ...]) == ("a,b", "c")
+    (tmp_path / "a, b").mkdir()
+    parquet(tmp_path / "a, b" / "1.parquet")
+    assert parse_value("x", f"{tmp_path}/a, b/*.parquet", str | list[str]) == f"{tmp_path}/a, b/*.parquet"
+
+
 def test_braces_are_refused_with_what_to_write():
     for given in ("shards/{000..123}.tar", ["shards/{000..123}.tar"], "https://host/shards/{000..123}.tar"):
         with pytest.raises(ValueError, match=r"\{000\.\.123\}\.tar has braces.*write \*: .*shards/\*\.tar"):
             ImageSource(data_files=given)
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = {"dataset_name": "sample_data", "max_steps": 1}
+    paths = ("output_dir", "model_name_or_path", "probe_dataset_name", "resume_from_checkpoint", "dataset_name")
+    recipe = Recipe.from_dict({**base, **dict.fromkeys(paths, "~/x")})
+    assert [getattr(recipe, name) for name in paths] == [f"{tmp_path}/x"] * 5
+    assert Recipe.from_dict({"data_dir": "~/x", "max_steps": 1}).data_dir == f"{tmp_path}/x"
+    several = Recipe.from_dict({"data_files": ["~/a.tar", "https://host/~me/b.tar"], "max_steps": 1}).data_files
+    assert several == (f"{tmp_path}/a.tar", "https://host/~me/b.tar")
+    (tmp_path / "recipe.yaml").write_text("data_dir: ~/photos\nmax_steps: 1\n")
+    assert parse_arguments(["~/recipe.yaml"], run_pretraining.QUICKSTART, "").data_dir == f"{tmp_path}/photos"
+    names = ("output_dir", "dataset_name", "processor_name_or_path", "feature_cache", "further_sets", "data_dir",
+             "data_files", "reference_model")  # fmt: skip
+    settings, _ = run_eval.parse(["--model_name_or_path", "~/m", "~/n", *(f"--{name}=~/x" for name in names)])
+    assert settings.model_name_or_path == (f"{tmp_path}/m", f"{tmp_path}/n")
+    assert [getattr(settings, name) for name in names] == [f"{tmp_path}/x"] * len(names)
 
 
 # --- Fingerprints ----------------------------------------------------------------------------------------------------
