@@ -45,8 +45,9 @@ from .folders import (
     hash_of,
     left_out_of_split,
     list_images,
-    literal_files,
+    literal_pattern,
     load_arguments,
+    refuse_braces,
     resolve_name,
     split_names,
     suffix_of,
@@ -162,8 +163,9 @@ class ImageSource:
             suffix = suffix_of(first)
             if suffix not in FORMATS:
                 raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(FORMATS)}")
-            patterns = literal_files([data_files] if isinstance(data_files, str) else data_files)
-            arguments = {"path": FORMATS[suffix], "data_files": patterns}
+            files = [data_files] if isinstance(data_files, str) else data_files
+            refuse_braces(files)
+            arguments = {"path": FORMATS[suffix], "data_files": list(map(literal_pattern, files))}
             if str(first).startswith(("http://", "https://")):
                 import aiohttp  # slow, and only this needs it
 

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
-from huggingface_hub import DatasetCard
+from huggingface_hub import metadata_load
 from PIL import Image
 
 
@@ -59,26 +59,24 @@ def load_arguments(name: str, config_name: str | None = None) -> dict:
 def has_configs(folder: Path) -> bool:
     """Whether the README.md of a data set says which files make its splits."""
     card = folder / "README.md"
-    return card.is_file() and bool(DatasetCard.load(card, ignore_metadata_errors=True).data.get("configs"))
+    return card.is_file() and bool((metadata_load(card) or {}).get("configs"))
 
 
-def literal_files(files: list[str]) -> list[str]:
-    """
-    Patterns for `datasets`: a file that exists is meant by its name, whatever characters are in it.
+def literal_pattern(file: str) -> str:
+    """A pattern for `datasets`: what exists of a path is meant by its name, whatever characters are in it."""
+    if "://" in file or glob.escape(file) == file:
+        return file
+    path = Path(file)
+    known = next(place for place in (path, *path.parents) if os.path.exists(place))
+    return str(Path(glob.escape(str(known))) / path.relative_to(known))
 
-    Raises:
-        ValueError: for braces, as `webdataset` expands them.
-    """
-    patterns = []
+
+def refuse_braces(files: list[str]):
+    """`webdataset` expands them, `datasets` does not."""
     for file in files:
-        if os.path.exists(file):
-            patterns.append(glob.escape(file))
-        elif re.search(r"[{}]", file) and not glob.glob(file):
+        if re.search(r"[{}]", file) and ("://" in file or not glob.glob(literal_pattern(file))):
             advice = re.sub(r"\{[^{}]*\}?|[^{}]*\}", "*", file)
             raise ValueError(f"data_files={file} has braces, which are not expanded; write *: {advice}")
-        else:
-            patterns.append(file)
-    return patterns
 
 
 def suffix_of(file: str) -> str:

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import glob
 import math
-import os
 import sys
 import types
 import typing
@@ -20,7 +19,7 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .configuration_can import CANConfig
-from .folders import expand_user
+from .folders import expand_user, literal_pattern
 from .views import DECODING, check_decoding
 
 
@@ -325,8 +324,7 @@ def parse_value(name: str, value, annotation):
 
 def at_commas(text: str) -> list[str]:
     """The parts of a list on the command line; a path that exists is one, whatever its name."""
-    path = os.path.expanduser(text)
-    return [text] if "," not in text or os.path.exists(path) or glob.glob(path) else text.split(",")
+    return [text] if "," not in text or glob.glob(literal_pattern(expand_user(text))) else text.split(",")
 
 
 def read_flags(

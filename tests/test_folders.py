@@ -169,7 +169,7 @@ def test_names_are_literal_where_such_a_file_exists(tmp_path, name):
     parquet(folder / "shards" / "test-0.parquet", 2)
     (folder / "shards" / "notes.txt").write_text("no parquet")
     for streaming in (True, False):
-        for given in (str(folder / "train.parquet"), [str(folder / "train.parquet")]):
+        for given in (f"{folder}/train.parquet", [f"{folder}/train.parquet"], f"{folder}/*.parquet"):
             source = ImageSource(data_files=given, streaming=streaming)
             assert source.num_images() == 3 == len(set(read(ViewStream(source, identity), 3)))
         source = ImageSource(str(folder / "p"), streaming=streaming)
