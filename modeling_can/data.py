@@ -282,6 +282,8 @@ class ImageSource:
                     rows_state, num_failures = rows.state_dict(), 0
                     yield block, rows_state
                 return
+            except GeneratorExit:  # at the end of Python, when the names in the next line may be gone
+                raise
             except (*connection_errors(), tarfile.TarError, pyarrow.ArrowException) as error:
                 self._wait_or_give_up(error, num_failures, self.is_remote)
                 num_failures += 1

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -265,3 +267,14 @@ def test_a_link_to_nowhere_is_a_missing_image_and_no_crash(tmp_path):
     fill(tmp_path, "1.jpg")
     (tmp_path / "2.jpg").symlink_to(tmp_path / "gone.jpg")
     assert ImageSource(data_dir=str(tmp_path)).num_images() == 2
+
+
+def test_a_stream_that_is_left_open_ends_quietly_with_python(tmp_path):
+    fill(tmp_path, "1.jpg")
+    lines = [
+        "from modeling_can.data import ImageSource, ViewStream",
+        f"stream = iter(ViewStream(ImageSource(data_dir={str(tmp_path)!r}), lambda encoded, epoch: [0]))",
+        "next(stream)",
+    ]
+    answer = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert answer.returncode == 0 and "in blocks" not in answer.stderr, answer.stderr
