@@ -179,7 +179,7 @@ def list_images(folder: str) -> tuple[list[str], dict[str, int], str]:
 
 def sentence(source: str, num_images: int, left_out: Counter, unreadable: list[str], unit: str = "images") -> str:
     parts = [f"{source}: reads {num_images:,} {unit}"]
-    if counted := counts(left_out):
+    if counted := counts({kind: number for kind, number in left_out.items() if kind != UNREADABLE}):
         parts.append(f"left out: {counted}")
     if unreadable:
         number = "1 folder" if len(unreadable) == 1 else f"{len(unreadable)} folders"
@@ -189,7 +189,7 @@ def sentence(source: str, num_images: int, left_out: Counter, unreadable: list[s
 
 def counts(left_out: dict[str, int]) -> str:
     """`4 .heic, 3 hidden`, the most frequent kinds first."""
-    kinds = sorted((-number, kind) for kind, number in left_out.items() if kind != UNREADABLE)
+    kinds = sorted((-number, kind) for kind, number in left_out.items())
     shown = [f"{-number:,} {kind}" for number, kind in kinds[:NUM_SHOWN]]
     rest = -sum(number for number, _ in kinds[NUM_SHOWN:])
     return ", ".join(shown + ([f"{rest:,} of other kinds"] if rest else []))
@@ -205,10 +205,19 @@ def left_out_of_split(
     `datasets` makes splits of words such as train and test in the names of folders and files. Of a folder that it
     loads: the files that are in no split, or that are images in other splits because of their own names; and a
     sentence about that. Both are empty for a folder that is made of splits, or that says itself what they are.
+
+    Raises:
+        ValueError: if `datasets` takes the figures of a run of this project for images of the folder.
     """
     if has_configs(Path(folder)):
         return {}, ""
     split_of = {str(file): str(name) for name, files in data_files.items() for file in files}
+    for parent in {os.path.dirname(file) for file in split_of}:
+        if holds_figures(parent):
+            raise ValueError(
+                f"dataset_name={folder} holds the figures of a run, {parent}, which would be read as images; move the "
+                "run to another place" + ("" if labelled else f", or give --data_dir '{folder}', which skips them")
+            )
     left_out, unreadable, num_read, extensions = Counter(), [], 0, image_extensions()
     kinds = {os.path.splitext(file)[1].lower() for file in split_of}
     holds_images = bool(kinds & extensions)

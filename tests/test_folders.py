@@ -148,6 +148,15 @@ def test_usual_folders_get_no_line(tmp_path):
         assert len(source._files()) == num_files
 
 
+def test_a_set_that_holds_figures_of_a_run_is_refused(tmp_path):
+    fill(tmp_path, "a/1.jpg", "b/1.jpg", "out/figures/curves.png", "out/recipe.yaml")
+    with pytest.raises(ValueError, match=r"holds the figures of a run, .*out/figures.*give --data_dir"):
+        ImageSource(str(tmp_path))
+    with pytest.raises(ValueError, match=r"out/figures, which .*another place$"):
+        load_labelled(str(tmp_path))
+    assert ImageSource(data_dir=str(tmp_path)).num_images() == 2
+
+
 def test_labelled_sets_tell_it_once(tmp_path, caplog):
     fill(tmp_path, *(f"train/{c}/{i}.jpg" for c in "ab" for i in range(2)), *(f"test/{c}/1.jpg" for c in "ab"))
     with caplog.at_level(logging.WARNING):
