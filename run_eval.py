@@ -42,7 +42,7 @@ from transformers.utils import is_peft_available
 
 from modeling_can import CANConfig
 from modeling_can.conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
-from modeling_can.data import ImageSource, resolve_name
+from modeling_can.data import ImageSource
 from modeling_can.embedding import embed, totals
 from modeling_can.encoders import (
     POOLINGS,
@@ -80,6 +80,7 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
+from modeling_can.folders import expand_user, load_arguments, resolve_name
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
 from modeling_can.metrics import Accuracy
 from modeling_can.progress import outlive_full_logs
@@ -110,6 +111,8 @@ TASKS = ("knn", "linear_probe", "linear_probe_sgd", "few_shot", "finetune", "rob
 FROZEN = ("knn", "linear_probe", "few_shot")  # which the baselines take
 ON_FEATURES = (*FROZEN, "retrieval")  # of the frozen encoder, extracted once
 BASELINES = ("pixels", "untrained")
+PATHS = ("model_name_or_path", "output_dir", "dataset_name", "processor_name_or_path", "feature_cache",
+         "export_classifier", "reference_model", "further_sets", "data_dir", "data_files")  # fmt: skip
 CAPTION = "in % or dB; ± half the 95 % interval over the test images, of labels a class the deviation of the draws"
 NUM_EXAMPLES = 3  # pictures beside an exported classifier
 QUERIES, SHOWN = 8, 7  # of the retrieval sheet: rows, and neighbours in each
@@ -174,6 +177,8 @@ class Settings:
     max_bad_fraction: float = option(0.01, "embed: share of bad images above which it stops")
 
     def __post_init__(self):
+        for name in PATHS:
+            setattr(self, name, expand_user(getattr(self, name)))
         if not self.model_name_or_path:
             raise ValueError("give --model_name_or_path: folders or Hub ids")
         known = {"task": TASKS, "baselines": BASELINES, "corruptions": GROUPS}
@@ -925,7 +930,7 @@ def seen_in_pretraining(path: str, settings: Settings) -> bool | None:
 
 def num_rows(settings: Settings) -> dict[str, int]:
     """Of every split of the set."""
-    splits = load_dataset(resolve_name(settings.dataset_name), settings.dataset_config_name)
+    splits = load_dataset(**load_arguments(settings.dataset_name, settings.dataset_config_name))
     return {name: len(rows) for name, rows in splits.items()}
 
 
@@ -1019,6 +1024,8 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
     label_column, source = settings.label_column, source_with(settings.label_column)
     if label_column is None and isinstance(source.features.get("label"), Value | ClassLabel):
         label_column, source = "label", source_with("label")
+    if source.left_out_line and accelerator.is_main_process:
+        print(source.left_out_line)
     facts = {
         "weights": digest,
         "pooling": settings.pooling,
@@ -1044,6 +1051,7 @@ def run_embed(settings: Settings, accelerator: Accelerator, results: dict) -> di
     own = gather_object([(figures["new_images"], figures["images_per_second"])])
     new_images, speed = map(sum, zip(*own, strict=True))
     results["model"] = {"path": settings.model_name_or_path[0], "sha256": digest}
+    results["left_out"] = source.left_out
     results["embed"] = {**totals(settings.output_dir), "new_images": new_images, "images_per_second": speed}
     if accelerator.is_main_process:
         write(Path(settings.output_dir) / "results.json", json.dumps(results, indent=2) + "\n")

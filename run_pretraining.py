@@ -45,7 +45,7 @@ from modeling_can import CANForPreTraining
 from modeling_can.augmentations import Augmentation
 from modeling_can.configuration_can import EARLIER
 from modeling_can.conversion import normalisation, warm_start
-from modeling_can.data import SAMPLE_DATA, ImageSource, ViewStream, ledger_lines, mean_and_std
+from modeling_can.data import ImageSource, ViewStream, ledger_lines, mean_and_std
 from modeling_can.diagnostics import (
     TERMS,
     check_disk,
@@ -67,6 +67,7 @@ from modeling_can.diagnostics import (
 )
 from modeling_can.encoders import Preprocessor
 from modeling_can.evaluation import Probe, raw_pixels
+from modeling_can.folders import SAMPLE_DATA
 from modeling_can.hub import run_facts, write, write_card
 from modeling_can.loading import Patient, resume, view_loader
 from modeling_can.losses import contrastive_loss
@@ -173,6 +174,8 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         dataset,
         config_name=recipe.dataset_config_name,
     )
+    if source.left_out_line and is_main:
+        tell(source.left_out_line)
     if recipe.measure_mean_std:
         mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
         recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
@@ -314,6 +317,7 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
         "command": [Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)],
         "seed": recipe.seed,
         "num_images": num_images,
+        "left_out": source.left_out,
         "num_parameters": num_parameters,
         "frozen": frozen,
         "num_processes": accelerator.num_processes,

@@ -15,6 +15,7 @@ reported; a shard that is gone stops the run.
 
 import asyncio
 import copy
+import functools
 import hashlib
 import io
 import itertools
@@ -36,15 +37,25 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, UnidentifiedImageError
 
+from .folders import (
+    fingerprint,
+    hash_of,
+    left_out_of_split,
+    list_images,
+    literal_pattern,
+    load_arguments,
+    refuse_braces,
+    resolve_name,
+    split_names,
+    suffix_of,
+)
 from .loading import resume, view_loader  # noqa: F401  to be imported from here too
 from .views import BadImage
 
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
-IMAGES = {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 RETRY_SECONDS = (1, 5, 20, 60, 120)  # waits before a connection is tried again
 MAX_EMPTY_EPOCHS = 20  # in a row: a reader may be given nothing but empty shards by chance
 STALL_SECONDS = 60  # of silence, after which a connection counts as failed
@@ -53,12 +64,6 @@ STALL_SECONDS = 60  # of silence, after which a connection counts as failed
 # readers here open it anew from where the block began.
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
-
-
-def resolve_name(name: str) -> str:
-    """A name for `datasets.load_dataset`: itself, or where the folder or the bundled tiles lie."""
-    path = Path(__file__).parent / "sample_data" if name == SAMPLE_DATA else Path(name)
-    return str(path.resolve()) if path.exists() else name
 
 
 class ImageSource:
@@ -116,7 +121,8 @@ class ImageSource:
         data_files = data_files if not data_files or isinstance(data_files, str) else list(data_files)
         self.name = str(dataset_name or data_dir or data_files or "the data set")
         self.image_column, self.extra_columns, self.is_folder = image_column, tuple(extra_columns), bool(data_dir)
-        self.fingerprint = None  # of its files' names, or its number of rows: tells it from others of that name
+        self.fingerprint = None  # of its files, or its number of rows: tells it from others of that name
+        self.left_out, self.left_out_line = {}, ""  # files of a local folder that are not read, by kind; a sentence
         self._builder, self._num_images, self.split = None, None, split
         files = data_files if isinstance(data_files, list) else [str(data_files)]
         self.is_remote = dataset is not None or any("://" in file for file in files)
@@ -130,7 +136,7 @@ class ImageSource:
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
         if not folder.is_dir():
             raise ValueError(f"data_dir={folder} is not a folder")
-        paths = sorted(path for path in walk(folder) if Path(path).suffix.lower() in IMAGES)
+        paths, self.left_out, self.left_out_line = list_images(str(folder))
         for path in paths:
             try:
                 path.encode()
@@ -141,20 +147,24 @@ class ImageSource:
             raise ValueError(
                 f"data_dir={folder} holds no images; for parquet or tar files use "
                 f"--data_files '{folder}/*.parquet' or --dataset_name {folder}"
+                + (f". {self.left_out_line}" if self.left_out else "")
             )
         # Files of a class lie together; a shuffled list mixes them beyond the reach of a block.
         paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
-        self.fingerprint = hash_of(paths)
+        self.fingerprint = fingerprint(paths, str(folder))
         features = datasets.Features({self.image_column: datasets.Image(decode=False)})
         return self._undecoded(datasets.Dataset.from_dict({self.image_column: paths}, features=features))
 
     def _build(self, dataset_name, config_name, data_files, streaming) -> datasets.IterableDataset:
+        folder = None  # a local one, of which the names make the splits
         if data_files:
             first = data_files if isinstance(data_files, str) else data_files[0]
-            suffix = Path(first).suffix
+            suffix = suffix_of(first)
             if suffix not in FORMATS:
                 raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(FORMATS)}")
-            arguments = {"path": FORMATS[suffix], "data_files": data_files}
+            files = [data_files] if isinstance(data_files, str) else data_files
+            refuse_braces(files)
+            arguments = {"path": FORMATS[suffix], "data_files": list(map(literal_pattern, files))}
             if str(first).startswith(("http://", "https://")):
                 import aiohttp  # slow, and only this needs it
 
@@ -163,15 +173,20 @@ class ImageSource:
                 arguments["storage_options"] = {"http": options, "https": options}
             self.split = "train"
         else:
-            arguments = {"path": resolve_name(dataset_name), "name": config_name}
-            self.is_remote = not Path(arguments["path"]).exists()
+            arguments, folder = load_arguments(dataset_name, config_name), Path(resolve_name(dataset_name))
+            self.is_remote = not folder.exists()
         try:
-            if not streaming:
-                return self._undecoded(datasets.load_dataset(**arguments, split=self.split))
             self._builder = datasets.load_dataset_builder(**arguments)
+            self.fingerprint = fingerprint(self._files(), str(folder or "")) if self._files() else None
+            if folder and folder.is_dir():
+                self.left_out, self.left_out_line = left_out_of_split(
+                    str(folder), self.split, self._builder.config.data_files or {}
+                )
+            if not streaming:
+                self._builder.download_and_prepare()
+                return self._undecoded(self._builder.as_dataset(split=self.split))
             for path in self._files():
                 refuse_cut_off_tar(path)
-            self.fingerprint = hash_of(self._files())
             return self._undecoded(self._builder.as_streaming_dataset(split=self.split))
         except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
             raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
@@ -179,6 +194,8 @@ class ImageSource:
             if not str(error).startswith(("Bad split", "Unknown split")):
                 raise
             advice = " A part of one, or several, needs --streaming false." if streaming else ""
+            if self.left_out:
+                advice += f" {self.left_out_line}"
             raise ValueError(f"dataset_split={self.split}: {str(error).rstrip('.')}.{advice}") from error
         except ImportError as error:  # fsspec names the package
             raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
@@ -237,7 +254,7 @@ class ImageSource:
         if splits and self.split in splits and splits[self.split].num_examples:
             return splits[self.split].num_examples
         files = self._files()
-        if not files or any(not file.endswith(".parquet") for file in files):
+        if not files or any(suffix_of(file) != ".parquet" for file in files):
             return None
         count = 0
         for path in files:
@@ -246,7 +263,8 @@ class ImageSource:
         return count
 
     def _files(self) -> list[str]:
-        return [str(file) for file in (self._builder.config.data_files or {}).get(self.split, [])]
+        files = self._builder.config.data_files or {}
+        return [str(file) for name in split_names(self.split) for file in files.get(name, [])]
 
     def blocks(self, rows: datasets.IterableDataset, rows_state: dict | None = None, block_size: int = 1024):
         """
@@ -267,6 +285,8 @@ class ImageSource:
                     rows_state, num_failures = rows.state_dict(), 0
                     yield block, rows_state
                 return
+            except GeneratorExit:  # at the end of Python, when the names in the next line may be gone
+                raise
             except (*connection_errors(), tarfile.TarError, pyarrow.ArrowException) as error:
                 self._wait_or_give_up(error, num_failures, self.is_remote)
                 num_failures += 1
@@ -474,15 +494,31 @@ def read_bytes(image: dict | None) -> bytes:
     if encoded is None:
         is_remote = "://" in path
         try:
-            with fsspec.open(path, "rb") if is_remote else open(path, "rb") as file:
+            with open_file(path) if is_remote else open(path, "rb") as file:
                 encoded = file.read()
         except Exception as error:  # anything from a broken archive to a protocol that there is not
             if is_remote and isinstance(error, connection_errors()) and not is_gone(error):
+                open_archive.cache_clear()  # the next attempt opens the archive anew
                 raise
             raise BadImage("missing", f"{type(error).__name__}: {error}") from error
     if not encoded:
         raise BadImage("empty", "the file has 0 bytes")
     return encoded
+
+
+def open_file(path: str):
+    """A file of a file system that fsspec knows; of an archive, whose index is read once and not for every file."""
+    inner, *archive = path.split("::", 1)
+    if not archive or "://" not in inner:
+        return fsspec.open(path, "rb")
+    protocol, name = inner.split("://", 1)
+    return open_archive(os.getpid(), protocol, archive[0]).open(name, "rb")
+
+
+@functools.lru_cache(maxsize=4)
+def open_archive(process_id: int, protocol: str, archive: str) -> fsspec.AbstractFileSystem:
+    """The opened archive of this process: processes that share an open file move each other's position in it."""
+    return fsspec.core.url_to_fs(f"{protocol}://::{archive}")[0]
 
 
 def connection_errors() -> tuple[type[Exception], ...]:
@@ -506,18 +542,6 @@ def is_gone(error: Exception) -> bool:
     return isinstance(reason, FileNotFoundError | PermissionError | IsADirectoryError)
 
 
-def walk(folder: Path):
-    """Every file below a folder, through symbolic links too, each folder once."""
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        place = os.path.realpath(parent)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        yield from (os.path.join(parent, file) for file in files)
-
-
 def steps(dataset: datasets.IterableDataset):
     """What this data set was made by, each as the name of datasets' class for it and whether it made a part of it."""
     waiting = [(dataset._ex_iterable, False)]
@@ -526,10 +550,6 @@ def steps(dataset: datasets.IterableDataset):
         yield type(step).__name__, is_part
         waiting += [(step.ex_iterable, is_part)] if hasattr(step, "ex_iterable") else []
         waiting += [(part, True) for part in getattr(step, "ex_iterables", [])]  # joined or interleaved
-
-
-def hash_of(values: list) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def ledger_line(source_name: str, image: dict | None, error: BadImage, **place) -> str:

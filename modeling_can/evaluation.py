@@ -3,6 +3,7 @@ How good are features? Labelled sets, features of them, and the protocols on fro
 few-shot. The test images meet a protocol only once it has made all of its choices.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -23,7 +24,8 @@ from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
 from torch import nn
 
-from .data import read_bytes, resolve_name
+from .data import read_bytes
+from .folders import left_out_of_split, load_arguments, resolve_name
 from .loading import Patient, worker_options
 from .views import BadImage
 
@@ -88,7 +90,13 @@ def load_split(
     """
     name = f"{dataset_name}, {split}"
     try:
-        rows = datasets.load_dataset(resolve_name(dataset_name), config_name, split=split)
+        builder = datasets.load_dataset_builder(**load_arguments(dataset_name, config_name))
+        if os.path.isdir(folder := resolve_name(dataset_name)):
+            files = builder.config.data_files or {}
+            _, line = left_out_of_split(folder, "+".join(map(str, files)), files, labelled=True)
+            warn_once(line)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     except (OSError, RuntimeError) as error:  # no such folder or set, no network, or one that is a script
@@ -137,6 +145,13 @@ def load_split(
         ) from error
     pictures = pictures if image_column == "image" else pictures.rename_column(image_column, "image")
     return Split(name, pictures, indices.astype(np.int64)), names
+
+
+@functools.cache
+def warn_once(line: str):
+    """Training and test images are mostly of one folder."""
+    if line:
+        logger.warning(line)
 
 
 def load_labelled(

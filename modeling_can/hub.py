@@ -20,8 +20,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
-from .data import SAMPLE_DATA, resolve_name
 from .diagnostics import duration
+from .folders import SAMPLE_DATA, counts, load_arguments
 from .recipe import Recipe
 
 
@@ -247,7 +247,7 @@ def hub_id(name: str | None) -> str | None:
 
 def write_examples(folder: Path) -> list[dict]:
     """Some of the bundled test tiles, as pictures in `figures`, and the entries for the card's `widget`."""
-    tiles, examples = datasets.load_dataset(resolve_name(SAMPLE_DATA), split="test"), []
+    tiles, examples = datasets.load_dataset(**load_arguments(SAMPLE_DATA), split="test"), []
     names = tiles.features["label"].names
     for photograph in EXAMPLES:
         path = f"figures/example-{photograph}.png"
@@ -301,6 +301,7 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
     losses = [f"{name.removesuffix('_loss')} {value:.4f}" for name, value in results["final_losses"].items()]
     rows = {
         "data": images,
+        "files left out": counts(results.get("left_out", {})),  # of a results.json from before it was counted
         "bad images passed over": bad or "none",
         "encoder": f"width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
         f"heads, patches of {config.patch_shape[0]} x {config.patch_shape[1]}",

@@ -7,6 +7,7 @@ A `Recipe` is the exact input of a run. It is checked when it is made, so that a
 import argparse
 import dataclasses
 import difflib
+import glob
 import math
 import sys
 import types
@@ -18,6 +19,7 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .configuration_can import CANConfig
+from .folders import expand_user, literal_pattern
 from .views import DECODING, check_decoding
 
 
@@ -26,6 +28,8 @@ ALIASES = {"batch_size": "per_device_train_batch_size", "lr": "base_learning_rat
            "workers": "dataloader_num_workers", "num_workers": "dataloader_num_workers",
            "epochs": "num_train_epochs"}  # fmt: skip
 SOURCE = ("dataset_name", "dataset_config_name", "data_dir", "data_files")
+PATHS = ("dataset_name", "data_dir", "data_files", "probe_dataset_name", "model_name_or_path", "output_dir",
+         "resume_from_checkpoint")  # fmt: skip
 LENGTH = ("max_steps", "num_train_epochs", "num_train_samples")  # the first that is set counts
 
 
@@ -130,6 +134,8 @@ class Recipe:
         return {name: getattr(self, name) for name, usual in DECODING.items() if getattr(self, name) != usual}
 
     def __post_init__(self):
+        for name in PATHS:  # no shell expands the ~ of a recipe, or behind a =
+            setattr(self, name, expand_user(getattr(self, name)))
         if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
             raise ValueError(
                 "give one source: dataset_name, data_dir or data_files "
@@ -299,8 +305,8 @@ def parse_value(name: str, value, annotation):
     if isinstance(value, bool):  # which Python takes for a number, and YAML for a word
         raise ValueError(f"{name}={value} is not of type {wanted}{'; put words in quotes' * (str in options)}")
     sequence = next((option for option in options if typing.get_origin(option) in (tuple, list)), None)
-    if sequence and (isinstance(value, list | tuple) or (isinstance(value, str) and "," in value)):
-        items = value.split(",") if isinstance(value, str) else value
+    items = at_commas(value) if sequence and isinstance(value, str) else value
+    if isinstance(items, list | tuple) and sequence and items != [value]:
         return tuple(parse_value(name, item, typing.get_args(sequence)[0]) for item in items)
     if sequence and not set(options) - {sequence, type(None)}:
         return (parse_value(name, value, typing.get_args(sequence)[0]),)
@@ -316,12 +322,17 @@ def parse_value(name: str, value, annotation):
     raise ValueError(f"{name}={value!r} is not of type {wanted}")
 
 
+def at_commas(text: str) -> list[str]:
+    """The parts of a list on the command line; a path that exists is one, whatever its name."""
+    return [text] if "," not in text or glob.glob(literal_pattern(expand_user(text))) else text.split(",")
+
+
 def read_flags(
     parser: argparse.ArgumentParser, groups: dict[str, list[dataclasses.Field]], argv: list[str] | None
 ) -> tuple[argparse.Namespace, dict[str, str]]:
     """
     Everything on the command line, and the `--key value` of those fields that are given, a flag without a value as
-    `true`, several values as one, with commas.
+    `true`, several values as a list.
 
     Raises:
         ValueError: for an unknown flag (the nearest one is named), or a word that belongs to none.
@@ -344,7 +355,8 @@ def read_flags(
 
 class _Joined(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, ",".join(values))
+        values = [part for value in values for part in at_commas(value)]
+        setattr(namespace, self.dest, values if values[1:] else "".join(values))
 
 
 def parse_arguments(argv: list[str] | None, default_recipe: Path, description: str) -> Recipe:
@@ -357,6 +369,7 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("recipe", nargs="?", type=Path, default=default_recipe, help=f"YAML; default {default_recipe}")
     arguments, overrides = read_flags(parser, {"training": training_fields(), "model": model_fields()}, argv)
+    arguments.recipe = arguments.recipe.expanduser()
     if not arguments.recipe.is_file():
         raise ValueError(f"there is no recipe {arguments.recipe}; the presets are model_cards/*/recipe.yaml")
     values = yaml.safe_load(arguments.recipe.read_text()) or {}

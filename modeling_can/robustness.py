@@ -167,7 +167,7 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
         raise ValueError(f"further set {name} needs dataset_name and knows {', '.join(sorted(known))}, class_map")
     if isinstance(class_map, str):
         try:
-            text = (folder / class_map).read_text()
+            text = (folder / Path(class_map).expanduser()).read_text()
             class_map = json.loads(text) if class_map.endswith(".json") else yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"further set {name}: class_map={class_map} cannot be read: {error}") from error

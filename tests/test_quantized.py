@@ -15,7 +15,8 @@ from transformers import (
 import modeling_can  # noqa: F401  registers CAN with the Auto classes
 
 
-KINDS = ["bitsandbytes 4", "bitsandbytes 8", "torchao 4", "torchao 8", "dynamic"]
+LIBRARIES = ["bitsandbytes 4", "bitsandbytes 8", "torchao 4", "torchao 8"]
+KINDS = [*(pytest.param(kind, marks=pytest.mark.slow) for kind in LIBRARIES), "dynamic"]
 PIXELS = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -74,7 +75,8 @@ def test_the_losses_stay(kind):
         assert outputs[name].item() == pytest.approx(exact[name].item(), rel=0.1)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dynamic"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LIBRARIES)
 @torch.no_grad()
 def test_what_is_saved_quantized_is_loaded_quantized(kind, tmp_path):
     model = quantized(AutoModel, kind)

@@ -44,7 +44,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, with_body: bool):
         if self.server.is_down:
             return self.send_error(503)
-        path = self.server.folder / self.path.lstrip("/")
+        path = self.server.folder / self.path.lstrip("/").split("?")[0]
         if path.name in self.server.gone or not path.is_file():
             return self.send_error(404)
         fault = self.server.faults.pop(0) if self.server.faults and with_body else None
@@ -98,6 +98,14 @@ def test_every_sample_comes_once_through_a_faulty_connection(server, sources, im
         seen = [int(sample["views"]) for sample in itertools.islice(stream, 120)]
         assert sorted(seen) == sources["crcs"], epoch
     assert server.befallen == ["drop", "503", "stall", "503", "drop", "503", "503"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_url_may_have_a_query(server, sources, kind):  # noqa: F811
+    source = ImageSource(data_files=[f"{server.url}/{shard}.{kind}?download=1" for shard in range(5)])
+    assert source.num_images() == (120 if kind == "parquet" else None)
+    stream = iter(ViewStream(source, identity))
+    assert sorted(int(sample["views"]) for sample in itertools.islice(stream, 120)) == sources["crcs"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])

@@ -15,7 +15,8 @@ from test_data import picture
 
 import run_pretraining
 from modeling_can import resident
-from modeling_can.data import SAMPLE_DATA, ImageSource, ViewStream, resume, view_loader
+from modeling_can.data import ImageSource, ViewStream, resume, view_loader
+from modeling_can.folders import SAMPLE_DATA
 from modeling_can.resident import CropPlan, ResidentLoader, crop, read_images, resident_images
 from modeling_can.views import RandomCrops
 

@@ -460,6 +460,16 @@ def test_a_fine_tuned_model_is_measured_and_goes_into_the_pipeline(models, colou
         run_eval.main(options(models, colours, tmp_path, "can", task="finetune", **flags))
 
 
+def test_embeddings_of_a_folder_tell_what_was_left_out(models, tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "1.png").write_bytes(encoded((1, 2, 3)))
+    (tmp_path / "p" / "2.heic").write_bytes(b"")
+    argv = ["--model_name_or_path", models["can"], "--task=embed", f"--data_dir={tmp_path}/p"]
+    results = run_eval.main([*argv, f"--output_dir={tmp_path}/out"])
+    assert results["embed"]["num_images"] == 1 and results["left_out"] == {".heic": 1}
+    assert f"data_dir={tmp_path}/p: reads 1 images; left out: 1 .heic" in capsys.readouterr().out
+
+
 def test_embeddings_are_those_of_the_model(models, colours, tmp_path):
     argv = ["--model_name_or_path", models["can"], "--task=embed", f"--data_files={colours}/test-*.parquet",
             f"--output_dir={tmp_path}", "--embedding_dtype=float32", "--pooling=both", "--batch_size=8"]  # fmt: skip

@@ -1,0 +1,249 @@
+"""
+Local files and folders: what they are called for `datasets`, which images a folder holds, and what is left out of it.
+Nothing is left out in silence: it is counted by kind, and a line says so.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
+from huggingface_hub import metadata_load
+from PIL import Image
+
+
+SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
+NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # containers and vector graphics
+TEXT = {".csv", ".json", ".jsonl", ".md", ".parquet", ".txt", ".yaml", ".yml"}  # what describes images
+IN_NO_SPLIT, UNREADABLE = "in no split", "unreadable folders"
+NUM_SHOWN = 8  # kinds, or folders, that a line names
+
+
+# --- Names -----------------------------------------------------------------------------------------------------------
+
+
+def expand_user(value):
+    """A path, or several, with `~` as the home folder; None and names that are no paths stay as they are."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_user, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def resolve_name(name: str) -> str:
+    """The name of a data set: where the folder or the bundled tiles lie, or itself."""
+    path = Path(__file__).parent / SAMPLE_DATA if name == SAMPLE_DATA else Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def load_arguments(name: str, config_name: str | None = None) -> dict:
+    """
+    What `datasets.load_dataset` takes to load a data set by its name. It would take the path of a folder with brackets
+    for a glob; of a folder in a folder it takes one.
+    """
+    path = Path(resolve_name(name))
+    if not path.is_dir() or glob.escape(str(path)) == str(path):
+        return {"path": resolve_name(name), "name": config_name}
+    if config_name or has_configs(path):
+        raise ValueError(
+            f"dataset_name={name} has configurations, and brackets, * or ? in its path, which datasets takes for a "
+            "pattern; rename the folder"
+        )
+    outer = next(parent for parent in path.parents if glob.escape(str(parent)) == str(parent))
+    return {"path": str(outer), "data_dir": glob.escape(str(path.relative_to(outer)))}
+
+
+def has_configs(folder: Path) -> bool:
+    """Whether the README.md of a data set says which files make its splits."""
+    card = folder / "README.md"
+    return card.is_file() and bool((metadata_load(card) or {}).get("configs"))
+
+
+def literal_pattern(file: str) -> str:
+    """A pattern for `datasets`: what exists of a path is meant by its name, whatever characters are in it."""
+    if "://" in file or glob.escape(file) == file:
+        return file
+    path = Path(file)
+    known = next(place for place in (path, *path.parents) if os.path.exists(place))
+    return str(Path(glob.escape(str(known))) / path.relative_to(known))
+
+
+def refuse_braces(files: list[str]):
+    """`webdataset` expands them, `datasets` does not."""
+    for file in files:
+        if re.search(r"[{}]", file) and ("://" in file or not glob.glob(literal_pattern(file))):
+            advice = re.sub(r"\{[^{}]*\}?|[^{}]*\}", "*", file)
+            raise ValueError(f"data_files={file} has braces, which are not expanded; write *: {advice}")
+
+
+def suffix_of(file: str) -> str:
+    """Of a path, or of the path in a URL."""
+    return Path(file.split("?")[0] if "://" in file else file).suffix
+
+
+def split_names(split: str) -> list[str]:
+    """`train[:10%]+test` -> `["train", "test"]`."""
+    return re.sub(r"\[.*?\]", "", split).split("+")
+
+
+def fingerprint(files: list[str], folder: str = "") -> str:
+    """
+    Tells changed sources: of local files the names, below `folder` if they lie there, and the sizes; of remote ones
+    the URLs. The same folder in another place has the same fingerprint.
+    """
+    start = os.path.join(folder, "") if folder else ""
+
+    def identity(file: str):
+        if "://" in file:
+            return file
+        name = file.removeprefix(start) if start and file.startswith(start) else os.path.basename(file)
+        return [name, os.path.getsize(file) if os.path.exists(file) else None]  # a link may lead nowhere
+
+    return hash_of([identity(file) for file in files])
+
+
+def hash_of(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+# --- Images of a folder ----------------------------------------------------------------------------------------------
+
+
+def image_extensions() -> set[str]:
+    """Those of the images that Pillow reads, with its plugins; lower case."""
+    Image.init()
+    read = {*Image.OPEN, "MPO"} - NO_IMAGES  # MPO is opened as JPEG
+    return {extension for extension, kind in Image.registered_extensions().items() if kind in read}
+
+
+def walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
+    """
+    Every file below a folder, through symbolic links too, each folder once. Hidden files and folders are left out, as
+    `datasets` does: they hold thumbnails, earlier versions and files of macOS.
+    """
+    seen, paths = set(), []
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: unreadable.append(e.filename)):
+        place = os.path.realpath(parent)
+        if place in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        for hidden in [name for name in folders if name.startswith(".")]:
+            folders.remove(hidden)
+            left_out["hidden"] += sum(len(names) for *_, names in os.walk(os.path.join(parent, hidden)))
+        visible = [file for file in files if not file.startswith(".")]
+        left_out["hidden"] += len(files) - len(visible)
+        paths += (os.path.join(parent, file) for file in visible)
+    if unreadable:
+        left_out[UNREADABLE] = len(unreadable)
+    return paths
+
+
+def kind_of(path: str) -> str:
+    """`.heic`; the end of a name such as 1.2.840.17 is no extension."""
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix if re.fullmatch(r"\.(?=.*[a-z])\w{1,10}", suffix) else "without extension"
+
+
+def holds_figures(folder: str) -> bool:
+    """Whether a folder holds the figures of a run of this project."""
+    run, name = os.path.split(folder)
+    marks = (f"{run}/recipe.yaml", f"{run}/results.json", f"{folder}/preflight.png")
+    return name == "figures" and any(map(os.path.exists, marks))
+
+
+def list_images(folder: str) -> tuple[list[str], dict[str, int], str]:
+    """
+    The sorted paths of the images below a folder; what else is there, by kind; and a sentence about that, empty if
+    there is nothing else. The figures of runs that were written into the folder are no images of it.
+    """
+    left_out, unreadable, images, figures = Counter(), [], [], {folder: False}
+    extensions = image_extensions()
+    for path in walk(folder, left_out, unreadable):
+        parent, extension = os.path.dirname(path), os.path.splitext(path)[1].lower()
+        if extension not in extensions:
+            left_out[kind_of(path)] += 1
+            continue
+        if parent not in figures:
+            figures[parent] = holds_figures(parent)
+        if figures[parent]:
+            left_out["in figures of runs"] += 1
+        else:
+            images.append(path)
+    left_out = +left_out  # without zeros
+    return sorted(images), dict(left_out), sentence(f"data_dir={folder}", len(images), left_out, unreadable)
+
+
+def sentence(source: str, num_images: int, left_out: Counter, unreadable: list[str], unit: str = "images") -> str:
+    parts = [f"{source}: reads {num_images:,} {unit}"]
+    if counted := counts({kind: number for kind, number in left_out.items() if kind != UNREADABLE}):
+        parts.append(f"left out: {counted}")
+    if unreadable:
+        number = "1 folder" if len(unreadable) == 1 else f"{len(unreadable)} folders"
+        parts.append(f"{number} may not be read: {', '.join(unreadable[:NUM_SHOWN])}")
+    return "; ".join(parts) if parts[1:] else ""
+
+
+def counts(left_out: dict[str, int]) -> str:
+    """`4 .heic, 3 hidden`, the most frequent kinds first."""
+    kinds = sorted((-number, kind) for kind, number in left_out.items())
+    shown = [f"{-number:,} {kind}" for number, kind in kinds[:NUM_SHOWN]]
+    rest = -sum(number for number, _ in kinds[NUM_SHOWN:])
+    return ", ".join(shown + ([f"{rest:,} of other kinds"] if rest else []))
+
+
+# --- Files of a split ------------------------------------------------------------------------------------------------
+
+
+def left_out_of_split(
+    folder: str, split: str, data_files: dict[str, list[str]], labelled: bool = False
+) -> tuple[dict[str, int], str]:
+    """
+    `datasets` makes splits of words such as train and test in the names of folders and files. Of a folder that it
+    loads: the files that are in no split, or that are images in other splits because of their own names; and a
+    sentence about that. Both are empty for a folder that is made of splits, or that says itself what they are.
+
+    Raises:
+        ValueError: if `datasets` takes the figures of a run of this project for images of the folder.
+    """
+    if has_configs(Path(folder)):
+        return {}, ""
+    split_of = {str(file): str(name) for name, files in data_files.items() for file in files}
+    for parent in {os.path.dirname(file) for file in split_of}:
+        if holds_figures(parent):
+            raise ValueError(
+                f"dataset_name={folder} holds the figures of a run, {parent}, which would be read as images; move the "
+                "run to another place" + ("" if labelled else f", or give --data_dir '{folder}', which skips them")
+            )
+    left_out, unreadable, num_read, extensions = Counter(), [], 0, image_extensions()
+    kinds = {os.path.splitext(file)[1].lower() for file in split_of}
+    holds_images = bool(kinds & extensions)
+    kinds = kinds & extensions if holds_images else kinds
+    for path in walk(folder, left_out, unreadable):
+        extension, own = os.path.splitext(path)[1].lower(), split_of.get(path)
+        if own in split_names(split):
+            num_read += extension in kinds
+        elif own is None and extension in kinds and os.path.basename(path) not in FILES_TO_IGNORE:
+            left_out[IN_NO_SPLIT] += 1
+        elif own and holds_images and not in_folder_of(own, os.path.relpath(path, folder)):
+            left_out[f"in split {own}"] += 1
+        elif own is None and holds_images and extension not in TEXT:
+            left_out[kind_of(path)] += 1
+    del left_out["hidden"]
+    left_out = +left_out
+    unit = "images" if holds_images else "files"
+    text = sentence(f"dataset_name={folder}, split {split}", num_read, left_out, unreadable, unit)
+    if any(kind.startswith("in ") for kind in left_out):
+        text += "; datasets takes words such as train and test in names for splits: rename the files or folders"
+        text += f", or give --data_dir '{folder}', which reads all images" if holds_images and not labelled else ""
+    return dict(left_out), text
+
+
+def in_folder_of(split: str, path: str) -> bool:
+    """Whether a folder in the path is called after the split, as in `test/cat/1.jpg`."""
+    keywords = {str(name): words for name, words in SPLIT_KEYWORDS.items()}.get(split, [split])
+    words = {word for part in path.split(os.sep)[:-1] for word in re.split(r"[-._ 0-9]", part)}
+    return not words.isdisjoint(keywords)
