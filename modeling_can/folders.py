@@ -122,9 +122,13 @@ def image_extensions() -> set[str]:
 def walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
     """
     Every file below a folder, through symbolic links too, each folder once. Hidden files and folders are left out, as
-    `datasets` does: they hold thumbnails, earlier versions and files of macOS.
+    `datasets` does: they hold thumbnails, earlier versions and files of macOS; their images are counted.
     """
-    seen, paths = set(), []
+    seen, paths, extensions = set(), [], image_extensions()
+
+    def num_images(files: list[str]) -> int:
+        return sum(os.path.splitext(file)[1].lower() in extensions for file in files)
+
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: unreadable.append(e.filename)):
         place = os.path.realpath(parent)
         if place in seen:
@@ -133,10 +137,9 @@ def walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
         seen.add(place)
         for hidden in [name for name in folders if name.startswith(".")]:
             folders.remove(hidden)
-            left_out["hidden"] += sum(len(names) for *_, names in os.walk(os.path.join(parent, hidden)))
-        visible = [file for file in files if not file.startswith(".")]
-        left_out["hidden"] += len(files) - len(visible)
-        paths += (os.path.join(parent, file) for file in visible)
+            left_out["hidden"] += sum(num_images(names) for *_, names in os.walk(os.path.join(parent, hidden)))
+        left_out["hidden"] += num_images([file for file in files if file.startswith(".")])
+        paths += (os.path.join(parent, file) for file in files if not file.startswith("."))
     if unreadable:
         left_out[UNREADABLE] = len(unreadable)
     return paths
