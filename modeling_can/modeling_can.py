@@ -386,7 +386,7 @@ class CANNoiseLevelEmbedding(nn.Module):
     """
     Noise level sigma -> vector of decoder width: sinusoidal embedding, then a 2-layer MLP with ReLU.
 
-    Deviation: the authors' release feeds sigma itself, at most 0.1, into frequencies made for diffusion steps up to
+    Deviation: the authors' release feeds sigma itself, 0.05 say, into frequencies made for diffusion steps up to
     1,000, which moves the embedding by about 1 %. Here sigma / noise_std_max is stretched to [0, 1000], so that the
     level can be read (tests/test_modeling.py measures it).
     """
