@@ -83,7 +83,7 @@ from modeling_can.finetuning import (
 from modeling_can.folders import expand_user, load_arguments, resolve_name
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
 from modeling_can.metrics import Accuracy
-from modeling_can.progress import outlive_full_logs
+from modeling_can.progress import report_errors
 from modeling_can.recipe import INSTALL, option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.robustness import (
@@ -1173,13 +1173,5 @@ def table(results: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    outlive_full_logs()
-    try:
+    with report_errors("run_eval.py"):
         main()
-    except (ValueError, FloatingPointError, OSError) as error:
-        # Of an error in a loader's worker, what it says, without the traceback that torch puts around it.
-        sys.exit(f"run_eval.py: {re.split(r'^[A-Za-z]*Error: ', str(error), flags=re.MULTILINE)[-1].strip()}")
-    except RuntimeError as error:
-        if not re.search("gloo|nccl", str(error), re.IGNORECASE):
-            raise
-        sys.exit(f"run_eval.py: another process died, or cannot be reached: {error}")

@@ -29,8 +29,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import append_line, ledger_line, refuse_bad
+from .files import flush_to_disk
 from .loading import Patient, handed_over, worker_options
-from .training import flush_to_disk
 from .views import BadImage
 
 

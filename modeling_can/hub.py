@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from .diagnostics import duration
+from .files import write
 from .folders import SAMPLE_DATA, counts, load_arguments
 from .recipe import Recipe
 
@@ -38,16 +39,6 @@ EXPORTS = {
     "timm": "timm's `VisionTransformer`",
     "onnx": "an ONNX graph for batches of any size",
 }
-
-
-def write(path: Path, text: str):
-    """All or nothing: a reader never meets half a file."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_new_folder(folder: Path):

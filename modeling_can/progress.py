@@ -1,6 +1,7 @@
 """What a run says while it works."""
 
 import contextlib
+import re
 import sys
 
 from tqdm.auto import tqdm
@@ -31,6 +32,17 @@ class Unfailing:
         return getattr(self._stream, name)
 
 
-def outlive_full_logs():
-    """For a program: whatever is printed in it, by any library, raises no `OSError`."""
+@contextlib.contextmanager
+def report_errors(program: str, advice: str = ""):
+    """For a program: what the user can fix ends it in one sentence, with status 1; and a full log does not end it."""
     sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError) as error:
+        # Of an error in a loader's worker, what it says, without the traceback that torch puts around it.
+        text = re.split(r"^[A-Za-z]*Error: ", str(error), flags=re.MULTILINE)[-1].strip()
+        sys.exit(f"{program}: {text}")
+    except RuntimeError as error:
+        if not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        sys.exit(f"{program}: another process of this run died, or cannot be reached: {error}\n{advice}".rstrip())

@@ -1,24 +1,19 @@
 """
-What the training loop needs beside the model: parameter groups, schedule, averages over steps and processes,
-checkpoints, and the wish to stop.
+What a training loop needs beside the model: parameter groups, schedule, averages over steps and processes, backward
+passes, and the wish to stop.
 """
 
 import collections
 import contextlib
-import hashlib
-import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import nn
 from torch.utils._triton import has_triton
@@ -297,147 +292,6 @@ def set_rng_state(state: dict):
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-# --- Checkpoints -----------------------------------------------------------------------------------------------------
-
-
-class Checkpoints:
-    """
-    The folder of a run's checkpoints, `step-N/`: each is complete or not there at all, whenever the run is killed.
-
-    A checkpoint holds `model.safetensors`, `shared.pt` (optimiser and progress), `process-N.pt` for every process
-    (random generators, place in the data) and `manifest.json` (size and SHA-256 of each file). The `.pt` files are
-    pickles, the user's own and trusted.
-
-    Args:
-        folder (`Path`): Where they lie.
-        limit (`int`): How many to keep, the newest ones; one more may be asked for.
-        process_index, num_processes (`int`): This process among those that save together.
-        all_agree (callable): Whether what it is given is true on all processes, each of which calls it.
-    """
-
-    def __init__(self, folder: Path, limit: int, process_index: int = 0, num_processes: int = 1, all_agree=bool):
-        self.folder, self.limit = Path(folder), limit
-        self.process_index, self.num_processes, self.all_agree = process_index, num_processes, all_agree
-
-    def save(self, step: int, model_state: dict, shared: dict, own: dict, best: int | None = None) -> Path:
-        """
-        Called by every process. Written under another name and renamed when everything is on the disk; then the old
-        ones go, but for the one of step `best`.
-
-        Raises:
-            OSError: on all processes, if one cannot write; the checkpoints that were there stay.
-        """
-        path, partial = self.folder / f"step-{step}", self.folder / f"step-{step}.partial"
-        is_main = self.process_index == 0
-
-        def prepare():
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-
-        def write_shared():
-            safetensors.torch.save_file(model_state, partial / "model.safetensors", {"format": "pt"})
-            torch.save(shared, partial / "shared.pt")
-
-        def complete():
-            manifest = {file.name: describe_file(file) for file in sorted(partial.iterdir())}
-            manifest = {"step": step, "num_processes": self.num_processes, "files": manifest}
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-            for file in (*partial.iterdir(), partial):
-                flush_to_disk(file)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(partial, path)
-            flush_to_disk(self.folder)
-            place = self.paths().index(path) + 1
-            later = self.paths()[place:]  # where this run was resumed from an earlier one: they took another course
-            old = [p for p in self.paths()[: max(0, place - self.limit)] if p.name != f"step-{best}"]
-            for superseded in later + old:
-                shutil.rmtree(superseded)
-
-        stages = [
-            (prepare, is_main),
-            (lambda: torch.save(own, partial / f"process-{self.process_index:05}.pt"), True),
-            (write_shared, is_main),
-            (complete, is_main),
-        ]
-        for stage, is_mine in stages:
-            error = None
-            try:
-                if is_mine:
-                    stage()
-            except Exception as caught:  # whatever it is: the others wait to hear of it
-                error = caught
-            if not self.all_agree(error is None):
-                if is_main:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise OSError(
-                    f"the checkpoint {path} could not be written: {error or 'another process failed'}"
-                ) from error
-        return path
-
-    def paths(self) -> list[Path]:
-        """The complete checkpoints, the oldest first."""
-        paths = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-        return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
-
-    def find(self, wanted: str) -> Path | None:
-        """
-        The checkpoint that is meant: a path, or `"latest"`, the newest, which is `None` if there is none yet.
-
-        Raises:
-            ValueError: if it is not there, or damaged.
-        """
-        if wanted == "latest":
-            paths = self.paths()
-            if not paths:
-                return None
-            path = paths[-1]
-        else:
-            path = Path(wanted)
-        if not (path / "manifest.json").is_file():
-            raise ValueError(f"resume_from_checkpoint={path} is no checkpoint; give a folder .../checkpoints/step-N")
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, description in manifest["files"].items():
-            if not (path / name).is_file() or describe_file(path / name) != description:
-                raise ValueError(
-                    f"the checkpoint {path} is damaged: {name} is not what was written; resume from another one "
-                    f"({', '.join(str(p) for p in self.paths() if p != path) or 'there is none'})"
-                )
-        return path
-
-    @staticmethod
-    def step(path: Path) -> int:
-        """After how many steps it was written."""
-        return json.loads((path / "manifest.json").read_text())["step"]
-
-    @staticmethod
-    def load(path: Path) -> tuple[dict, dict, list[dict]]:
-        """Weights, what was shared, and what each process had, in the order of their rank; on the CPU."""
-        weights = safetensors.torch.load_file(path / "model.safetensors")
-        shared = torch.load(path / "shared.pt", map_location="cpu", weights_only=False)
-        # Not whatever is there: in a repository on the Hub those of an earlier, larger number of processes stay.
-        num_processes = json.loads((path / "manifest.json").read_text())["num_processes"]
-        files = [path / f"process-{index:05}.pt" for index in range(num_processes)]
-        own = [torch.load(file, map_location="cpu", weights_only=False) for file in files]
-        return weights, shared, own
-
-
-def describe_file(path: Path) -> dict:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def flush_to_disk(path: Path):
-    """A renamed file may otherwise be empty after a power cut. Some file systems cannot flush a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # --- Stopping --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,305 @@
+"""A run: recipe -> source -> model -> loop -> results."""
+
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers import ViTImageProcessor
+
+from ..data import ImageSource, ViewStream, mean_and_std
+from ..progress import tell
+from ..push import STOP_SECONDS, Push
+from ..recipe import Recipe
+from ..training import StoppedWaiting, StopSignals, rng_state, set_rng_state
+from . import results
+from .builders import (
+    Trained,
+    compilation,
+    image_processor,
+    image_source,
+    probe_of,
+    processes,
+    trained_model,
+    view_maker,
+)
+from .checkpoints import Checkpoints, changed_fields, restore, whole_state
+from .feed import Feed
+from .plan import Plan
+from .preflight import Preflight
+from .probing import Probing
+from .run_folder import lock, prepare_folder, refuse_other_run
+from .run_log import RunLog
+from .step import TrainStep
+
+
+__all__ = ["Run", "run"]
+
+
+@dataclass
+class Run:
+    """The parts of a run on this process, each the owner of what it changes."""
+
+    recipe: Recipe
+    command: list[str]
+    accelerator: Accelerator
+    compiled: str | None
+    source: ImageSource
+    feed: Feed
+    plan: Plan
+    trained: Trained
+    train_step: TrainStep
+    checkpoints: Checkpoints
+    log: RunLog
+    probing: Probing
+    processor: ViTImageProcessor
+    stop: StopSignals
+    push: Push | None  # on the main process
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+
+def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
+    """
+    Runs a recipe; returns what `results.json` holds.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): Instead of the recipe's source.
+        command (`list[str]`): What the user typed, for the card.
+
+    Raises:
+        ValueError: for what the user can fix.
+        FloatingPointError: if a gradient is not finite, and the recipe says stop.
+        OSError: if the images cannot be read, or the model cannot be written into the folder.
+    """
+    began, output_dir = time.perf_counter(), Path(recipe.output_dir)
+    finished = None if recipe.overwrite_output_dir else refuse_other_run(recipe, output_dir)  # before it takes time
+    if finished:
+        return finished
+
+    # --- Processes and folder
+    accelerator = processes(recipe)
+    compiled, is_main = compilation(recipe, accelerator), accelerator.is_main_process
+    own_folder = lock(output_dir) if is_main and not recipe.preflight else None
+    checkpoints = Checkpoints(
+        output_dir / "checkpoints",
+        recipe.save_total_limit,
+        accelerator.process_index,
+        accelerator.num_processes,
+        all_agree=partial(_all_agree, accelerator),
+    )
+    checkpoint = recipe.resume_from_checkpoint and checkpoints.find(recipe.resume_from_checkpoint)
+    push = Push(output_dir, recipe.repo_id, recipe.hub_private) if recipe.push_to_hub and is_main else None
+    _tell(push and push.check())
+
+    # --- Data
+    source = image_source(recipe, dataset)
+    _tell(is_main and source.left_out_line)
+    if recipe.measure_mean_std:
+        mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
+        recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
+    feed = Feed(recipe, source, accelerator, compiled)
+    _tell(is_main and feed.remark)
+    probe = probe_of(recipe, accelerator.device) if is_main else None
+
+    # --- Length, model, step
+    plan = Plan.of(recipe, source.num_images(), accelerator.num_processes)
+    if checkpoint and Checkpoints.step(checkpoint) >= plan.max_steps:
+        raise ValueError(f"max_steps={plan.max_steps} is not beyond {checkpoint}; give more")
+    trained = trained_model(recipe, plan, accelerator, compiled, warm=not checkpoint)
+    train_step = TrainStep(trained.model, trained.optimizer, accelerator, recipe, plan)
+
+    # --- Where the run stands
+    (output_dir / "figures").mkdir(parents=True, exist_ok=True)
+    if is_main and not recipe.preflight:
+        prepare_folder(output_dir, keep=bool(checkpoint))
+    accelerator.wait_for_everyone()  # every process writes its bad images there
+    weights, shared, own = checkpoints.load(checkpoint) if checkpoint else ({}, {"progress": {}}, [])
+    progress = shared["progress"]
+    if checkpoint and is_main:
+        feed.cut_ledger(progress["ledger_bytes"])
+    _tell(
+        recipe.resume_from_checkpoint and not checkpoint and is_main
+        and f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0"
+    )  # fmt: skip
+    accelerator.wait_for_everyone()  # until the ledger is cut
+    feed.read_ledger()
+    parts = Run(
+        recipe=recipe,
+        command=list(command),
+        accelerator=accelerator,
+        compiled=compiled,
+        source=source,
+        feed=feed,
+        plan=plan,
+        trained=trained,
+        train_step=train_step,
+        checkpoints=checkpoints,
+        log=RunLog(recipe, plan, accelerator, train_step.guard, progress),
+        probing=Probing(probe, trained, accelerator),
+        processor=image_processor(recipe),
+        stop=StopSignals(_sum_over(accelerator), accelerator.device),
+        push=push,
+    )
+    first_step = progress.get("step", 0)
+    results.tell_plan(parts)
+
+    # --- Preflight, or the loop and its results
+    if not recipe.preflight:
+        parts.log.open_trackers(first_step)
+    exact = feed.start([process["loader"] for process in own])  # first: starting workers draws a random number
+    if checkpoint:
+        remarks = resume(parts, first_step, weights, shared, own, exact)
+        as_ever = "from here on the run is what it would have been without the interruption"
+        _tell(is_main and f"resumed from {checkpoint} at step {first_step}; {'; '.join(remarks) or as_ever}")
+    del weights, shared, own  # as large as the model and its optimizer once more
+    if recipe.preflight:
+        num_steps = plan.max_steps - first_step
+        is_ready = Preflight(recipe, accelerator, feed, trained, train_step, parts.stop, num_steps)()
+        accelerator.end_training()
+        sys.exit(0 if is_ready else 1)
+    if recipe.probe_dataset_name and not checkpoint:
+        parts.log.probes |= {"raw pixels": parts.probing.raw_pixels(), "untrained encoder": parts.probing.encoder()}
+    parts.log.open_files()
+    train(parts, first_step)
+    found = results.finish(parts, began)
+    if own_folder:
+        own_folder.close()
+    return found
+
+
+def train(run: Run, first_step: int):
+    """The loop, from step `first_step` on; ends the process where a signal asks for it."""
+    recipe, log, feed = run.recipe, run.log, run.feed
+    run.trained.model.train()
+    with run.stop:
+        for step in log.steps(first_step):
+            try:
+                micro_batches, images = feed.next_step(run.plan.num_micro_batches, run.stop)
+            except StoppedWaiting:
+                stop_waiting(run, step)
+            output = run.train_step(step, micro_batches, images)
+            log.update(output)
+
+            done, is_last = step + 1, step + 1 == run.plan.max_steps
+            probing = recipe.probe_every > 0 and done % recipe.probe_every == 0
+            if done % recipe.logging_steps == 0 or probing or is_last:
+                log.log(done, output, feed, run.probing.knn if probing else None)
+
+            stopping = run.stop.wanted() and not is_last
+            regular = done % recipe.save_steps == 0
+            if (stopping or regular or (probing and log.best["step"] == done)) and not is_last:
+                save(run, done, stopping, regular)
+            if stopping:
+                end_early(run, done)
+    feed.close()
+    run.accelerator.wait_for_everyone()
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save(run: Run, step: int, stopping: bool, regular: bool):
+    """A checkpoint after so many steps; called by all processes. One that fails ends the run only where it stops."""
+    saved = None
+    try:
+        saved = checkpoint(run, step)
+    except OSError as error:
+        if stopping:
+            raise
+        tell(f"{error}; training goes on, and tries again in {run.recipe.save_steps} steps")
+    if regular and not stopping:
+        with run.log.paused():
+            run.log.draw(step, run.trained.in_one_piece(), run.feed.pixel_values)
+    if saved and run.push and run.recipe.hub_strategy != "end":
+        results.push_unfinished(run, step, saved)
+
+
+def checkpoint(run: Run, step: int) -> Path:
+    run.log.report_nonfinite()
+    weights, optimizer_state = whole_state(run.trained.model, run.trained.optimizer.optimizer)
+    average = run.log.average
+    own = {"loader": run.feed.state_dict(), "rng": rng_state(), "average": (average.sums, average.num_steps)}
+    progress = {"step": step, "ledger_bytes": run.feed.ledger_bytes, **run.log.state_dict()}
+    shared = {"optimizer": optimizer_state, "progress": progress, "recipe": run.recipe.to_dict()}
+    best = run.log.best
+    return run.checkpoints.save(step, weights, shared, own, best and best["step"])
+
+
+def resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dict], exact: bool) -> list[str]:
+    """
+    Weights, optimizer and random numbers of a checkpoint; returns what is other than it would have been.
+
+    Args:
+        weights, shared, own: As of `Checkpoints.load`.
+        exact (`bool`): Whether the images are those of the uninterrupted run.
+    """
+    recipe, accelerator, trained = run.recipe, run.accelerator, run.trained
+    changed = changed_fields(recipe, shared, weights, trained.bare)
+    restore(trained.model, trained.optimizer.optimizer, weights, shared["optimizer"])
+    remarks = [f"settings that changed since: {', '.join(changed)}"] if changed else []
+    if "data_on_device" not in shared["recipe"]:
+        remarks.append("an earlier version wrote it, whose augmentation drew other random numbers")
+    if len(own) == accelerator.num_processes:
+        mine = own[accelerator.process_index]
+        set_rng_state(mine["rng"])
+        run.log.average.sums, run.log.average.num_steps = mine["average"]
+        if not exact:
+            remarks.append("weights, optimiser and random numbers are exact, the order of the data is new")
+    else:
+        # Not the numbers of step 0 again
+        set_seed((recipe.seed + 1_000_003 * first_step) % 2**31, device_specific=True)
+        remarks.append(
+            f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are exact, "
+            "the order of the data and the random numbers are new"
+        )
+    return remarks
+
+
+# --- Stopping --------------------------------------------------------------------------------------------------------
+
+
+def end_early(run: Run, step: int):
+    """After a signal, and the checkpoint that it asked for."""
+    run.log.bar.close()
+    number = run.stop.received or signal.SIGTERM  # another process received it
+    _tell(run.is_main and f"stopped by {number.name} after step {step}; go on with --resume_from_checkpoint latest")
+    if run.push and run.push.finish(STOP_SECONDS)["error"]:
+        tell(f"{run.push.repo_id} is not up to date: {run.push.error}. It will be when the run goes on")
+    run.accelerator.end_training()
+    sys.exit(130 if number is signal.SIGINT else 0)
+
+
+def stop_waiting(run: Run, step: int):
+    """After a signal that came while data did not: other processes may wait elsewhere, so that nothing is saved."""
+    newest = run.checkpoints.paths()[-1:]
+    advice = f"go on with --resume_from_checkpoint {newest[0]}" if newest else "nothing was saved"
+    name = run.stop.received.name
+    sys.exit(f"stopped by {name} after step {step}, while the run waited for data; {advice}")
+
+
+# --- Between processes -----------------------------------------------------------------------------------------------
+
+
+def _all_agree(accelerator: Accelerator, ok: bool) -> bool:
+    return not accelerator.reduce(torch.tensor(float(not ok), device=accelerator.device), "sum").item()
+
+
+def _sum_over(accelerator: Accelerator):
+    return partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None
+
+
+def _tell(text: str | None):
+    if text:
+        tell(text)

@@ -1,0 +1,41 @@
+"""What the features are worth, on labelled images, before, during and after a run."""
+
+import torch
+from accelerate import Accelerator
+
+from ..evaluation import Probe, raw_pixels
+from ..training import interlude
+from .builders import Trained
+
+
+__all__ = ["Probing"]
+
+
+class Probing:
+    """
+    Args:
+        probe (`Probe`, *optional*): On the main process.
+    """
+
+    def __init__(self, probe: Probe | None, trained: Trained, accelerator: Accelerator):
+        self.probe, self.trained, self.accelerator = probe, trained, accelerator
+
+    def raw_pixels(self) -> dict | None:
+        return self.probe.measure(raw_pixels) if self.accelerator.is_main_process else None
+
+    def encoder(self, linear: bool = True) -> dict | None:
+        """k-NN and linear probe of the encoder as it is; on the main process, called by all."""
+        with interlude():
+            whole = self.trained.in_one_piece()
+            if not self.accelerator.is_main_process:
+                return None
+            whole.eval()
+            device = self.accelerator.device
+            accuracy = self.probe.measure(lambda pixels: whole.can(pixels.to(device)).pooler_output, linear)
+            whole.train()
+            return accuracy
+
+    def knn(self) -> float:
+        """Alike on all processes, called by all."""
+        own = (self.encoder(linear=False) or {"knn": 0.0})["knn"]
+        return self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").item()

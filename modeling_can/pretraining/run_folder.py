@@ -1,0 +1,146 @@
+"""The folder of a run: refusals, a lock, preparation, and the weights in it, or elsewhere where it is full."""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from ..progress import tell
+from ..recipe import LENGTH, Recipe
+
+
+try:
+    import fcntl
+except ImportError:  # on Windows: no lock
+    fcntl = None
+
+
+def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
+    """
+    Raises ValueError where a run would destroy another one; returns the results of one that needs no more, so that a
+    job that is started again after its end does no harm.
+    """
+    source = Path(recipe.model_name_or_path or "")
+    if recipe.model_name_or_path and source.is_dir() and source.resolve() == output_dir.resolve():
+        raise ValueError(
+            f"output_dir={output_dir} is model_name_or_path, whose weights it would replace; give another"
+        )
+    choice = "give another --output_dir, or replace it with --overwrite_output_dir"
+    wanted, checkpoints = recipe.resume_from_checkpoint, output_dir / "checkpoints"
+    own = wanted == "latest" or (wanted and Path(wanted).resolve().parent == checkpoints.resolve())
+    if not (output_dir / "results.json").exists():
+        if not own and any(checkpoints.glob("step-*")):
+            raise ValueError(
+                f"output_dir={output_dir} already holds an unfinished run; continue it with --resume_from_checkpoint "
+                f"latest, {choice}"
+            )
+        return None
+    results = json.loads((output_dir / "results.json").read_text())
+    if "num_steps" not in results:
+        raise ValueError(
+            f"output_dir={output_dir} holds a results.json that is not of a pre-training run; give another"
+        )
+    before = yaml.safe_load((output_dir / "recipe.yaml").read_text())
+    length = next(name for name in LENGTH if before.get(name) is not None)  # the one that counts
+    is_longer = recipe.length == length and getattr(recipe, length) > before[length]
+    is_longer = is_longer or (recipe.max_steps or 0) > results["num_steps"]
+    if wanted == "latest" and not is_longer:
+        tell(
+            f"the run in {output_dir} is finished: nothing to do. To make it longer raise "
+            f"{' or '.join(dict.fromkeys((length, 'max_steps')))}; for another one {choice}"
+        )
+        return results
+    if not own or not any(checkpoints.glob("step-*")):
+        raise ValueError(f"output_dir={output_dir} already holds a finished run; {choice}")
+    return None
+
+
+def prepare_folder(output_dir: Path, keep: bool):
+    """An empty place, unless a run is resumed: what another run left there would mix with this one's."""
+    (output_dir / "results.json").unlink(missing_ok=True)
+    if keep or not (output_dir / "metrics.jsonl").exists():  # which every run writes first: the rest is its own
+        return
+    for folder in ("checkpoints", "tensorboard"):
+        shutil.rmtree(output_dir / folder, ignore_errors=True)
+    results = ("metrics.jsonl", "bad_samples.jsonl", "README.md", "recipe.yaml")
+    for pattern in (*results, "*.safetensors*", "*config.json"):
+        for path in output_dir.glob(pattern):
+            path.unlink()
+    for path in (output_dir / "figures").glob("*.png"):
+        path.unlink()
+
+
+def lock(folder: Path):
+    """
+    Keeps other processes, of other machines too where the file system can, from running in a folder while the object
+    that is returned lives. The system itself lets go of it when its process ends, however that is.
+
+    Raises:
+        ValueError: if another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")  # hidden: nothing else opens it, which would let go of it
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            owner = json.loads(file.read() or "{}")
+            raise ValueError(
+                f"another run is using output_dir={folder} (process {owner.get('process')} on {owner.get('host')}); "
+                "wait for its end, or give another --output_dir"
+            ) from error
+    file.truncate(0)  # from here on ours; or the file system knows no locks
+    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+    file.flush()
+    return file
+
+
+def save_model(folder: Path, *parts):
+    """
+    Saves model, processor and so on into a folder, all or nothing of it.
+
+    Args:
+        parts (callable): Each is given a folder to save into.
+
+    Raises:
+        OSError: if they could be saved in another place only, which it names, or in none.
+    """
+    places = [folder, folder / "checkpoints", Path(tempfile.gettempdir())]
+    errors = []
+    for place in places:
+        target = folder if place == folder else place / f"{folder.resolve().name}-{os.getpid()}"
+        try:
+            _save(target, parts)
+        except Exception as error:  # safetensors' own is no OSError
+            errors.append(f"{place}: {error}")
+            continue
+        if errors:
+            raise OSError(
+                f"the trained model could not be saved in {errors[0]}. It is in {target}: make room, and move it to "
+                f"{folder}. Probe, figures and card are missing"
+            )
+        return
+    raise OSError(
+        f"the trained model could not be saved ({'; '.join(errors)}); make room, and repeat the last steps with "
+        "--resume_from_checkpoint latest"
+    )
+
+
+def _save(folder: Path, parts):
+    partial = folder / ".model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for save in parts:
+            save(partial)
+        for path in partial.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

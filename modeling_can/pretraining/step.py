@@ -1,0 +1,94 @@
+"""One update of the weights."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..configuration_can import CANConfig
+from ..diagnostics import embedding_spread
+from ..losses import contrastive_loss
+from ..recipe import Recipe
+from ..training import NonFiniteGuard, accumulated_backward, cached_backward
+from .plan import Plan
+
+
+__all__ = ["StepOutput", "TrainStep", "step_metrics", "total_norm"]
+
+
+@dataclass
+class StepOutput:
+    """
+    Of one step, on this process: `terms`, the losses, each unweighted, and `image_embeds`; `grad_norm`, `()`, of all
+    processes, before clipping; and whether that was `finite`, `()`, so that the update took place.
+    """
+
+    terms: dict[str, torch.Tensor]
+    grad_norm: torch.Tensor
+    finite: torch.Tensor
+
+
+class TrainStep:
+    """
+    Forward and backward (with cached embeddings where the plan says so), clipping, guard, update, schedule.
+
+    Args:
+        model (`nn.Module`): A `CANForPreTraining`, as accelerate has prepared it.
+        optimizer (`AcceleratedOptimizer`): A fused one.
+        accelerator (`Accelerator`): Of this process.
+    """
+
+    def __init__(self, model: nn.Module, optimizer, accelerator: Accelerator, recipe: Recipe, plan: Plan):
+        self.model, self.optimizer, self.accelerator, self.plan = model, optimizer, accelerator, plan
+        self.max_grad_norm = recipe.max_grad_norm
+        self.guard = NonFiniteGuard(optimizer.optimizer, accelerator.num_processes)
+        contrast = partial(contrastive_loss, temperature=recipe.config.temperature)
+        self._backward = partial(cached_backward, contrast=contrast) if plan.caching else accumulated_backward
+
+    def __call__(self, step: int, micro_batches: list, images: list[str]) -> StepOutput:
+        """
+        Step `step`, 0-based.
+
+        Args:
+            micro_batches (`list[callable]`): Each gives the inputs of the model.
+            images (`list[str]`): The names of their images, for messages.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.learning_rate(step)
+        terms = self.backward(micro_batches)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = total_norm([p.grad for p in parameters])
+        if self.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, grad_norm)
+        finite = self.guard.check(step, grad_norm, terms, images)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepOutput(terms, grad_norm, finite)
+
+    def backward(self, micro_batches: list) -> dict[str, torch.Tensor]:
+        """The terms of `StepOutput`; leaves the gradient in the parameters."""
+        no_sync = partial(self.accelerator.no_sync, self.model)
+        return self._backward(self._forward, micro_batches, backward=self.accelerator.backward, no_sync=no_sync)
+
+    def _forward(self, **inputs):
+        with self.accelerator.autocast():  # which accelerate puts around a model by itself, but for a sharded one
+            return self.model(**inputs)
+
+
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of all gradients together, `()`, on the device; alike on all processes."""
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def step_metrics(output: StepOutput, config: CANConfig) -> dict[str, torch.Tensor]:
+    """What is averaged and logged of a step."""
+    metrics = {name: value for name, value in output.terms.items() if name.endswith("loss")}
+    metrics["loss"] = sum(config.loss_weights[name] * value for name, value in metrics.items())
+    metrics["grad_norm"] = output.grad_norm
+    if "image_embeds" in output.terms:
+        metrics["embedding_spread"] = embedding_spread(output.terms["image_embeds"])
+    return metrics
