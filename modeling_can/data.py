@@ -15,6 +15,7 @@ reported; a shard that is gone stops the run.
 
 import asyncio
 import copy
+import errno
 import hashlib
 import io
 import itertools
@@ -31,14 +32,19 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import huggingface_hub.constants
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image, UnidentifiedImageError
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from .tars import PartlyDecoded, damaged
 from .views import BadImage
 
 
@@ -60,6 +66,23 @@ def resolve_name(name: str) -> str:
     """A name for `datasets.load_dataset`: itself, or where the folder or the bundled tiles lie."""
     path = Path(__file__).parent / "sample_data" if name == SAMPLE_DATA else Path(name)
     return str(path.resolve()) if path.exists() else name
+
+
+def load(arguments: dict, split: str, name: str) -> datasets.Dataset:
+    """`datasets.load_dataset`; `ValueError` that names the damaged file, or the damaged member of a tar."""
+    try:
+        return datasets.load_dataset(**arguments, split=split)
+    except Exception as error:  # also of json's, numpy's and torch's decoders
+        refuse_unwritable_cache(error)
+        for path in local_files(datasets.load_dataset_builder(**arguments)):
+            refuse_damaged_file(path)
+        # The first comes of empty jsonl files, in which datasets looks for the columns.
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise ValueError(f"{name} has no rows") from error
+        if isinstance(error, DatasetGenerationError):
+            refuse_unwritable_cache(error.__cause__)
+            raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
+        raise
 
 
 class ImageSource:
@@ -119,6 +142,7 @@ class ImageSource:
         self.image_column, self.extra_columns, self.is_folder = image_column, tuple(extra_columns), bool(data_dir)
         self.fingerprint = None  # of its files' names, or its number of rows: tells it from others of that name
         self._builder, self._num_images, self.split = None, None, split
+        self._tables_folder = None  # what relative paths in tables begin at, where the tables lie in one folder
         files = data_files if isinstance(data_files, list) else [str(data_files)]
         self.is_remote = dataset is not None or any("://" in file for file in files)
         if data_dir:
@@ -167,15 +191,39 @@ class ImageSource:
             arguments = {"path": resolve_name(dataset_name), "name": config_name}
             self.is_remote = not Path(arguments["path"]).exists()
         try:
-            if not streaming:
-                return self._undecoded(datasets.load_dataset(**arguments, split=self.split))
             self._builder = datasets.load_dataset_builder(**arguments)
-            for path in self._files():
-                refuse_cut_off_tar(path)
+            local = local_files(self._builder)
+            folders = {os.path.dirname(os.path.abspath(path)) for path in local}
+            self._tables_folder = folders.pop() if len(folders) == 1 else None
+            for path in local:
+                refuse_cut_off_file(path)
+            if isinstance(self._builder, FolderBasedBuilder) and not self.is_remote:
+                refuse_misread_folders(Path(arguments["path"]))
+            if not streaming:
+                return self._undecoded(load(arguments, self.split, self.name))
+            if isinstance(self._builder, WebDataset):
+                for files in self._builder.config.data_files.values():
+                    files[:] = [file for file in files if not is_empty_tar(file)]  # the first one tells the columns
+                if not self._files():
+                    raise ValueError(f"{self.name} has no rows")
+                self._builder.__class__ = PartlyDecoded
+                self._builder.used = (self.image_column, *self.extra_columns)
             self.fingerprint = hash_of(self._files())
-            return self._undecoded(self._builder.as_streaming_dataset(split=self.split))
+            dataset = self._undecoded(self._builder.as_streaming_dataset(split=self.split))
+            if not self.is_remote and not self.num_images() and next(iter(dataset), None) is None:
+                raise ValueError(f"{self.name} has no rows")
+            return dataset
         except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
             raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
+        except StopIteration as error:  # of datasets, which looks into jsonl files for the columns
+            raise ValueError(f"{self.name} has no rows") from error
+        except OSError as error:
+            refuse_unwritable_cache(error)
+            raise
+        except pyarrow.ArrowException as error:
+            for path in local:
+                refuse_damaged_file(path)
+            raise ValueError(f"{self.name} cannot be read: {error}") from error
         except ValueError as error:
             if not str(error).startswith(("Bad split", "Unknown split")):
                 raise
@@ -199,12 +247,16 @@ class ImageSource:
                 "dataset has a shuffle buffer, whose images are lost when reading goes on after a fault or a resume; "
                 "leave out .shuffle(), the images are shuffled here"
             )
-        self.features, names = dataset.features or {}, list(dataset.features or next(iter(dataset)))
+        self.features, names = dataset.features or {}, list(dataset.features or next(iter(dataset), ()))
+        if not names:
+            raise ValueError(f"{self.name} has no rows")
         columns = [name for name in names if name == self.image_column]
         if not columns and self.image_column == "image":
             columns = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]
         if not columns:
             raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {names}")
+        for name in columns if dataset.features else ():
+            refuse_other_than_images(self.name, name, dataset.features)
         for name in self.extra_columns:
             if name not in names:
                 raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
@@ -284,7 +336,7 @@ class ImageSource:
         """What `read_bytes` says; a connection that fails is tried again, until it is an `OSError`."""
         for num_failures in itertools.count():
             try:
-                return read_bytes(image)
+                return read_bytes(located(image, self._tables_folder))
             except connection_errors() as error:
                 self._wait_or_give_up(error, num_failures, is_remote=True)
 
@@ -553,13 +605,131 @@ def ledger_lines(ledger: Path | None) -> list[str]:
     return list(dict.fromkeys(Path(ledger).read_text().splitlines()))
 
 
-def refuse_cut_off_tar(path: str):
+def local_files(builder: datasets.DatasetBuilder) -> list[str]:
+    """The files of all its splits that are on this machine."""
+    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    return [file for file in files if "://" not in file]
+
+
+def refuse_cut_off_file(path: str):
     """Python's tarfile takes a local archive that was cut off between two files for a shorter one."""
-    if path.endswith(".tar") and "://" not in path:
+    if path.endswith((".parquet", ".arrow", ".tar")) and not os.path.getsize(path):
+        raise ValueError(f"{path} has 0 bytes; copy it once more, or remove it")
+    if path.endswith(".tar"):
         with open(path, "rb") as file:
             file.seek(-min(1024, Path(path).stat().st_size), io.SEEK_END)
             if file.read() != bytes(1024):
                 raise ValueError(f"{path} is cut off: it lacks the 1,024 zero bytes that end a tar; copy it once more")
+
+
+def is_empty_tar(path: str) -> bool:
+    if "://" in path or not path.endswith(".tar"):
+        return False
+    with tarfile.open(path) as archive:
+        return archive.next() is None
+
+
+def refuse_damaged_file(path: str):
+    """`ValueError` for a local parquet file, or a member of a local tar, that datasets cannot read."""
+    if path.endswith(".parquet"):
+        try:
+            pyarrow.parquet.read_metadata(path)
+        except pyarrow.ArrowException as error:
+            raise ValueError(
+                f"{path} cannot be read: {str(error).rstrip('.')}; copy it once more, or remove it"
+            ) from error
+    if path.endswith(".tar"):
+        refuse_cut_off_file(path)
+        if is_empty_tar(path):
+            raise ValueError(f"{path} is an empty tar, which needs --streaming true; remove it")
+        with tarfile.open(path) as archive:
+            for member in archive:
+                decode = WebDataset.DECODERS.get(member.name.split(".")[-1].lower())
+                try:
+                    if decode and member.isfile():
+                        decode(archive.extractfile(member).read())
+                except Exception as error:  # numpy's, torch's, json's: anything on damaged members
+                    raise damaged(path, member.name, error) from error
+
+
+def refuse_other_than_images(source_name: str, column: str, features: datasets.Features):
+    """`ValueError` for a column whose type cannot be one image in each row."""
+    kind = features[column]
+    item = getattr(kind, "feature", None)  # of a list
+    if isinstance(kind, datasets.Value):
+        fits = kind.dtype in ("string", "large_string", "binary", "large_binary", "binary_view", "string_view")
+    elif isinstance(kind, dict):
+        fits = "bytes" in kind or "path" in kind
+    else:  # a list of lists of numbers holds pixels
+        fits = item is None or hasattr(item, "feature")
+    if fits:
+        return
+    others = [name for name in features if isinstance(features[name], datasets.Image)]
+    fix = f"set image_column to one of {others}" if others else "set image_column to another column"
+    if item is not None and not isinstance(item, datasets.Value):
+        fix = f"make one row of each image, or {fix}"
+    raise ValueError(
+        f"image_column={column} of {source_name} is of type {kind}, and not one image in each row (type Image, a "
+        f"path, bytes, or a mapping with bytes or path); {fix}"
+    )
+
+
+SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+
+
+def refuse_misread_folders(folder: Path):
+    """`ValueError` for class folders of which datasets takes some for splits: it would read a part without a word."""
+    if not folder.is_dir() or (folder / "README.md").exists():  # which may name the files of the splits
+        return
+    images = [Path(path).relative_to(folder) for path in walk(folder) if Path(path).suffix.lower() in IMAGES]
+    splits = {image: sorted(SPLIT_FOLDERS.intersection(image.parts[:-1])) for image in images}
+    inside = next((image for image in images if splits[image]), None)
+    outside = next((image for image in images if len(image.parts) > 1 and not splits[image]), None)
+    if inside and outside:
+        raise ValueError(
+            f"dataset_name={folder}: datasets takes the folder {splits[inside][0]} for a split and reads nothing of "
+            f"others, such as {outside}. To train on all images whatever their folders: --data_dir {folder}. For a "
+            "test with labels: train/CLASS/*.jpg and test/CLASS/*.jpg, and no class with the name of a split"
+        )
+    twice = next((image for image in images if len(splits[image]) > 1), None)
+    if twice:
+        raise ValueError(
+            f"dataset_name={folder}: datasets takes {twice} for an image of the splits {' and '.join(splits[twice])}. "
+            f"To train on all images whatever their folders: --data_dir {folder}. For a test with labels: rename the "
+            "class that has the name of a split"
+        )
+
+
+def located(image: dict | None, folder: str | None) -> dict | None:
+    """
+    An image whose relative path was found: in the folder of the table that names it, or else in the working directory.
+    """
+    path = image and image["bytes"] is None and image["path"]
+    if not path or not folder or os.path.isabs(path) or "://" in path:
+        return image
+    for place in (os.path.join(folder, path), path):
+        if os.path.exists(place):
+            return {**image, "path": place}
+    raise BadImage(
+        "missing", f"{path} is neither in {folder}, where the table lies, nor in {os.getcwd()}, the working directory"
+    )
+
+
+def refuse_unwritable_cache(error: BaseException | None):
+    """`ValueError` for an error that comes of a cache folder of Hugging Face's libraries that cannot be written."""
+    caches = {
+        "HF_DATASETS_CACHE": datasets.config.HF_DATASETS_CACHE,
+        "HF_HUB_CACHE": huggingface_hub.constants.HF_HUB_CACHE,
+    }
+    if getattr(error, "errno", None) not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        return
+    for variable, folder in caches.items():
+        file = str(error.filename or "")
+        if file and (file.startswith(str(folder)) or str(folder).startswith(file)):
+            raise ValueError(
+                f"the cache folder {folder} cannot be written ({error.strerror}: {file}); set HF_HOME, or {variable} "
+                "alone, to a folder that can"
+            ) from error
 
 
 def collate(samples: list[dict]) -> dict:

@@ -194,5 +194,5 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
     kept = np.flatnonzero(classes[split.labels] >= 0)
     if not len(kept):
         raise ValueError(f"further set {name}: class_map leaves all rows out")
-    split = Split(split.name, split.pictures, classes[split.labels]).select(kept)
+    split = Split(split.name, split.pictures, classes[split.labels], split.folder).select(kept)
     return FurtherSet(split, np.unique(classes[classes >= 0]))
