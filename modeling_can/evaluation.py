@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .data import located, read_bytes
-from .faults import load, refuse_other_than_images
+from .faults import load, refuse_other_than_images, refuse_unwritable_cache
 from .folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 from .loading import Patient, worker_options
 from .views import BadImage
@@ -106,6 +106,7 @@ def load_split(
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     except (OSError, RuntimeError) as error:  # no such folder or set, no network, or one that is a script
+        refuse_unwritable_cache(error)
         raise ValueError(
             f"dataset_name={dataset_name} cannot be loaded: {error}. Give a Hub id, or a folder of parquet shards "
             "(train-*.parquet, test-*.parquet) or of class folders (train/CLASS/*.jpg, test/CLASS/*.jpg)"

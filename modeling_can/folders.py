@@ -256,14 +256,17 @@ SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test
 
 
 def refuse_misread_folders(folder: Path):
-    """`ValueError` for class folders of which datasets takes some for splits: it would read a part without a word."""
+    """
+    `ValueError` for class folders one of which datasets takes for a split, or whose images it takes for those of two.
+    Folders beside those of several splits are left out with a word (`left_out_of_split`).
+    """
     if not folder.is_dir() or (folder / "README.md").exists():  # which may name the files of the splits
         return
     images = images_below(folder)
     splits = {image: sorted(SPLIT_FOLDERS.intersection(image.parts[:-1])) for image in images}
     inside = next((image for image in images if splits[image]), None)
     outside = next((image for image in images if len(image.parts) > 1 and not splits[image]), None)
-    if inside and outside:
+    if inside and outside and len({name for names in splits.values() for name in names}) == 1:
         raise ValueError(
             f"dataset_name={folder}: datasets takes the folder {splits[inside][0]} for a split and reads nothing of "
             f"others, such as {outside}. To train on all images whatever their folders: --data_dir {folder}. For a "
