@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object
 from datasets import ClassLabel, ReadInstruction, Value, load_dataset
@@ -73,6 +72,7 @@ from modeling_can.evaluation import (
     nearest_neighbours,
     raw_pixels,
 )
+from modeling_can.files import write
 from modeling_can.finetuning import (
     BASE_LEARNING_RATES,
     FineTuning,
@@ -81,10 +81,10 @@ from modeling_can.finetuning import (
     linear_probe_sgd,
 )
 from modeling_can.folders import expand_user, load_arguments, resolve_name
-from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card, write
+from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card
 from modeling_can.metrics import Accuracy
 from modeling_can.progress import report_errors
-from modeling_can.recipe import INSTALL, option, parse_value, read_flags
+from modeling_can.recipe import INSTALL, load_yaml, option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.robustness import (
     GROUPS,
@@ -883,7 +883,7 @@ def main(argv: list[str] | None = None) -> dict:
 def recipe_of(path: str) -> dict:
     """The recipe beside a model that `run_pretraining.py` made; empty for any other."""
     file = Path(path) / "recipe.yaml"
-    recipe = yaml.safe_load(file.read_text()) if file.exists() else {}
+    recipe = load_yaml(file) if file.exists() else {}
     return recipe if isinstance(recipe, dict) else {}
 
 

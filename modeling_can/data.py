@@ -17,7 +17,6 @@ import asyncio
 import copy
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
@@ -35,8 +34,19 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image, UnidentifiedImageError
 
+from .faults import (
+    is_empty_tar,
+    load,
+    local_files,
+    refuse_cut_off_file,
+    refuse_damaged_file,
+    refuse_other_than_images,
+    refuse_unwritable_cache,
+)
 from .folders import (
     fingerprint,
     hash_of,
@@ -45,11 +55,13 @@ from .folders import (
     literal_pattern,
     load_arguments,
     refuse_braces,
+    refuse_misread_folders,
     resolve_name,
     split_names,
     suffix_of,
 )
 from .loading import resume, view_loader  # noqa: F401  to be imported from here too
+from .tars import PartlyDecoded
 from .views import BadImage
 
 
@@ -124,6 +136,7 @@ class ImageSource:
         self.fingerprint = None  # of its files, or its number of rows: tells it from others of that name
         self.left_out, self.left_out_line = {}, ""  # files of a local folder that are not read, by kind; a sentence
         self._builder, self._num_images, self.split = None, None, split
+        self._tables_folder = None  # what relative paths in tables begin at, where the tables lie in one folder
         files = data_files if isinstance(data_files, list) else [str(data_files)]
         self.is_remote = dataset is not None or any("://" in file for file in files)
         if data_dir:
@@ -175,21 +188,45 @@ class ImageSource:
         else:
             arguments, folder = load_arguments(dataset_name, config_name), Path(resolve_name(dataset_name))
             self.is_remote = not folder.exists()
+        local = []
         try:
             self._builder = datasets.load_dataset_builder(**arguments)
+            local = local_files(self._builder)
+            folders = {os.path.dirname(os.path.abspath(path)) for path in local}
+            self._tables_folder = folders.pop() if len(folders) == 1 else None
+            for path in local:
+                refuse_cut_off_file(path)
             self.fingerprint = fingerprint(self._files(), str(folder or "")) if self._files() else None
             if folder and folder.is_dir():
+                if isinstance(self._builder, FolderBasedBuilder):
+                    refuse_misread_folders(folder)
                 self.left_out, self.left_out_line = left_out_of_split(
                     str(folder), self.split, self._builder.config.data_files or {}
                 )
             if not streaming:
-                self._builder.download_and_prepare()
-                return self._undecoded(self._builder.as_dataset(split=self.split))
-            for path in self._files():
-                refuse_cut_off_tar(path)
-            return self._undecoded(self._builder.as_streaming_dataset(split=self.split))
+                return self._undecoded(load(arguments, self.split, self.name))
+            if isinstance(self._builder, WebDataset):
+                for files in self._builder.config.data_files.values():
+                    files[:] = [file for file in files if not is_empty_tar(file)]  # the first one tells the columns
+                if not self._files():
+                    raise ValueError(f"{self.name} has no rows")
+                self._builder.__class__ = PartlyDecoded
+                self._builder.used = (self.image_column, *self.extra_columns)
+            dataset = self._undecoded(self._builder.as_streaming_dataset(split=self.split))
+            if not self.is_remote and not self.num_images() and next(iter(dataset), None) is None:
+                raise ValueError(f"{self.name} has no rows")
+            return dataset
         except FileNotFoundError as error:  # no such files, an empty folder, or no such set on the Hub
             raise ValueError(f"{'data_files' if data_files else 'dataset_name'}={self.name}: {error}") from error
+        except StopIteration as error:  # of datasets, which looks into jsonl files for the columns
+            raise ValueError(f"{self.name} has no rows") from error
+        except OSError as error:
+            refuse_unwritable_cache(error)
+            raise
+        except pyarrow.ArrowException as error:
+            for path in local:
+                refuse_damaged_file(path)
+            raise ValueError(f"{self.name} cannot be read: {error}") from error
         except ValueError as error:
             if not str(error).startswith(("Bad split", "Unknown split")):
                 raise
@@ -215,12 +252,16 @@ class ImageSource:
                 "dataset has a shuffle buffer, whose images are lost when reading goes on after a fault or a resume; "
                 "leave out .shuffle(), the images are shuffled here"
             )
-        self.features, names = dataset.features or {}, list(dataset.features or next(iter(dataset)))
+        self.features, names = dataset.features or {}, list(dataset.features or next(iter(dataset), ()))
+        if not names:
+            raise ValueError(f"{self.name} has no rows")
         columns = [name for name in names if name == self.image_column]
         if not columns and self.image_column == "image":
             columns = [name for name, kind in (dataset.features or {}).items() if isinstance(kind, datasets.Image)]
         if not columns:
             raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {names}")
+        for name in columns if dataset.features else ():
+            refuse_other_than_images(self.name, name, dataset.features)
         for name in self.extra_columns:
             if name not in names:
                 raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
@@ -307,7 +348,7 @@ class ImageSource:
         """What `read_bytes` says; a connection that fails is tried again, until it is an `OSError`."""
         for num_failures in itertools.count():
             try:
-                return read_bytes(image)
+                return read_bytes(located(image, self._tables_folder))
             except connection_errors() as error:
                 self._wait_or_give_up(error, num_failures, is_remote=True)
 
@@ -583,13 +624,19 @@ def ledger_lines(ledger: Path | None) -> list[str]:
     return list(dict.fromkeys(Path(ledger).read_text().splitlines()))
 
 
-def refuse_cut_off_tar(path: str):
-    """Python's tarfile takes a local archive that was cut off between two files for a shorter one."""
-    if path.endswith(".tar") and "://" not in path:
-        with open(path, "rb") as file:
-            file.seek(-min(1024, Path(path).stat().st_size), io.SEEK_END)
-            if file.read() != bytes(1024):
-                raise ValueError(f"{path} is cut off: it lacks the 1,024 zero bytes that end a tar; copy it once more")
+def located(image: dict | None, folder: str | None) -> dict | None:
+    """
+    An image whose relative path was found: in the folder of the table that names it, or else in the working directory.
+    """
+    path = image and image["bytes"] is None and image["path"]
+    if not path or not folder or os.path.isabs(path) or "://" in path:
+        return image
+    for place in (os.path.join(folder, path), path):
+        if os.path.exists(place):
+            return {**image, "path": place}
+    raise BadImage(
+        "missing", f"{path} is neither in {folder}, where the table lies, nor in {os.getcwd()}, the working directory"
+    )
 
 
 def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:

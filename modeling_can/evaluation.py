@@ -3,6 +3,7 @@ How good are features? Labelled sets, features of them, and the protocols on fro
 few-shot. The test images meet a protocol only once it has made all of its choices.
 """
 
+import collections
 import functools
 import hashlib
 import json
@@ -24,8 +25,9 @@ from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
 from torch import nn
 
-from .data import read_bytes
-from .folders import left_out_of_split, load_arguments, resolve_name
+from .data import located, read_bytes
+from .faults import load, refuse_other_than_images, refuse_unwritable_cache
+from .folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 from .loading import Patient, worker_options
 from .views import BadImage
 
@@ -50,20 +52,22 @@ class Split:
         name (`str`): For messages.
         pictures (`datasets.Dataset`): One column, `image`, of encoded pictures.
         labels (`np.ndarray` of shape `(N,)`): Class indices.
+        folder (`str`, *optional*): Where images with relative paths are looked for before the working directory.
     """
 
     name: str
     pictures: datasets.Dataset
     labels: np.ndarray
+    folder: str | None = None  # that relative paths begin at
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, indices: np.ndarray) -> "Split":
-        return Split(self.name, self.pictures.select(indices), self.labels[indices])
+        return Split(self.name, self.pictures.select(indices), self.labels[indices], self.folder)
 
     def read(self, index: int) -> bytes:
-        return read_bytes(self.pictures[int(index)]["image"])
+        return read_bytes(located(self.pictures[int(index)]["image"], self.folder))
 
 
 class LabelledSet(NamedTuple):
@@ -89,17 +93,20 @@ def load_split(
         ValueError: if it cannot be found, is empty, lacks a column, or has rows without a label.
     """
     name = f"{dataset_name}, {split}"
+    path = resolve_name(dataset_name)
+    if os.path.isdir(path):
+        refuse_misread_folders(Path(path))
     try:
-        builder = datasets.load_dataset_builder(**load_arguments(dataset_name, config_name))
-        if os.path.isdir(folder := resolve_name(dataset_name)):
-            files = builder.config.data_files or {}
-            _, line = left_out_of_split(folder, "+".join(map(str, files)), files, labelled=True)
+        arguments = load_arguments(dataset_name, config_name)
+        if os.path.isdir(path):
+            files = datasets.load_dataset_builder(**arguments).config.data_files or {}
+            _, line = left_out_of_split(path, "+".join(map(str, files)), files, labelled=True)
             warn_once(line)
-        builder.download_and_prepare()
-        rows = builder.as_dataset(split=split)
+        rows = load(arguments, split, dataset_name)
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
         raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     except (OSError, RuntimeError) as error:  # no such folder or set, no network, or one that is a script
+        refuse_unwritable_cache(error)
         raise ValueError(
             f"dataset_name={dataset_name} cannot be loaded: {error}. Give a Hub id, or a folder of parquet shards "
             "(train-*.parquet, test-*.parquet) or of class folders (train/CLASS/*.jpg, test/CLASS/*.jpg)"
@@ -117,7 +124,7 @@ def load_split(
             fix = (
                 f"set {field} to one of {', '.join(others)}"
                 if others
-                else "class folders make one, from two classes on"
+                else f"class folders make one, where every image lies at the same depth{uneven(Path(path))}"
             )
             raise ValueError(f"{name}: no column {column!r}; {fix}")
     if not len(rows):
@@ -127,6 +134,7 @@ def load_split(
     labels = np.asarray(labels) if isinstance(kind, datasets.Value | datasets.ClassLabel) else np.empty((0, 0))
     if labels.ndim != 1 or labels.dtype.kind not in "iubUO":
         raise ValueError(f"{name}: {label_column!r} must hold one class for each image, not {kind}")
+    refuse_other_than_images(name, image_column, rows.features)
     is_class = isinstance(kind, datasets.ClassLabel)
     missing = [row for row, label in enumerate(labels) if label is None or (is_class and label < 0)]
     if missing:
@@ -144,7 +152,18 @@ def load_split(
             f"of {', '.join(rows.column_names)}"
         ) from error
     pictures = pictures if image_column == "image" else pictures.rename_column(image_column, "image")
-    return Split(name, pictures, indices.astype(np.int64)), names
+    return Split(name, pictures, indices.astype(np.int64), path if os.path.isdir(path) else None), names
+
+
+def uneven(folder: Path) -> str:
+    """Of class folders, which image lies at another depth than most; nothing where there is none."""
+    images = images_below(folder)
+    depths = collections.Counter(len(image.parts) for image in images)
+    if len(depths) < 2:
+        return " in two classes or more: train/CLASS/*.jpg, test/CLASS/*.jpg"
+    usual = depths.most_common(1)[0][0]
+    other = next(image for image in images if len(image.parts) != usual)
+    return f" (train/CLASS/*.jpg, test/CLASS/*.jpg): move or remove {other}, whose depth is another than most have"
 
 
 @functools.cache
@@ -195,7 +214,7 @@ def load_labelled(
             "those rows, or name other splits (train_split, test_split)"
         )
     ours = np.array([names.index(name) if name in names else -1 for name in test_names])
-    return LabelledSet(train, Split(test.name, test.pictures, ours[test.labels]), names)
+    return LabelledSet(train, Split(test.name, test.pictures, ours[test.labels], test.folder), names)
 
 
 def by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
@@ -253,7 +272,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def _prepare(self, image: dict, index: int, argument: int) -> torch.Tensor:
         try:
-            return self.prepare(read_bytes(image), argument)
+            return self.prepare(read_bytes(located(image, self.split.folder)), argument)
         except BadImage as error:
             path = f", {image['path']}," if image and image["path"] else ""
             raise ValueError(

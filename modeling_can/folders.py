@@ -250,3 +250,39 @@ def in_folder_of(split: str, path: str) -> bool:
     keywords = {str(name): words for name, words in SPLIT_KEYWORDS.items()}.get(split, [split])
     words = {word for part in path.split(os.sep)[:-1] for word in re.split(r"[-._ 0-9]", part)}
     return not words.isdisjoint(keywords)
+
+
+SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+
+
+def refuse_misread_folders(folder: Path):
+    """
+    `ValueError` for class folders one of which datasets takes for a split, or whose images it takes for those of two.
+    Folders beside those of several splits are left out with a word (`left_out_of_split`).
+    """
+    if not folder.is_dir() or (folder / "README.md").exists():  # which may name the files of the splits
+        return
+    images = images_below(folder)
+    splits = {image: sorted(SPLIT_FOLDERS.intersection(image.parts[:-1])) for image in images}
+    inside = next((image for image in images if splits[image]), None)
+    outside = next((image for image in images if len(image.parts) > 1 and not splits[image]), None)
+    if inside and outside and len({name for names in splits.values() for name in names}) == 1:
+        raise ValueError(
+            f"dataset_name={folder}: datasets takes the folder {splits[inside][0]} for a split and reads nothing of "
+            f"others, such as {outside}. To train on all images whatever their folders: --data_dir {folder}. For a "
+            "test with labels: train/CLASS/*.jpg and test/CLASS/*.jpg, and no class with the name of a split"
+        )
+    twice = next((image for image in images if len(splits[image]) > 1), None)
+    if twice:
+        raise ValueError(
+            f"dataset_name={folder}: datasets takes {twice} for an image of the splits {' and '.join(splits[twice])}. "
+            f"To train on all images whatever their folders: --data_dir {folder}. For a test with labels: rename the "
+            "class that has the name of a split"
+        )
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The relative paths of the images of a folder."""
+    extensions = image_extensions()
+    paths = (Path(path) for path in walk(str(folder), Counter(), []))
+    return sorted(path.relative_to(folder) for path in paths if path.suffix.lower() in extensions)

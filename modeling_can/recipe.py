@@ -315,7 +315,7 @@ def parse_value(name: str, value, annotation):
             return int(float(value))
         if float in options:
             return float(value)
-        if str in options:
+        if str in options and not isinstance(value, dict | list | tuple):
             return str(value)
     except (OverflowError, TypeError, ValueError):
         pass
@@ -359,6 +359,45 @@ class _Joined(argparse.Action):
         setattr(namespace, self.dest, values if values[1:] else "".join(values))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path):
+    """What a YAML file holds; `ValueError` with file, line and fix for what is no YAML, or gives a key twice."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.load(text, _UniqueKeys)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        is_open = any(word in (error.context or "") for word in ("flow", "quoted"))  # and was noticed further down
+        number = (error.context_mark if is_open else error.problem_mark).line
+        line = text.splitlines()[number]
+        value = line.partition(":")[2].strip()
+        if "\t" in line:
+            fix = "replace the tab by spaces"
+        elif "twice" in error.problem:
+            fix = "remove one of them"
+        elif "another document" in error.problem:
+            fix = "a recipe is one document; remove the line ---"
+        elif value[:1] in ("'", '"', "[", "{"):
+            fix = f"check that what begins with {value[0]} ends"
+        else:
+            fix = f"put the value in quotes, {line.partition(':')[0].strip()}: '{value}'"
+        raise ValueError(f"{path}, line {number + 1}: {line.strip()!r}: {error.problem}; {fix}") from error
+    except yaml.YAMLError as error:  # a character that no text has
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}; write it anew as text") from error
+
+
 def parse_arguments(argv: list[str] | None, default_recipe: Path, description: str) -> Recipe:
     """
     `[RECIPE.yaml] [--key value ...]` -> Recipe; the command line counts last. A flag without a value is `true`.
@@ -372,9 +411,15 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
     arguments.recipe = arguments.recipe.expanduser()
     if not arguments.recipe.is_file():
         raise ValueError(f"there is no recipe {arguments.recipe}; the presets are model_cards/*/recipe.yaml")
-    values = yaml.safe_load(arguments.recipe.read_text()) or {}
+    values = load_yaml(arguments.recipe)
+    if values is None:  # a copy that failed, more often than a wish for nothing but defaults
+        raise ValueError(f"{arguments.recipe} is empty; write `key: value` lines, as in model_cards/*/recipe.yaml")
     if not isinstance(values, dict):
-        raise ValueError(f"{arguments.recipe} is not a YAML mapping of keys to values")
+        kind = "a list" if isinstance(values, list) else f"the single value {values!r}"
+        raise ValueError(f"{arguments.recipe}, line 1: this is {kind}; write `key: value` lines instead")
+    for key in values:
+        if not isinstance(key, str):
+            raise ValueError(f"{arguments.recipe}: the key {key!r} is not a word; see --help for the keys")
     if any(overrides.get(key) for key in SOURCE if key != "dataset_config_name"):
         if values.get("probe_dataset_name") == values.get("dataset_name"):
             values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from .evaluation import ALONE, Pictures, Processes, Split, extract, load_split
-from .recipe import INSTALL
+from .recipe import INSTALL, load_yaml
 
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -150,8 +150,8 @@ def load_further_sets(path: str, class_names: list[str]) -> dict[str, FurtherSet
         ValueError: for a file or a set that cannot be read, or a label that has no class.
     """
     try:
-        entries = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        entries = load_yaml(Path(path))
+    except (OSError, ValueError) as error:
         raise ValueError(f"further_sets={path} cannot be read: {error}") from error
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"further_sets={path} must map names to dataset_name, split, class_map ...")
@@ -171,6 +171,8 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
             class_map = json.loads(text) if class_map.endswith(".json") else yaml.safe_load(text)
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"further set {name}: class_map={class_map} cannot be read: {error}") from error
+    if class_map is not None and not isinstance(class_map, dict):
+        raise ValueError(f"further set {name}: class_map must map labels to classes, not be {class_map!r}")
     split, names = load_split(**{"split": "test", **entry})
     position = {class_name: index for index, class_name in enumerate(class_names)}
     classes = np.full(len(names), -1)
@@ -192,5 +194,5 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
     kept = np.flatnonzero(classes[split.labels] >= 0)
     if not len(kept):
         raise ValueError(f"further set {name}: class_map leaves all rows out")
-    split = Split(split.name, split.pictures, classes[split.labels]).select(kept)
+    split = Split(split.name, split.pictures, classes[split.labels], split.folder).select(kept)
     return FurtherSet(split, np.unique(classes[classes >= 0]))

@@ -11,6 +11,8 @@ import torch
 from PIL import Image, ImageColor
 from torch.nn.functional import interpolate
 
+from .formats import describe
+
 
 UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -95,7 +97,7 @@ def decode(
     except Image.DecompressionBombError as error:
         raise BadImage("too_large", str(error)) from error
     except Image.UnidentifiedImageError as error:
-        raise BadImage("not_an_image", f"no picture in its {len(encoded)} bytes") from error
+        raise BadImage("not_an_image", f"no image in its {len(encoded)} bytes: {describe(encoded)}") from error
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
 

@@ -450,7 +450,7 @@ def test_too_many_bad_images_stop_the_stream(tmp_path, num_workers):
     for i in range(20):
         (tmp_path / f"{i}.jpg").write_bytes(PHOTO if i else b"text")
     stream = ViewStream(ImageSource(data_dir=str(tmp_path)), RandomCrops((16, 16)))
-    with pytest.raises(ValueError, match="1 of 20 images .* are bad, more than max_bad_fraction=0.01.*no picture in"):
+    with pytest.raises(ValueError, match="1 of 20 images .* are bad, more than max_bad_fraction=0.01.*no image in"):
         list(itertools.islice(view_loader(stream, 4, num_workers), 10))
 
 

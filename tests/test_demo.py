@@ -174,7 +174,7 @@ def test_odd_pictures_are_shown_as_what_they_are(demo):
 @pytest.mark.parametrize(
     "encoded, said",
     [
-        (b"just words", "no picture"),
+        (b"just words", "no image in its 10 bytes: text, 'just words'"),
         (picture(3, 20), "20 x 3 pixels, less than 8 x 8"),
         (picture()[:200], "[A-Z].*: .+"),
         (bomb(), "decompression bomb"),
@@ -297,7 +297,7 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
         # A file that is no picture: told in words, and the page goes on with the picture that was there.
         find("input[type=file]").send_keys(str(tmp_path / "words.png"))
         toast = WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".toast-body"))
-        assert "This file cannot be used: no picture in its 10 bytes." in toast[0].text
+        assert "This file cannot be used: no image in its 10 bytes: text, 'just words'." in toast[0].text
         assert sources() == shown
         find("#again").click()
         expect(picture(), 0.25, 0.04, 2)

@@ -413,7 +413,7 @@ def test_too_many_bad_images_stop_the_run(with_bad, num_workers):
 def test_too_many_bad_images_stop_the_run_after_a_thousand(tmp_path):
     write_parquet(tmp_path / "rows.parquet", [picture(format="PNG"), *[b"text"] * 1500])
     source, folder = ImageSource(data_files=f"{tmp_path}/rows.parquet"), tmp_path / "out"
-    with pytest.raises(ValueError, match=r"1024 of 1025 images .* The last: .*0:1024.*no picture in"):
+    with pytest.raises(ValueError, match=r"1024 of 1025 images .* The last: .*0:1024.*no image in"):
         embed(source, prepare, encode, folder, FACTS, batch_size=128)
     assert len(ledger(folder)) == 1024
 

@@ -370,7 +370,7 @@ ERRORS = {
     "unseen": (dict(train=[0, 0, 1, 1], test=[0, 2]), {}, "1 labels of .*test have no image in .*train: blue"),
     "a single class": (dict(train=[1, 1]), {}, "has a single class, 'green'; a test needs two or more"),
     "unlabelled": (dict(test=[0, None]), {}, "1 rows have no label, the first is row 1"),
-    "empty": (dict(test=[]), {}, "is empty|num_samples|zero|no data"),
+    "empty": (dict(test=[]), {}, "has no rows"),
 }
 
 

@@ -153,3 +153,31 @@ def test_a_recipe_without_a_length_is_refused():
 def test_a_probe_on_the_recipes_own_data_goes_with_them():
     assert parse("--data_dir=x").probe_dataset_name is None and parse().probe_dataset_name == "sample_data"
     assert parse("--data_dir=x", "--probe_dataset_name=y").probe_dataset_name == "y"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("max_steps: 4\n\tdata_dir: x\n", r"line 2: 'data_dir: x'.*replace the tab by spaces"),
+        ("data_dir:\tx\n", "line 1: .*replace the tab by spaces"),
+        ("max_steps: 4\noutput_dir: out: mine\n", "line 2: .*put the value in quotes, output_dir: 'out: mine'"),
+        ("data_files: *.parquet\n", r"line 1: .*put the value in quotes, data_files: '\*.parquet'"),
+        ("max_steps: 4\ndata_dir: 'x\nseed: 1\n", "line 2: .*check that what begins with ' ends"),
+        ("data_files: [a, b\nmax_steps: 4\n", r"line 1: .*check that what begins with \[ ends"),
+        ("- max_steps\n- 4\n", "line 1: this is a list; write `key: value` lines"),
+        ("hello\n", "line 1: this is the single value 'hello'"),
+        ("", "is empty; write `key: value` lines"),
+        ("# nothing\n", "is empty"),
+        ("max_steps: 4\nseed: 1\nmax_steps: 5\n", "line 3: .*the key 'max_steps' is given twice; remove one"),
+        ("max_steps: 4\n---\nseed: 1\n", "line 2: .*remove the line ---"),
+        ("1: 2\n", "the key 1 is not a word"),
+        ("max_steps: 4\noutput_dir: caf\udce9\n", "is not UTF-8 text .*save it as UTF-8"),
+        ("max_steps: 4\n\0", "is not YAML: unacceptable character #x0000"),
+        ("max_steps: 4\ndata_dir: {photos}\n", "data_dir={'photos': None} is not of type str"),
+    ],
+)
+def test_a_recipe_that_is_no_mapping_is_refused_with_file_line_and_fix(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_arguments([str(tmp_path / "mine.yaml"), "--max_steps=4"], QUICKSTART, "")
+    assert "mine.yaml" in str(caught.value) or "is not of type" in str(caught.value)

@@ -187,6 +187,11 @@ def test_further_sets_that_do_not_fit_are_refused(tmp_path, entry, message):
 def test_files_of_further_sets_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(ValueError, match="further_sets=.*none.yaml cannot be read"):
         load_further_sets(str(tmp_path / "none.yaml"), CLASSES)
+    (tmp_path / "tabs.yaml").write_text("other:\n\tsplit: test\n")
+    with pytest.raises(ValueError, match="tabs.yaml cannot be read: .*line 2: .*replace the tab by spaces"):
+        load_further_sets(str(tmp_path / "tabs.yaml"), CLASSES)
     (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="class_map must map labels to classes, not be \\['a', 'b'\\]"):
+        further(tmp_path, [0, 1], ClassLabel(names=["x", "y"]), class_map="list.yaml")
     with pytest.raises(ValueError, match="must map names to dataset_name"):
         load_further_sets(str(tmp_path / "list.yaml"), CLASSES)
