@@ -37,6 +37,7 @@ from train_step import SIZES, recipe_arguments
 sys.path.insert(0, str(ROOT))
 import run_pretraining  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
+from modeling_can.pretraining.builders import augmentation  # noqa: E402
 from modeling_can.recipe import parse_arguments  # noqa: E402
 from modeling_can.training import compile_model, how_to_compile, parameter_groups  # noqa: E402
 
@@ -57,7 +58,7 @@ def bare(argv: list[str], num_steps: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = CANForPreTraining(recipe.config).to(device).train()
-    augment = run_pretraining.augmentation(recipe).to(device)
+    augment = augmentation(recipe).to(device)
     compiled = how_to_compile(recipe.torch_compile, device, recipe.config.drop_path_rate)
     if compiled:
         compile_model(model, compiled)

@@ -21,11 +21,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor
 
-import run_pretraining
 from modeling_can import CANConfig, CANForPreTraining, CANModel
 from modeling_can.diagnostics import duration
 from modeling_can.evaluation import knn_predictions
 from modeling_can.hub import update_card, write_card
+from modeling_can.pretraining.builders import image_processor
 from modeling_can.recipe import Recipe, parse_arguments
 
 
@@ -270,7 +270,7 @@ def shipped(folder: Path, name: str) -> list[str]:
     card, recipe, _ = made(folder, *RUNS[name])
     torch.manual_seed(0)
     CANForPreTraining(recipe.config).save_pretrained(folder)
-    run_pretraining.image_processor(recipe).save_pretrained(folder)
+    image_processor(recipe).save_pretrained(folder)
     Image.effect_noise((70, 60), 60).convert("RGB").save(folder / "photo.jpg")
     return re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
 

@@ -17,7 +17,8 @@ from conftest import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_pretraining
-from modeling_can.training import Checkpoints, describe_file
+from modeling_can.evaluation import Probe
+from modeling_can.pretraining.checkpoints import Checkpoints, describe_file
 
 
 ROOT = Path(__file__).parent.parent
@@ -183,8 +184,8 @@ def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tm
         intervals = {"knn_interval": [0.0, 1.0], "linear_probe_interval": [0.0, 1.0]}
         return {"knn": measured[-1], "linear_probe": 0.0, "num_test": 2, **intervals}
 
-    monkeypatch.setattr(run_pretraining.Probe, "measure", measure)
-    monkeypatch.setattr(run_pretraining, "raw_pixels", None)
+    monkeypatch.setattr(Probe, "measure", measure)
+    monkeypatch.setattr("modeling_can.pretraining.probing.raw_pixels", None)
     options = [*RUN, f"--output_dir={tmp_path}", "--max_steps=9", "--save_steps=2", "--save_total_limit=1",
                "--probe_every=2", "--probe_dataset_name=sample_data"]  # fmt: skip
     accuracies = iter([0.0, *accuracies])  # raw pixels first
@@ -208,8 +209,8 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modeling_can.training.flush_to_disk", full)
-    monkeypatch.setattr(run_pretraining, "reconstruction_sheet", full)
+    monkeypatch.setattr("modeling_can.pretraining.checkpoints.flush_to_disk", full)
+    monkeypatch.setattr("modeling_can.pretraining.run_log.reconstruction_sheet", full)
     results = run_pretraining.main([*RUN, f"--output_dir={tmp_path}", "--max_steps=12", "--log_with=none"])
     output = capfd.readouterr().out
     assert output.count("No space left on device; training goes on, and tries again in 5 steps") == 2

@@ -24,6 +24,8 @@ from modeling_can.diagnostics import (
     verdict,
 )
 from modeling_can.losses import contrastive_loss, normalize_patches, patch_errors
+from modeling_can.pretraining import builders
+from modeling_can.views import RandomCrops
 
 
 TOY = ["--per_device_train_batch_size=8", "--hidden_size=32", "--num_hidden_layers=1", "--num_attention_heads=2",
@@ -129,8 +131,8 @@ def dead_head(monkeypatch):
 
 
 def starving(monkeypatch):
-    make = run_pretraining.RandomCrops.__call__
-    monkeypatch.setattr(run_pretraining.RandomCrops, "__call__", lambda *args: time.sleep(0.004) or make(*args))
+    make = RandomCrops.__call__
+    monkeypatch.setattr(RandomCrops, "__call__", lambda *args: time.sleep(0.004) or make(*args))
 
 
 @pytest.mark.parametrize("fault, sentences", [
@@ -185,8 +187,8 @@ def wrong_statistics(monkeypatch):
 
 
 def left_out_of_the_optimiser(monkeypatch):
-    groups = run_pretraining.parameter_groups
-    monkeypatch.setattr(run_pretraining, "parameter_groups", lambda model, decay: groups(model.can, decay))
+    groups = builders.parameter_groups
+    monkeypatch.setattr(builders, "parameter_groups", lambda model, decay: groups(model.can, decay))
 
 
 def positions_of_zero(monkeypatch):

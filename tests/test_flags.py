@@ -13,6 +13,7 @@ from PIL import Image
 import run_pretraining
 from modeling_can import CANForPreTraining, training
 from modeling_can.recipe import Recipe, model_fields, training_fields
+from modeling_can.training import MetricAverage
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -141,13 +142,13 @@ def test_compiled_training_is_alike_and_compiles_once(places, tmp_path, monkeypa
                 "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "hidden_dropout_prob": 0.3,
                 "seed": 3}  # fmt: skip
     eager = run(places, tmp_path / "eager", {**settings, "torch_compile": False})
-    graphs, update = [], run_pretraining.MetricAverage.update
+    graphs, update = [], MetricAverage.update
 
     def count(*arguments):  # after every step
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         return update(*arguments)
 
-    monkeypatch.setattr(run_pretraining.MetricAverage, "update", count)
+    monkeypatch.setattr(MetricAverage, "update", count)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = run(places, tmp_path / "compiled", {**settings, "torch_compile": how})

@@ -247,7 +247,7 @@ def test_a_non_finite_gradient_leaves_the_weights_alone():
 @pytest.mark.parametrize("how, caching", [("eager", False), ("eager", True), ("blocks", False), ("blocks", True)])
 def test_a_step_never_waits_for_the_device(how, caching):
     """As run_pretraining.py makes it, from uint8 views in pinned memory to the averages of the log."""
-    import run_pretraining
+    from modeling_can.pretraining.step import step_metrics, total_norm
 
     model, augment = model_on(DEVICE), augmentation().to(DEVICE)
     if how != "eager":
@@ -274,12 +274,12 @@ def test_a_step_never_waits_for_the_device(how, caching):
         micro_batches = [partial(make_inputs, part.to(DEVICE, non_blocking=True)) for part in views]
         terms = backward(forward, micro_batches, backward=torch.Tensor.backward, no_sync=contextlib.nullcontext)
         parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = run_pretraining.total_norm([p.grad for p in parameters])
+        norm = total_norm([p.grad for p in parameters])
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         finite = guard.check(step, norm, terms, ["a.jpg"])
         optimizer.step()
         optimizer.zero_grad()
-        average.update(run_pretraining.step_metrics(terms, model.config, norm), finite)
+        average.update(step_metrics(terms, model.config, norm), finite)
 
     for step in range(5):
         with contextlib.nullcontext() if step < 2 else steady():  # compiles, allocates
@@ -354,7 +354,7 @@ def test_saved_on_the_device_and_loaded_on_a_cpu_the_features_are_the_same(tmp_p
 def test_sharded_it_trains_alike_and_its_state_is_the_plain_one():
     from torch.distributed.fsdp import fully_shard
 
-    import run_pretraining
+    from modeling_can.pretraining.checkpoints import whole_state
 
     def update(model, batch):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -373,7 +373,7 @@ def test_sharded_it_trains_alike_and_its_state_is_the_plain_one():
         for part in (*sharded.can.layers, *sharded.decoder.layers, sharded):
             fully_shard(part, mesh=mesh)
         assert update(sharded, batch) == pytest.approx(losses, rel=1e-6)
-        state, _ = run_pretraining.whole_state(sharded)
+        state, _ = whole_state(sharded)
     finally:
         torch.distributed.destroy_process_group()
     assert state.keys() == plain.state_dict().keys()

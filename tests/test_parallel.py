@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import run_pretraining
 from modeling_can.losses import contrastive_loss
+from modeling_can.pretraining.builders import keep_sharding_exact
+from modeling_can.pretraining.step import total_norm
 from modeling_can.training import accumulated_backward, cached_backward, learning_rate, parameter_groups
 
 
@@ -44,7 +46,7 @@ def train(wrap, rank=0, num_processes=1, num_micro_batches=1) -> dict[str, list[
         terms = backward(
             model, [lambda part=part: part for part in parts], backward=lambda loss: loss.backward(), no_sync=no_sync
         )
-        terms["grad_norm"] = run_pretraining.total_norm([p.grad for p in model.parameters()])
+        terms["grad_norm"] = total_norm([p.grad for p in model.parameters()])
         optimizer.step()
         optimizer.zero_grad()
         for name, values in record.items():
@@ -66,7 +68,7 @@ def shard(model):
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
     )
     plugin.set_mixed_precision("bf16")
-    run_pretraining.keep_sharding_exact(plugin)
+    keep_sharding_exact(plugin)
     state = SimpleNamespace(fsdp_plugin=plugin)
     model = fsdp2_prepare_model(
         SimpleNamespace(state=state, mixed_precision="no", is_main_process=False, device=torch.device("cpu")), model
@@ -110,9 +112,10 @@ def test_20_steps_are_those_of_one_process_with_the_whole_batch(records, how):
 SHARDED = """
 import sys
 import run_pretraining
+from modeling_can.pretraining import builders
 from test_parallel import no_sync, shard
 
-class Sharding(run_pretraining.Accelerator):
+class Sharding(builders.Accelerator):
     def prepare(self, model, optimizer):
         names = {id(p): name for name, p in model.named_parameters()}
         held = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
@@ -124,7 +127,7 @@ class Sharding(run_pretraining.Accelerator):
     def no_sync(self, model):
         return no_sync(model)
 
-run_pretraining.Accelerator = Sharding
+builders.Accelerator = Sharding
 run_pretraining.main(sys.argv[1:])
 """
 RUN = ["--max_steps=6", "--save_steps=3", "--per_device_train_batch_size=4", "--gradient_accumulation_steps=2",

@@ -18,9 +18,9 @@ from test_parallel import shard
 
 import run_pretraining
 from modeling_can import CANForPreTraining, push
+from modeling_can.pretraining.checkpoints import Checkpoints
 from modeling_can.push import Push
 from modeling_can.recipe import Recipe, parse_arguments
-from modeling_can.training import Checkpoints
 
 
 ROOT = Path(__file__).parent.parent
@@ -328,7 +328,8 @@ PROCESS = """
 import sys
 import run_pretraining
 from modeling_can import push
-push.PAUSES, push.REQUEST_SECONDS, push.CHECK_SECONDS, run_pretraining.WAIT_SECONDS = (0.1,), 1.0, 2.0, 3.0
+from modeling_can.pretraining import results
+push.PAUSES, push.REQUEST_SECONDS, push.CHECK_SECONDS, results.WAIT_SECONDS = (0.1,), 1.0, 2.0, 3.0
 run_pretraining.main(sys.argv[1:])
 """
 

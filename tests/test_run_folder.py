@@ -13,8 +13,8 @@ import pytest
 from conftest import TINY
 
 from modeling_can import CANConfig, CANForPreTraining
-from modeling_can.run_folder import lock, save_model
-from modeling_can.training import Checkpoints
+from modeling_can.pretraining.checkpoints import Checkpoints
+from modeling_can.pretraining.run_folder import lock, save_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ RUN = [
 OWNER = """
 import sys
 from pathlib import Path
-from modeling_can.run_folder import lock
+from modeling_can.pretraining.run_folder import lock
 kept = lock(Path(sys.argv[1]))
 print("has it", flush=True)
 sys.stdin.read()

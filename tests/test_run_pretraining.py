@@ -19,6 +19,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import run_pretraining
+from modeling_can.pretraining.plan import _number_of_steps as number_of_steps
+from modeling_can.pretraining.run_log import refuse_non_finite
 from modeling_can.recipe import Recipe
 
 
@@ -267,18 +269,18 @@ def test_accumulation_trains_with_more_negatives_or_the_same(tmp_path, caching):
 
 def test_lengths_are_derived_once():
     recipe = Recipe.from_dict({"data_dir": "x", "num_train_epochs": 2.5})
-    assert run_pretraining.number_of_steps(recipe, 10, 100) == 25
+    assert number_of_steps(recipe, 10, 100) == 25
     with pytest.raises(ValueError, match="--num_train_samples or --max_steps"):
-        run_pretraining.number_of_steps(recipe, 10, None)
+        number_of_steps(recipe, 10, None)
     recipe = Recipe.from_dict({"data_dir": "x", "num_train_samples": 64})
-    assert run_pretraining.number_of_steps(recipe, 16, None) == 4
+    assert number_of_steps(recipe, 16, None) == 4
 
 
 def test_non_finite_numbers_stop_the_run_with_the_terms():
     averages = {"loss": 1.0, "grad_norm": float("nan")}
     with pytest.raises(FloatingPointError, match="grad_norm not finite by step 5: loss 1.0.*base_learning_rate"):
-        run_pretraining.refuse_non_finite(5, averages, "stop")
-    run_pretraining.refuse_non_finite(5, averages, "skip")
+        refuse_non_finite(5, averages, "stop")
+    refuse_non_finite(5, averages, "skip")
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ from modeling_can.evaluation import (
     mean_and_std,
 )
 from modeling_can.modeling_can import CANDropPath, CANModel, resize_positions, sincos_positions
+from modeling_can.pretraining import builders, feed, probing, step
 from modeling_can.recipe import Recipe
 from modeling_can.training import MetricAverage, interlude, parameter_groups
 from modeling_can.views import BadImage, RandomCrops, decode, random_box
@@ -163,14 +164,14 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
             updates.append(([(g["lr"], tuple(g["betas"]), g["weight_decay"]) for g in self.param_groups], norm.item()))
             return super().step(*arguments, **options)
 
-    contrast, stream = run_pretraining.contrastive_loss, run_pretraining.ViewStream
+    contrast, stream = step.contrastive_loss, feed.ViewStream
     monkeypatch.setattr(torch.optim, "AdamW", Spied)
     monkeypatch.setattr(
-        run_pretraining,
+        step,
         "contrastive_loss",
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )
-    monkeypatch.setattr(run_pretraining, "ViewStream", lambda *a: orders.append(a[2]) or stream(*a))
+    monkeypatch.setattr(feed, "ViewStream", lambda *a, **k: orders.append(a[2]) or stream(*a, **k))
     settings = {"data_dir": "pictures", "max_steps": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.5,
                 "seed": 5, "base_learning_rate": 0.032, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9,
                 "max_grad_norm": 0.01, "temperature": 0.2, "patch_size": 8}  # fmt: skip
@@ -185,22 +186,22 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
 
 
 def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
-    bound = inspect.signature(run_pretraining.Augmentation).bind
-    monkeypatch.setattr(run_pretraining, "Augmentation", lambda *a, **k: bound(*a, **k).arguments)
+    bound = inspect.signature(builders.Augmentation).bind
+    monkeypatch.setattr(builders, "Augmentation", lambda *a, **k: bound(*a, **k).arguments)
     augmentation = dict(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), flip_probability=0.3,
                         color_jitter=(0.1, 0.2, 0.3, 0.05), color_jitter_probability=0.51, greyscale_probability=0.11,
                         blur_probability=0.91, blur_sigma=(0.5, 1.5), solarize_probability=0.31)  # fmt: skip
     views = dict(crop_scale=(0.3, 0.9), crop_ratio=(0.9, 1.1), resample="bicubic", seed=5, num_views=2)
     recipe = Recipe.from_dict({"data_dir": "x", "max_steps": 1, "image_size": (32, 48), "patch_size": (8, 16),
                                "high_bit_depth": "stretch", **augmentation, **views})  # fmt: skip
-    made = run_pretraining.augmentation(recipe)
+    made = builders.augmentation(recipe)
     assert made.pop("blur_kernel_size") == 3
     assert made == {name.removeprefix("image_"): value for name, value in augmentation.items()}
-    make = run_pretraining.view_maker(recipe)
+    make = builders.view_maker(recipe)
     assert (make.scale, make.ratio, make.resample, make.seed, make.num_views) == tuple(views.values())
     assert make.image_shape == (32, 48) and make.decoding["min_size"] == (8, 16)
     assert make.decoding["high_bit_depth"] == "stretch" and make.decoding["num_channels"] == 3
-    processor = run_pretraining.image_processor(recipe)
+    processor = builders.image_processor(recipe)
     assert (list(processor.image_mean), list(processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert processor.resample == 3 and dict(processor.crop_size) == {"height": 32, "width": 48}
     assert dict(processor.size) == {"shortest_edge": round(48 * 256 / 224)}
@@ -209,18 +210,19 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
 SEEDS = """
 import os, sys, torch, run_pretraining
 from modeling_can.augmentations import Augmentation
+from modeling_can.training import MetricAverage
 
 forward = Augmentation.forward
 def told(self, views):
     os.write(1, f"\\ndraws {torch.get_rng_state().sum().item()}\\n".encode())  # in one piece
     return forward(self, views)
 Augmentation.forward = told
-compute = run_pretraining.MetricAverage.compute
+compute = MetricAverage.compute
 def averaged(self):
     averages = compute(self)
     os.write(1, f"\\nmeans {averages['reconstruction_loss']}\\n".encode())
     return averages
-run_pretraining.MetricAverage.compute = averaged
+MetricAverage.compute = averaged
 run_pretraining.main(sys.argv[1:])
 """
 
@@ -415,7 +417,7 @@ def test_a_row_that_the_ledger_has_stays_bad(tmp_path, bad):
 def test_probes_meet_the_model_in_evaluation_and_leave_it_in_training(tmp_path, monkeypatch):
     made, probed, trained = [], [], []
 
-    class Kept(run_pretraining.CANForPreTraining):
+    class Kept(builders.CANForPreTraining):
         def __init__(self, config):
             super().__init__(config)
             made.append(self)
@@ -426,7 +428,7 @@ def test_probes_meet_the_model_in_evaluation_and_leave_it_in_training(tmp_path, 
             return super().step(*arguments, **options)
 
     def measure(self, embed, linear=True):
-        if embed is not run_pretraining.raw_pixels:
+        if embed is not probing.raw_pixels:
             probed.append(made[0].training)
         return {
             "knn": 0.5,
@@ -436,9 +438,9 @@ def test_probes_meet_the_model_in_evaluation_and_leave_it_in_training(tmp_path, 
             "linear_probe_interval": [0, 1],
         }
 
-    monkeypatch.setattr(run_pretraining, "CANForPreTraining", Kept)
+    monkeypatch.setattr(builders, "CANForPreTraining", Kept)
     monkeypatch.setattr(torch.optim, "AdamW", Spied)
-    monkeypatch.setattr(run_pretraining.Probe, "measure", measure)
+    monkeypatch.setattr(probing.Probe, "measure", measure)
     run_pretraining.main([*TOY, "--probe_every=1", f"--output_dir={tmp_path}"])
     assert trained == [True] * 3 and probed == [False] * 5  # before, after each step, at the end
 
@@ -511,7 +513,7 @@ def test_the_logged_loss_is_the_weighted_sum():
         "reconstruction_loss": torch.tensor(0.5),
         "denoising_loss": torch.tensor(2.0),
     }
-    metrics = run_pretraining.step_metrics(terms, config, torch.tensor(1.0))
+    metrics = step.step_metrics(terms, config, torch.tensor(1.0))
     assert metrics["loss"].item() == pytest.approx(0.03 * 5 + 0.67 * 0.5 + 0.3 * 2 / (0.05**2 / 3))
 
 

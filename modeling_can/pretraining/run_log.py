@@ -105,7 +105,7 @@ class RunLog:
 
     def update(self, output: StepOutput):
         """Called after every step; does not wait for the device."""
-        self.average.update(step_metrics(output, self.recipe.config), output.finite)
+        self.average.update(step_metrics(output.terms, self.recipe.config, output.grad_norm), output.finite)
 
     def log(self, step: int, output: StepOutput, feed: Feed, measure: Callable[[], float] | None = None):
         """

@@ -84,11 +84,13 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def step_metrics(output: StepOutput, config: CANConfig) -> dict[str, torch.Tensor]:
-    """What is averaged and logged of a step."""
-    metrics = {name: value for name, value in output.terms.items() if name.endswith("loss")}
+def step_metrics(
+    terms: dict[str, torch.Tensor], config: CANConfig, grad_norm: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """What is averaged and logged of a step, whose `terms` and `grad_norm` are those of `StepOutput`."""
+    metrics = {name: value for name, value in terms.items() if name.endswith("loss")}
     metrics["loss"] = sum(config.loss_weights[name] * value for name, value in metrics.items())
-    metrics["grad_norm"] = output.grad_norm
-    if "image_embeds" in output.terms:
-        metrics["embedding_spread"] = embedding_spread(output.terms["image_embeds"])
+    metrics["grad_norm"] = grad_norm
+    if "image_embeds" in terms:
+        metrics["embedding_spread"] = embedding_spread(terms["image_embeds"])
     return metrics
