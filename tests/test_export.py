@@ -32,7 +32,19 @@ from transformers import (
 )
 
 from modeling_can import CANConfig, CANForImageClassification, CANModel, conversion
-from modeling_can.conversion import convert, join_qkv, main, split_qkv, to_can, to_dinov2, to_timm, to_vit, warm_start
+from modeling_can.conversion import (
+    convert,
+    export,
+    join_qkv,
+    split_qkv,
+    to_can,
+    to_dinov2,
+    to_onnx,
+    to_timm,
+    to_vit,
+    warm_start,
+)
+from modeling_can.conversion.export import main
 
 
 OTHER_SIZES = ((32, 32), (48, 48), (40, 64), (16, 64))
@@ -143,19 +155,19 @@ def test_half_precision_stays_and_is_exact(export):
 @pytest.mark.parametrize(
     "name", ["layers.1.attention.k_proj.weight", "embeddings.position_embeddings", "layernorm.bias"]
 )
-@pytest.mark.parametrize("export", [to_dinov2, to_vit])
-def test_an_export_that_differs_is_not_handed_out(export, name, monkeypatch):
-    true_weights = conversion.encoder_weights
+@pytest.mark.parametrize("to_theirs", [to_dinov2, to_vit])
+def test_an_export_that_differs_is_not_handed_out(to_theirs, name, monkeypatch):
+    true_weights = export.encoder_weights
 
     def with_a_mistake(model, names):
         weights = true_weights(model, names)
-        key = conversion.their_name(f"can.{name}", names)
+        key = export.their_name(f"can.{name}", names)
         weights[key] = weights[key] * 1.001
         return weights
 
-    monkeypatch.setattr(conversion, "encoder_weights", with_a_mistake)
+    monkeypatch.setattr(export, "encoder_weights", with_a_mistake)
     with pytest.raises(AssertionError, match="the export differs by"):
-        export(can(**SQUARE))
+        to_theirs(can(**SQUARE))
 
 
 # --- To timm and ONNX ------------------------------------------------------------------------------------------------
@@ -583,18 +595,18 @@ def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
         crop_size = {"height": crop, "width": crop}
         ours = {"do_center_crop": True, "size": {"shortest_edge": edge}, "crop_size": crop_size, "resample": 3,
                 "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
-        theirs = conversion._timm_preprocessing(ours) | {"input_size": [3, crop, crop]}
-        assert conversion._from_timm_preprocessing(theirs).items() >= ours.items()
+        theirs = export._timm_preprocessing(ours) | {"input_size": [3, crop, crop]}
+        assert export._from_timm_preprocessing(theirs).items() >= ours.items()
     theirs |= {"input_size": [3, 224, 224], "crop_pct": 0.9}
-    assert conversion._from_timm_preprocessing(theirs)["size"] == {"shortest_edge": 248}  # as timm resizes
+    assert export._from_timm_preprocessing(theirs)["size"] == {"shortest_edge": 248}  # as timm resizes
     squashed = ViTImageProcessor(size={"height": 32, "width": 32}).to_dict()
-    assert {"crop_pct": 1.0, "crop_mode": "squash"}.items() <= conversion._timm_preprocessing(squashed).items()
+    assert {"crop_pct": 1.0, "crop_mode": "squash"}.items() <= export._timm_preprocessing(squashed).items()
 
 
 def test_a_file_of_an_onnx_graph_tells_nothing_of_this_machine(source, tmp_path):
-    conversion.to_onnx(to_can(str(source)), tmp_path / "model.onnx")
+    to_onnx(to_can(str(source)), tmp_path / "model.onnx")
     content = (tmp_path / "model.onnx").read_bytes()
-    for path in (Path(conversion.__file__).parent.parent, Path(torch.__file__).parent, Path.home()):
+    for path in (Path(export.__file__).parents[2], Path(torch.__file__).parent, Path.home()):
         assert str(path).encode() not in content
 
 
@@ -624,7 +636,7 @@ def test_a_wrong_head_is_not_handed_out(monkeypatch):
 
 
 def test_a_mistake_in_timms_layout_is_not_handed_out(monkeypatch):
-    monkeypatch.setattr(conversion, "join_qkv", lambda state: {
+    monkeypatch.setattr(export, "join_qkv", lambda state: {
         key: x.flip(0) if ".qkv." in key else x for key, x in join_qkv(state).items()
     })  # fmt: skip
     with pytest.raises(AssertionError, match="is not what it was"):

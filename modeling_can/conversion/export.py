@@ -50,11 +50,11 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from .configuration_can import CANConfig
-from .encoders import quiet
-from .hub import EXPORTS, check_new_folder, export_card, new_folder
-from .modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel, resize_positions
-from .recipe import INSTALL
+from ..configuration_can import CANConfig
+from ..encoders import quiet
+from ..hub import EXPORTS, check_new_folder, export_card, new_folder
+from ..modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel, resize_positions
+from ..recipe import INSTALL
 
 
 logger = logging.getLogger(__name__)
@@ -1021,7 +1021,3 @@ def main(argv: list[str] | None = None):
 def _source_has_classifier(name_or_path: str) -> bool:
     values, _ = PreTrainedConfig.get_config_dict(name_or_path)
     return values.get("num_classes", 0) > 0 or has_classifier(PreTrainedConfig.from_dict(values))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,48 @@
+"""Weights from other models and for them."""
+
+from .export import (
+    DINOV2,
+    DINOV2_LAYER_SCALE,
+    MAE_FILE,
+    VIT,
+    VIT_MAE,
+    accept_colours,
+    can_config,
+    check_dinov2,
+    convert,
+    encoder_weights,
+    join_qkv,
+    normalisation,
+    split_qkv,
+    their_name,
+    to_can,
+    to_dinov2,
+    to_onnx,
+    to_timm,
+    to_vit,
+    warm_start,
+)
+
+
+__all__ = [
+    "DINOV2",
+    "DINOV2_LAYER_SCALE",
+    "MAE_FILE",
+    "VIT",
+    "VIT_MAE",
+    "accept_colours",
+    "can_config",
+    "check_dinov2",
+    "convert",
+    "encoder_weights",
+    "join_qkv",
+    "normalisation",
+    "split_qkv",
+    "their_name",
+    "to_can",
+    "to_dinov2",
+    "to_onnx",
+    "to_timm",
+    "to_vit",
+    "warm_start",
+]
