@@ -145,8 +145,8 @@ class Checkpoint(NamedTuple):
     weights: dict[str, torch.Tensor]
 
 
-FILES = (".safetensors", ".pth", ".pt", ".bin")
-SOURCES = {
+_FILES = (".safetensors", ".pth", ".pt", ".bin")
+_SOURCES = {
     "can": Source(CANForPreTraining, CAN),
     "vit_mae": Source(ViTMAEForPreTraining, VIT_MAE),
     "vit": Source(ViTModel, VIT),
@@ -169,19 +169,19 @@ ENCODER_FIELDS = (
     "layer_norm_eps",
     "qkv_bias",
 )
-DECODER_FIELDS = (
+_DECODER_FIELDS = (
     "decoder_hidden_size",
     "decoder_num_hidden_layers",
     "decoder_num_attention_heads",
     "decoder_intermediate_size",
 )
 # The parts that are taken as a whole or not at all, how their tensors' names begin, and the fields that must agree.
-PARTS = (
+_PARTS = (
     ("encoder", r"can\.", ENCODER_FIELDS),
     ("projection head", r"projection_head\.", ("projection_hidden_size", "projection_size")),
-    ("decoder", r"decoder\.(?!noise_)", DECODER_FIELDS),
-    ("noise-level embedding", r"decoder\.noise_level_embedding\.", DECODER_FIELDS),
-    ("noise head", r"decoder\.noise_head\.", DECODER_FIELDS),
+    ("decoder", r"decoder\.(?!noise_)", _DECODER_FIELDS),
+    ("noise-level embedding", r"decoder\.noise_level_embedding\.", _DECODER_FIELDS),
+    ("noise head", r"decoder\.noise_head\.", _DECODER_FIELDS),
 )
 
 
@@ -224,15 +224,16 @@ def warm_start(model: CANForPreTraining, name_or_path: str) -> tuple[list[str], 
     heads = model.config.num_attention_heads, model.config.decoder_num_attention_heads
     checkpoint = read_checkpoint(name_or_path, *heads)
     _check_encoder(name_or_path, checkpoint.config, model.config)
-    return _copy(checkpoint, model, name_or_path)
+    return copy_weights(checkpoint, model, name_or_path)
 
 
-def _copy(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path: str) -> tuple[list[str], list[str]]:
+def copy_weights(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path: str) -> tuple[list[str], list[str]]:
+    """`warm_start` for a checkpoint that was read and whose encoder has the sizes of `model`'s."""
     source, config, theirs = checkpoint
     own = model.state_dict()  # shares memory with the model
     weights, taken, new = {}, [], []
-    for part, pattern, fields in PARTS:
-        keys = {name: _their_keys(name, source) for name in own if re.match(pattern, name)}
+    for part, pattern, fields in _PARTS:
+        keys = {name: their_keys(name, source) for name in own if re.match(pattern, name)}
         wanted = {key for group in keys.values() for key in group}
         missing = sorted(wanted - theirs.keys())
         if part == "encoder" and missing:
@@ -291,7 +292,7 @@ def preprocessing(name_or_path: str) -> dict:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except OSError:
         return {}
-    return _from_timm_preprocessing(values.get("pretrained_cfg") or {})
+    return from_timm_preprocessing(values.get("pretrained_cfg") or {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,19 +313,19 @@ def read_checkpoint(
         ValueError: for what cannot be read or is of another kind; the message names the fix.
     """
     path = Path(name_or_path)
-    if path.suffix in FILES and not path.is_dir():
+    if path.suffix in _FILES and not path.is_dir():
         return _read_file(path, {}, num_attention_heads, decoder_num_attention_heads)
-    source, config = _read_config(name_or_path)
+    source, config = read_config(name_or_path)
     if source is None:
         try:
             file = Path(cached_file(name_or_path, "model.safetensors"))
         except OSError as error:
             raise _unreadable(name_or_path, error) from error
         return _read_file(file, config, num_attention_heads, decoder_num_attention_heads)
-    return Checkpoint(source, config, _read_weights(name_or_path, source))
+    return Checkpoint(source, config, read_weights(name_or_path, source))
 
 
-def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:
+def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:
     """The kind of a folder or Hub id, and its configuration; of timm's ViTs `None` and its arguments."""
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path)
@@ -337,16 +338,16 @@ def _read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[N
     model_type = values.get("model_type")
     if "architecture" in values and model_type in (None, "timm_wrapper"):
         return None, values.get("model_args", {})
-    if model_type not in SOURCES:
+    if model_type not in _SOURCES:
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has model_type={model_type!r} in its config.json; CAN can start "
-            f"from {', '.join(SOURCES)}, or timm's ViTs"
+            f"from {', '.join(_SOURCES)}, or timm's ViTs"
         )
-    source = SOURCES[model_type]
+    source = _SOURCES[model_type]
     return source, source.model_class.config_class.from_dict(values)
 
 
-def _read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
+def read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
     """What is truly in the file, in fp32 under the source's names: no tensor that transformers has drawn instead."""
 
     def has(file: str) -> bool:
@@ -400,7 +401,7 @@ def _read_file(path: Path, model_args: dict, num_heads: int | None, num_decoder_
 
 
 # The numbers of heads of the published ViTs, by their widths
-PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 # transformers' names of activations -> timm's
 TIMM_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 
@@ -415,9 +416,9 @@ def from_timm(
     width, channels, *patch = state["patch_embed.proj.weight"].shape
     num_patches, side = state["pos_embed"].shape[1] - 1, math.isqrt(state["pos_embed"].shape[1] - 1)
     image_size = model_args.get("img_size", (side * patch[0], side * patch[1]))
-    if math.prod(pixels // each for pixels, each in zip(_pair(image_size), patch, strict=True)) != num_patches:
+    if math.prod(pixels // each for pixels, each in zip(as_pair(image_size), patch, strict=True)) != num_patches:
         raise ValueError(f"model_name_or_path={name!r} has positions of {num_patches} patches, which is no square")
-    num_heads = model_args.get("num_heads") or num_heads or PUBLISHED_HEADS.get(width)
+    num_heads = model_args.get("num_heads") or num_heads or _PUBLISHED_HEADS.get(width)
     if not num_heads or width % num_heads:
         raise ValueError(
             f"model_name_or_path={name!r} is {width} wide and does not tell its number of attention heads; say it: "
@@ -446,10 +447,10 @@ def from_timm(
     has_scales = "blocks.0.ls1.gamma" in state
     remarks = ("layer scale folded into the output projections",) if has_scales else ()
     source = Source(None, MAE_FILE, TIMM_LAYER_SCALE if has_scales else {}, remarks)
-    config, state = _encoder_config(**sizes), split_qkv(state)
+    config, state = encoder_config(**sizes), split_qkv(state)
     with torch.device("meta"):
         names = CANModel(config).state_dict()
-    known = {key for ours in names for key in _their_keys(f"can.{ours}", source)}
+    known = {key for ours in names for key in their_keys(f"can.{ours}", source)}
     foreign = [
         key for key in state if re.match(r"blocks\.|patch_embed\.|norm_pre|reg_token", key) and key not in known
     ]
@@ -463,7 +464,7 @@ def _num_blocks(state: dict, name: str) -> int:
 
 
 def split_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's `...attn.qkv` as three tensors, `...attn.q`, `...attn.k`, `...attn.v`; `join_qkv` is the inverse."""
+    """timm's `...attn.qkv` as three tensors, `...attn.q`, `...attn.k`, `...attn.v`."""
     split = {}
     for key, tensor in state.items():
         if ".attn.qkv." in key:
@@ -476,6 +477,7 @@ def split_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def join_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `split_qkv`."""
     joined = {}
     for key, tensor in state.items():
         if ".attn.q." in key:
@@ -519,13 +521,14 @@ def _differences(config: PreTrainedConfig, own_config: CANConfig, fields: tuple[
 
 def _value(config: PreTrainedConfig, name: str):
     if name == "patch_size":
-        return _pair(config.patch_size)
+        return as_pair(config.patch_size)
     if name == "intermediate_size" and config.model_type == "dinov2":
         return int(config.hidden_size * config.mlp_ratio)
     return getattr(config, name)
 
 
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """A configuration's size as (height, width)."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
@@ -540,7 +543,7 @@ def _in_words(differences: dict[str, tuple]) -> str:
     return ", ".join(f"{name} is {_as_word(a)} there and {_as_word(b)} here" for name, (a, b) in differences.items())
 
 
-def _their_keys(name: str, source: Source) -> list[str]:
+def their_keys(name: str, source: Source) -> list[str]:
     """The source's tensors that make our tensor `name`: its counterpart, and the layer scale over it if any."""
     keys = [their_name(name, source.names), their_name(name.rpartition(".")[0], source.layer_scales)]
     return [key for key in keys if key is not None]
@@ -558,7 +561,7 @@ def _fit_positions(
     table: torch.Tensor, config: PreTrainedConfig, own_config: CANConfig
 ) -> tuple[torch.Tensor, list[str]]:
     """The position table of the source on our grid, and what there is to say about it."""
-    (height, width), patch = _pair(config.image_size), _pair(config.patch_size)
+    (height, width), patch = as_pair(config.image_size), as_pair(config.patch_size)
     grid, own_grid, remarks = (height // patch[0], width // patch[1]), own_config.grid_shape, []
     if grid != own_grid:
         remarks.append(f"positions resized from {grid[0]} x {grid[1]} to {own_grid[0]} x {own_grid[1]}")
@@ -590,12 +593,12 @@ def to_can(name_or_path: str, num_attention_heads: int | None = None) -> CANPreT
             f"{config.num_attention_heads}; leave the flag out"
         )
     model = CANForPreTraining(config)
-    _copy(checkpoint, model, name_or_path)
+    copy_weights(checkpoint, model, name_or_path)
     if not (checkpoint.source.names is CAN and has_classifier(config)):
         return model.can.eval()
     classifier = CANForImageClassification(config)
     classifier.can = model.can
-    weights = _read_weights(name_or_path, Source(CANForImageClassification, CAN))
+    weights = read_weights(name_or_path, Source(CANForImageClassification, CAN))
     if not {"classifier.weight", "classifier.bias"} <= weights.keys():
         raise ValueError(f"{name_or_path} lacks its classifier, or has one of another number of classes")
     classifier.classifier.load_state_dict({key: weights[f"classifier.{key}"] for key in ("weight", "bias")})
@@ -609,7 +612,7 @@ def has_classifier(config: PreTrainedConfig) -> bool:
 
 def can_config(name_or_path: str) -> CANConfig:
     """What `to_can` makes of the config.json of a CAN, ViT, ViT-MAE or DINOv2; raises ValueError as that."""
-    source, config = _read_config(name_or_path)
+    source, config = read_config(name_or_path)
     if source is None:
         raise ValueError(
             f"{name_or_path} is timm's; write it anew first: python -m modeling_can.conversion ... --to can"
@@ -621,10 +624,10 @@ def _as_can(name_or_path: str, config: PreTrainedConfig) -> CANConfig:
     _refuse_gates(name_or_path, config)
     if isinstance(config, CANConfig):
         return config
-    return _encoder_config(**{field: _value(config, field) for field in (*ENCODER_FIELDS, "image_size")})
+    return encoder_config(**{field: _value(config, field) for field in (*ENCODER_FIELDS, "image_size")})
 
 
-def _encoder_config(**sizes) -> CANConfig:
+def encoder_config(**sizes) -> CANConfig:
     """Of an encoder that was trained otherwise, with an objective that suits all sizes, down to a single patch."""
     return CANConfig(**sizes, mask_ratio=0, reconstruction_loss_weight=0)
 
@@ -795,9 +798,9 @@ def to_timm(model: CANPreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
         description["pretrained_cfg"]["label_names"] = [config.id2label[index] for index in range(num_classes)]
     # What comes back must be what was given: as close to a check as there is one without timm.
     twin = CANForPreTraining(
-        _encoder_config(**{name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")})
+        encoder_config(**{name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")})
     )
-    _copy(from_timm("timm", state, arguments, None, 1), twin, "timm")
+    copy_weights(from_timm("timm", state, arguments, None, 1), twin, "timm")
     for name, tensor in model.base_model.state_dict().items():
         assert torch.equal(twin.can.state_dict()[name], tensor.float().cpu()), f"{name} is not what it was"
     return state, description
@@ -871,7 +874,7 @@ def _shared_fields(config: CANConfig) -> dict:
     """What the configurations of ViT and DINOv2 have in common with ours."""
     fields = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps",
               "num_channels", "qkv_bias", "initializer_range", "id2label", "label2id", "problem_type")  # fmt: skip
-    sizes = {name: _pair(getattr(config, name)) for name in ("image_size", "patch_size")}
+    sizes = {"image_size": config.image_shape, "patch_size": config.patch_shape}
     # An int where it can be one: ViT divides by it.
     sizes = {name: size[0] if size[0] == size[1] else list(size) for name, size in sizes.items()}
     return {**{name: getattr(config, name) for name in fields}, **sizes}
@@ -924,7 +927,7 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
         processor = preprocessing(source)
         if target == "timm":
             state, description = to_timm(model)
-            description["pretrained_cfg"] |= _timm_preprocessing(processor)
+            description["pretrained_cfg"] |= timm_preprocessing(processor)
             save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / "model.safetensors")
             (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         elif target == "onnx":
@@ -942,7 +945,7 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
     return model
 
 
-def _timm_preprocessing(processor: dict) -> dict:
+def timm_preprocessing(processor: dict) -> dict:
     """timm's words for what a processor does that resizes, perhaps crops the centre, and normalises."""
     edge, crop = (processor.get(key) or {} for key in ("size", "crop_size"))
     named = {"interpolation": {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"))}
@@ -960,8 +963,11 @@ def _timm_preprocessing(processor: dict) -> dict:
     return {key: value for key, value in named.items() if value is not None}
 
 
-def _from_timm_preprocessing(pretrained: dict) -> dict:
-    """The inverse: a preprocessor_config.json; empty unless timm's `pretrained_cfg` says all that is needed."""
+def from_timm_preprocessing(pretrained: dict) -> dict:
+    """
+    A preprocessor_config.json, the inverse of `timm_preprocessing`; empty unless timm's `pretrained_cfg` says all that
+    is needed.
+    """
     if not {"mean", "std", "crop_pct", "input_size", "interpolation"} <= pretrained.keys():
         return {}
     height, width = pretrained["input_size"][1:]
