@@ -36,6 +36,7 @@ from modeling_can.conversion import (
     convert,
     export,
     join_qkv,
+    processors,
     split_qkv,
     to_can,
     to_dinov2,
@@ -161,7 +162,7 @@ def test_an_export_that_differs_is_not_handed_out(to_theirs, name, monkeypatch):
 
     def with_a_mistake(model, names):
         weights = true_weights(model, names)
-        key = export.their_name(f"can.{name}", names)
+        key = conversion.their_name(f"can.{name}", names)
         weights[key] = weights[key] * 1.001
         return weights
 
@@ -595,12 +596,12 @@ def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
         crop_size = {"height": crop, "width": crop}
         ours = {"do_center_crop": True, "size": {"shortest_edge": edge}, "crop_size": crop_size, "resample": 3,
                 "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
-        theirs = export.timm_preprocessing(ours) | {"input_size": [3, crop, crop]}
-        assert export.from_timm_preprocessing(theirs).items() >= ours.items()
+        theirs = processors.timm_preprocessing(ours) | {"input_size": [3, crop, crop]}
+        assert processors.from_timm_preprocessing(theirs).items() >= ours.items()
     theirs |= {"input_size": [3, 224, 224], "crop_pct": 0.9}
-    assert export.from_timm_preprocessing(theirs)["size"] == {"shortest_edge": 248}  # as timm resizes
+    assert processors.from_timm_preprocessing(theirs)["size"] == {"shortest_edge": 248}  # as timm resizes
     squashed = ViTImageProcessor(size={"height": 32, "width": 32}).to_dict()
-    assert {"crop_pct": 1.0, "crop_mode": "squash"}.items() <= export.timm_preprocessing(squashed).items()
+    assert {"crop_pct": 1.0, "crop_mode": "squash"}.items() <= processors.timm_preprocessing(squashed).items()
 
 
 def test_a_file_of_an_onnx_graph_tells_nothing_of_this_machine(source, tmp_path):

@@ -1,20 +1,11 @@
 """Weights from other models and for them."""
 
 from .export import (
-    DINOV2,
-    DINOV2_LAYER_SCALE,
-    MAE_FILE,
-    VIT,
-    VIT_MAE,
     accept_colours,
     can_config,
     check_dinov2,
     convert,
     encoder_weights,
-    join_qkv,
-    normalisation,
-    split_qkv,
-    their_name,
     to_can,
     to_dinov2,
     to_onnx,
@@ -22,6 +13,8 @@ from .export import (
     to_vit,
     warm_start,
 )
+from .names import DINOV2, DINOV2_LAYER_SCALE, MAE_FILE, VIT, VIT_MAE, join_qkv, split_qkv, their_name
+from .processors import normalisation
 
 
 __all__ = [

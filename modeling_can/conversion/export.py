@@ -25,150 +25,44 @@ import argparse
 import copy
 import json
 import logging
-import math
-import pickle
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
-    ImageProcessingMixin,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
-    ViTMAEForPreTraining,
     ViTModel,
 )
-from transformers.utils import cached_file
 
 from ..configuration_can import CANConfig
 from ..encoders import quiet
 from ..hub import EXPORTS, check_new_folder, export_card, new_folder
 from ..modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel, resize_positions
 from ..recipe import INSTALL
-
-
-logger = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names: ours on the left, to be read in either direction; {} is the number of a layer
-# ---------------------------------------------------------------------------------------------------------------------
-
-_SHARED = {
-    "can.embeddings.cls_token": "embeddings.cls_token",
-    "can.embeddings.position_embeddings": "embeddings.position_embeddings",
-    "can.embeddings.patch_embeddings": "embeddings.patch_embeddings.projection",
-    "can.layernorm": "layernorm",
-}
-VIT = {**_SHARED, "can.layers.{}": "layers.{}"}
-DINOV2 = {
-    **_SHARED,
-    "can.layers.{}.layernorm_before": "encoder.layer.{}.norm1",
-    "can.layers.{}.attention": "encoder.layer.{}.attention",
-    "can.layers.{}.layernorm_after": "encoder.layer.{}.norm2",
-    "can.layers.{}.mlp": "encoder.layer.{}.mlp",
-}
-DINOV2_LAYER_SCALE = {
-    "can.layers.{}.attention.o_proj": "encoder.layer.{}.layer_scale1.lambda1",
-    "can.layers.{}.mlp.fc2": "encoder.layer.{}.layer_scale2.lambda1",
-}
-VIT_MAE = {
-    **{ours: f"vit.{theirs}" for ours, theirs in VIT.items()},
-    "decoder.embed": "decoder.decoder_embed",
-    "decoder.mask_token": "decoder.mask_token",
-    "decoder.position_embeddings": "decoder.decoder_pos_embed",
-    "decoder.layers.{}": "decoder.decoder_layers.{}",
-    "decoder.layernorm": "decoder.decoder_norm",
-    "decoder.head": "decoder.decoder_pred",
-}
-CAN = {part: part for part in ("can", "projection_head", "decoder")}
-TIMM = {
-    "can.embeddings.cls_token": "cls_token",
-    "can.embeddings.position_embeddings": "pos_embed",
-    "can.embeddings.patch_embeddings": "patch_embed.proj",
-    "can.layers.{}.layernorm_before": "blocks.{}.norm1",
-    "can.layers.{}.attention.q_proj": "blocks.{}.attn.q",  # of "blocks.{}.attn.qkv", which `split_qkv` splits
-    "can.layers.{}.attention.k_proj": "blocks.{}.attn.k",
-    "can.layers.{}.attention.v_proj": "blocks.{}.attn.v",
-    "can.layers.{}.attention.o_proj": "blocks.{}.attn.proj",
-    "can.layers.{}.layernorm_after": "blocks.{}.norm2",
-    "can.layers.{}.mlp": "blocks.{}.mlp",
-    "can.layernorm": "norm",
-}
-TIMM_LAYER_SCALE = {
-    "can.layers.{}.attention.o_proj": "blocks.{}.ls1.gamma",
-    "can.layers.{}.mlp.fc2": "blocks.{}.ls2.gamma",
-}
-# Further parts of facebookresearch/mae and, with the head, of shlokk/mae-contrastive. That one contrasts the mean of
-# all tokens, the class token included, and tells the noise level to the encoder's tokens, by layers that ours has not.
-MAE_FILE = {
-    **TIMM,
-    "projection_head.fc1": "projection_head.0",
-    "projection_head.fc2": "projection_head.2",
-    "decoder.embed": "decoder_embed",
-    "decoder.mask_token": "mask_token",
-    "decoder.position_embeddings": "decoder_pos_embed",
-    **{
-        ours.replace("can.layers", "decoder.layers"): theirs.replace("blocks", "decoder_blocks")
-        for ours, theirs in TIMM.items()
-        if "layers" in ours
-    },
-    "decoder.layernorm": "decoder_norm",
-    "decoder.head": "decoder_pred",
-}
-
-
-class Source(NamedTuple):
-    """A kind of checkpoint: the class that reads it, our names -> its names, our linear layers -> its layer scales."""
-
-    model_class: type[PreTrainedModel] | None  # None: a file of weights
-    names: dict[str, str]
-    layer_scales: dict[str, str] = {}
-    remarks: tuple[str, ...] = ()
-
-
-class Checkpoint(NamedTuple):
-    """A source that was read: its kind, its configuration, and its weights in fp32 by its names."""
-
-    source: Source
-    config: PreTrainedConfig
-    weights: dict[str, torch.Tensor]
-
-
-_FILES = (".safetensors", ".pth", ".pt", ".bin")
-_SOURCES = {
-    "can": Source(CANForPreTraining, CAN),
-    "vit_mae": Source(ViTMAEForPreTraining, VIT_MAE),
-    "vit": Source(ViTModel, VIT),
-    "dinov2": Source(
-        Dinov2Model,
-        DINOV2,
-        DINOV2_LAYER_SCALE,
-        remarks=("layer scale folded into the output projections", "mask token left out"),
-    ),
-}
-
-ENCODER_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "patch_size",
-    "num_channels",
-    "hidden_act",
-    "layer_norm_eps",
-    "qkv_bias",
+from .names import CAN, DINOV2, ENCODER_FIELDS, TIMM, TIMM_ACTIVATIONS, VIT, join_qkv, their_name
+from .processors import preprocessing, timm_preprocessing
+from .reading import (
+    Checkpoint,
+    Source,
+    as_pair,
+    encoder_config,
+    from_timm,
+    read_checkpoint,
+    read_config,
+    read_weights,
+    their_keys,
 )
+
+
 _DECODER_FIELDS = (
     "decoder_hidden_size",
     "decoder_num_hidden_layers",
@@ -183,17 +77,6 @@ _PARTS = (
     ("noise-level embedding", r"decoder\.noise_level_embedding\.", _DECODER_FIELDS),
     ("noise head", r"decoder\.noise_head\.", _DECODER_FIELDS),
 )
-
-
-def their_name(name: str, table: dict[str, str]) -> str | None:
-    """The counterpart of our `name` in a table of modules and tensors; `None` if there is none."""
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    for ours, theirs in table.items():
-        if layer:
-            ours, theirs = ours.format(layer[1]), theirs.format(layer[1])
-        if name == ours or name.startswith(f"{ours}."):
-            return theirs + name[len(ours) :]
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,232 +153,6 @@ def copy_weights(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path:
     return taken, new
 
 
-def normalisation(name_or_path: str) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation that the images of a checkpoint were normalised with; `None` if it does not say."""
-    values = preprocessing(name_or_path)
-    if "image_mean" not in values or "image_std" not in values:
-        return None
-    return list(values["image_mean"]), list(values["image_std"])
-
-
-def preprocessing(name_or_path: str) -> dict:
-    """What is in a source's preprocessor_config.json, or what timm's config.json says instead; empty if nothing is."""
-    if Path(name_or_path).is_file():
-        return {}
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
-        values.pop("auto_map", None)  # code of the source's, which stays there
-        return values
-    except OSError:
-        pass
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    except OSError:
-        return {}
-    return from_timm_preprocessing(values.get("pretrained_cfg") or {})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_checkpoint(
-    name_or_path: str, num_attention_heads: int | None = None, decoder_num_attention_heads: int = 16
-) -> Checkpoint:
-    """
-    Args:
-        name_or_path (`str`): As in `warm_start`.
-        num_attention_heads (`int`, *optional*): Of a file, which does not tell; `None`: those of the published ViTs.
-        decoder_num_attention_heads (`int`): Likewise; the default is MAE's.
-
-    Raises:
-        ValueError: for what cannot be read or is of another kind; the message names the fix.
-    """
-    path = Path(name_or_path)
-    if path.suffix in _FILES and not path.is_dir():
-        return _read_file(path, {}, num_attention_heads, decoder_num_attention_heads)
-    source, config = read_config(name_or_path)
-    if source is None:
-        try:
-            file = Path(cached_file(name_or_path, "model.safetensors"))
-        except OSError as error:
-            raise _unreadable(name_or_path, error) from error
-        return _read_file(file, config, num_attention_heads, decoder_num_attention_heads)
-    return Checkpoint(source, config, read_weights(name_or_path, source))
-
-
-def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:
-    """The kind of a folder or Hub id, and its configuration; of timm's ViTs `None` and its arguments."""
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(name_or_path)
-    except OSError as error:
-        raise _unreadable(name_or_path, error) from error
-    if not values:
-        raise _unreadable(
-            name_or_path, OSError("it has no config.json; of a run's checkpoints, resume_from_checkpoint takes care")
-        )
-    model_type = values.get("model_type")
-    if "architecture" in values and model_type in (None, "timm_wrapper"):
-        return None, values.get("model_args", {})
-    if model_type not in _SOURCES:
-        raise ValueError(
-            f"model_name_or_path={name_or_path!r} has model_type={model_type!r} in its config.json; CAN can start "
-            f"from {', '.join(_SOURCES)}, or timm's ViTs"
-        )
-    source = _SOURCES[model_type]
-    return source, source.model_class.config_class.from_dict(values)
-
-
-def read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
-    """What is truly in the file, in fp32 under the source's names: no tensor that transformers has drawn instead."""
-
-    def has(file: str) -> bool:
-        return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False) is not None
-
-    try:
-        has_safetensors = has("model.safetensors") or has("model.safetensors.index.json")
-        with quiet():
-            model, info = source.model_class.from_pretrained(
-                name_or_path,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                use_safetensors=has_safetensors,  # else a pickle, which transformers opens with weights_only
-            )
-        if not has_safetensors:
-            _warn_of_pickle(name_or_path)
-    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
-        raise _unreadable(name_or_path, error) from error
-    drawn = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    return {key: tensor for key, tensor in model.state_dict().items() if key not in drawn}
-
-
-def _warn_of_pickle(name):
-    logger.warning("%s has no safetensors: its tensors were read from a pickle, with weights_only=True", name)
-
-
-def _read_file(path: Path, model_args: dict, num_heads: int | None, num_decoder_heads: int) -> Checkpoint:
-    """A file of weights under timm's names; its sizes are those of its tensors, or timm's `model_args`."""
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # in which MAE keeps its flags
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            _warn_of_pickle(path)
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise _unreadable(str(path), error) from error
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = state.items() if isinstance(state, dict) else ()
-    state = {key.removeprefix("module."): x.float() for key, x in tensors if isinstance(x, torch.Tensor)}
-    if not {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
-        raise ValueError(
-            f"model_name_or_path={str(path)!r} holds no ViT under timm's names, such as blocks.0.attn.qkv.weight, but "
-            f"{', '.join(list(state)[:3]) or 'no tensors'}; give a file of timm's, MAE's or CAN's authors, or a "
-            "folder with a config.json"
-        )
-    return from_timm(str(path), state, model_args, num_heads, num_decoder_heads)
-
-
-# The numbers of heads of the published ViTs, by their widths
-_PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-# transformers' names of activations -> timm's
-TIMM_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
-
-
-def from_timm(
-    name: str, state: dict[str, torch.Tensor], model_args: dict, num_heads: int | None, num_decoder_heads: int
-) -> Checkpoint:
-    """
-    A state dict under timm's names; its sizes are those of its tensors and, where they do not tell, of timm's
-    `model_args`. Raises ValueError, in which it is called `name`, for what CAN's encoder cannot be.
-    """
-    width, channels, *patch = state["patch_embed.proj.weight"].shape
-    num_patches, side = state["pos_embed"].shape[1] - 1, math.isqrt(state["pos_embed"].shape[1] - 1)
-    image_size = model_args.get("img_size", (side * patch[0], side * patch[1]))
-    if math.prod(pixels // each for pixels, each in zip(as_pair(image_size), patch, strict=True)) != num_patches:
-        raise ValueError(f"model_name_or_path={name!r} has positions of {num_patches} patches, which is no square")
-    num_heads = model_args.get("num_heads") or num_heads or _PUBLISHED_HEADS.get(width)
-    if not num_heads or width % num_heads:
-        raise ValueError(
-            f"model_name_or_path={name!r} is {width} wide and does not tell its number of attention heads; say it: "
-            "--num_attention_heads"
-        )
-    activation = model_args.get("act_layer") or "gelu"
-    sizes = {
-        "hidden_size": width,
-        "num_hidden_layers": _num_blocks(state, "blocks"),
-        "num_attention_heads": num_heads,
-        "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]),
-        "image_size": image_size,
-        "patch_size": tuple(patch),
-        "num_channels": channels,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-        "hidden_act": {theirs: ours for ours, theirs in TIMM_ACTIVATIONS.items()}.get(activation, activation),
-    }
-    decoder_width = len(state.get("decoder_embed.weight", ()))
-    if decoder_width and decoder_width % num_decoder_heads == 0:  # else the decoder does not fit, and stays new
-        sizes["decoder_hidden_size"] = decoder_width
-        sizes["decoder_num_hidden_layers"] = _num_blocks(state, "decoder_blocks")
-        sizes["decoder_num_attention_heads"] = num_decoder_heads
-        sizes["decoder_intermediate_size"] = len(state["decoder_blocks.0.mlp.fc1.weight"])
-    if "projection_head.2.weight" in state:
-        sizes["projection_size"], sizes["projection_hidden_size"] = state["projection_head.2.weight"].shape
-    has_scales = "blocks.0.ls1.gamma" in state
-    remarks = ("layer scale folded into the output projections",) if has_scales else ()
-    source = Source(None, MAE_FILE, TIMM_LAYER_SCALE if has_scales else {}, remarks)
-    config, state = encoder_config(**sizes), split_qkv(state)
-    with torch.device("meta"):
-        names = CANModel(config).state_dict()
-    known = {key for ours in names for key in their_keys(f"can.{ours}", source)}
-    foreign = [
-        key for key in state if re.match(r"blocks\.|patch_embed\.|norm_pre|reg_token", key) and key not in known
-    ]
-    if foreign:
-        raise ValueError(f"model_name_or_path={name!r} has parts that CAN's encoder has not, such as {foreign[0]}")
-    return Checkpoint(source, config, state)
-
-
-def _num_blocks(state: dict, name: str) -> int:
-    return 1 + max(int(match[1]) for key in state if (match := re.match(rf"{name}\.(\d+)\.", key)))
-
-
-def split_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's `...attn.qkv` as three tensors, `...attn.q`, `...attn.k`, `...attn.v`."""
-    split = {}
-    for key, tensor in state.items():
-        if ".attn.qkv." in key:
-            split |= {
-                key.replace(".qkv.", f".{part}."): third for part, third in zip("qkv", tensor.chunk(3), strict=True)
-            }
-        else:
-            split[key] = tensor
-    return split
-
-
-def join_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `split_qkv`."""
-    joined = {}
-    for key, tensor in state.items():
-        if ".attn.q." in key:
-            parts = [state[key.replace(".q.", f".{part}.")] for part in "qkv"]
-            joined[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-        elif not re.search(r"\.attn\.[kv]\.", key):
-            joined[key] = tensor
-    return joined
-
-
-def _unreadable(name_or_path: str, error: Exception) -> ValueError:
-    reason = str(error).partition("\n")[0]
-    return ValueError(
-        f"model_name_or_path={name_or_path!r} cannot be read ({reason}); give a folder written by save_pretrained, or "
-        "the id of a model on the Hub, which needs a network or an earlier download; or a file of weights"
-    )
-
-
 def _refuse_gates(name_or_path: str, config: PreTrainedConfig):
     if config.model_type == "dinov2" and config.use_swiglu_ffn:
         raise ValueError(
@@ -527,11 +184,6 @@ def _value(config: PreTrainedConfig, name: str):
     return getattr(config, name)
 
 
-def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """A configuration's size as (height, width)."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def _as_word(value) -> str:
     """A value as the command line takes it."""
     if isinstance(value, tuple):
@@ -541,12 +193,6 @@ def _as_word(value) -> str:
 
 def _in_words(differences: dict[str, tuple]) -> str:
     return ", ".join(f"{name} is {_as_word(a)} there and {_as_word(b)} here" for name, (a, b) in differences.items())
-
-
-def their_keys(name: str, source: Source) -> list[str]:
-    """The source's tensors that make our tensor `name`: its counterpart, and the layer scale over it if any."""
-    keys = [their_name(name, source.names), their_name(name.rpartition(".")[0], source.layer_scales)]
-    return [key for key in keys if key is not None]
 
 
 def _in_our_layout(tensor: torch.Tensor, layer_scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -625,11 +271,6 @@ def _as_can(name_or_path: str, config: PreTrainedConfig) -> CANConfig:
     if isinstance(config, CANConfig):
         return config
     return encoder_config(**{field: _value(config, field) for field in (*ENCODER_FIELDS, "image_size")})
-
-
-def encoder_config(**sizes) -> CANConfig:
-    """Of an encoder that was trained otherwise, with an objective that suits all sizes, down to a single patch."""
-    return CANConfig(**sizes, mask_ratio=0, reconstruction_loss_weight=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -943,47 +584,6 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
         card = export_card(folder.resolve().name, target, source, model.config, is_classifier, bool(processor))
         (partial / "README.md").write_text(card)
     return model
-
-
-def timm_preprocessing(processor: dict) -> dict:
-    """timm's words for what a processor does that resizes, perhaps crops the centre, and normalises."""
-    edge, crop = (processor.get(key) or {} for key in ("size", "crop_size"))
-    named = {"interpolation": {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"))}
-    if processor:
-        normalises = processor.get("do_normalize", True)
-        named["mean"] = list(processor["image_mean"]) if normalises else [0.0] * 3
-        named["std"] = list(processor["image_std"]) if normalises else [1.0] * 3
-    if processor.get("do_center_crop") and "shortest_edge" in edge and crop:
-        share = max(crop.values()) / edge["shortest_edge"]
-        while math.floor(max(crop.values()) / share) < edge["shortest_edge"]:  # as timm rounds
-            share = math.nextafter(share, 0)
-        named["crop_pct"] = share
-    elif "height" in edge:
-        named |= {"crop_pct": 1.0, "crop_mode": "squash"}
-    return {key: value for key, value in named.items() if value is not None}
-
-
-def from_timm_preprocessing(pretrained: dict) -> dict:
-    """
-    A preprocessor_config.json, the inverse of `timm_preprocessing`; empty unless timm's `pretrained_cfg` says all that
-    is needed.
-    """
-    if not {"mean", "std", "crop_pct", "input_size", "interpolation"} <= pretrained.keys():
-        return {}
-    height, width = pretrained["input_size"][1:]
-    size = {"height": height, "width": width}
-    if pretrained.get("crop_mode") != "squash":
-        size = {"shortest_edge": math.floor(max(height, width) / pretrained["crop_pct"])}
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
-        "size": size,
-        "do_center_crop": "shortest_edge" in size,
-        "crop_size": {"height": height, "width": width},
-        "image_mean": list(pretrained["mean"]),
-        "image_std": list(pretrained["std"]),
-        "resample": {"bilinear": 2, "bicubic": 3}.get(pretrained["interpolation"], 3),
-    }
 
 
 def main(argv: list[str] | None = None):
