@@ -45,7 +45,7 @@ from modeling_can.conversion import (
     to_vit,
     warm_start,
 )
-from modeling_can.conversion.export import main
+from modeling_can.conversion.__main__ import main
 
 
 OTHER_SIZES = ((32, 32), (48, 48), (40, 64), (16, 64))
