@@ -1,24 +1,6 @@
 """
-Weights from other models and for them.
-
-- `warm_start` continues from a CAN, ViT-MAE, ViT or DINOv2 checkpoint, or from a file of weights under timm's names:
-  timm's own, those of MAE's and CAN's authors.
-- `to_can` makes such weights an encoder of ours.
-- `to_dinov2`, `to_vit`, `to_timm`, `to_onnx` make an encoder of ours one that needs no code of ours:
-
-    python -m modeling_can.conversion SOURCE --to can|dinov2|vit|timm|onnx OUT
-
-The encoders are the same under other names, with these differences:
-- Their patch projection is a convolution over (channel, row, column), ours a linear layer over (row, column, channel).
-- DINOv2 multiplies the output of attention and of MLP by learnt vectors (layer scale). They are folded into the last
-  linear layer of each, and are one in what we write.
-- timm keeps the projections to queries, keys and values in one matrix.
-- Positions belong to the source's patch grid. They are resized to ours and, learnt or not, go into our frozen table,
-  with the class token's row as it is.
-- DINOv2's classifier reads the class token and, beside it, the mean of the patch tokens, ours the mean alone.
-
-Weights are read from and written to safetensors. What there is in other files alone is a pickle, which could execute
-anything; only here is it read, by `torch.load(weights_only=True)`, and a warning says so.
+Our encoder as models that need none of our code: `to_dinov2`, `to_vit` and `to_timm`. `convert` writes these, a CAN or
+an ONNX graph into a folder. Each is checked against the source before it is handed out.
 """
 
 import copy
@@ -232,7 +214,7 @@ def encoder_weights(model: CANPreTrainedModel, names: dict[str, str]) -> dict[st
     """The tensors of the encoder under the names of a table, in the layout of a ViT whose patches are convolved."""
     weights, config = {}, model.config
     for name, tensor in model.base_model.state_dict().items():
-        if name == "embeddings.patch_embeddings.weight":  # the inverse of `_in_our_layout`
+        if name == "embeddings.patch_embeddings.weight":  # the inverse of `importing._in_our_layout`
             tensor = tensor.unflatten(1, (*config.patch_shape, config.num_channels)).permute(0, 3, 1, 2)
         weights[their_name(f"can.{name}", names)] = tensor.detach().contiguous()
     return weights
