@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import onnxruntime
@@ -43,6 +45,7 @@ from modeling_can.conversion import (
 from modeling_can.conversion.__main__ import main
 
 
+ROOT = Path(__file__).parent.parent
 OTHER_SIZES = ((32, 32), (48, 48), (40, 64), (16, 64))
 
 
@@ -304,6 +307,13 @@ def test_the_command_refuses_in_words_and_leaves_nothing_behind(source, tmp_path
     assert listing(tmp_path) == before
 
 
+def test_python_m_runs_the_command_without_a_warning(source, tmp_path):
+    command = [sys.executable, "-m", "modeling_can.conversion", str(source), "--to", "can", str(tmp_path / "out")]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0 and "CANModel, 2 layers of width 32 with 2 heads" in answer.stdout, answer.stderr
+    assert "Warning" not in answer.stderr  # as runpy gives one where __init__ imports __main__
+
+
 def test_an_empty_folder_and_a_link_to_one_are_filled(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -356,7 +366,7 @@ def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
 def test_a_file_of_an_onnx_graph_tells_nothing_of_this_machine(source, tmp_path):
     to_onnx(to_can(str(source)), tmp_path / "model.onnx")
     content = (tmp_path / "model.onnx").read_bytes()
-    for path in (Path(export.__file__).parents[2], Path(torch.__file__).parent, Path.home()):
+    for path in (ROOT, Path(torch.__file__).parent, Path.home()):
         assert str(path).encode() not in content
 
 
