@@ -1,0 +1,52 @@
+"""
+Weights from other models and for them:
+
+    python -m modeling_can.conversion SOURCE --to can|dinov2|vit|timm|onnx OUT
+
+- `names`: what they call the same tensors.
+- `reading`: a folder, a Hub id or a file as a configuration and weights.
+- `importing`: `warm_start` continues from a CAN, ViT-MAE, ViT or DINOv2 checkpoint, or from a file of weights under
+  timm's names: timm's own, those of MAE's and CAN's authors. `to_can` makes such weights an encoder of ours.
+- `export`: `to_dinov2`, `to_vit` and `to_timm` make an encoder of ours one that needs no code of ours. `convert`
+  writes it, or the graph of `onnx`, into a folder.
+- `processors`: the image processor that goes along.
+
+The encoders are the same under other names, with these differences:
+- Their patch projection is a convolution over (channel, row, column), ours a linear layer over (row, column, channel).
+- DINOv2 multiplies the output of attention and of MLP by learnt vectors (layer scale). They are folded into the last
+  linear layer of each, and are one in what we write.
+- timm keeps the projections to queries, keys and values in one matrix.
+- Positions belong to the source's patch grid. They are resized to ours and, learnt or not, go into our frozen table,
+  with the class token's row as it is.
+- DINOv2's classifier reads the class token and, beside it, the mean of the patch tokens, ours the mean alone.
+"""
+
+from .export import accept_colours, check_dinov2, convert, encoder_weights, to_dinov2, to_timm, to_vit
+from .importing import can_config, to_can, warm_start
+from .names import DINOV2, DINOV2_LAYER_SCALE, MAE_FILE, VIT, VIT_MAE, join_qkv, split_qkv, their_name
+from .onnx import to_onnx
+from .processors import normalisation
+
+
+__all__ = [
+    "DINOV2",
+    "DINOV2_LAYER_SCALE",
+    "MAE_FILE",
+    "VIT",
+    "VIT_MAE",
+    "accept_colours",
+    "can_config",
+    "check_dinov2",
+    "convert",
+    "encoder_weights",
+    "join_qkv",
+    "normalisation",
+    "split_qkv",
+    "their_name",
+    "to_can",
+    "to_dinov2",
+    "to_onnx",
+    "to_timm",
+    "to_vit",
+    "warm_start",
+]

@@ -1,0 +1,266 @@
+"""
+Checkpoints of other models: a folder or Hub id of transformers' or timm's, or a file of weights under timm's names.
+
+Weights are read from safetensors. What there is in other files alone is a pickle, which could execute anything; only
+here is it read, by `torch.load(weights_only=True)`, and a warning says so.
+"""
+
+import argparse
+import logging
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel, ViTMAEForPreTraining, ViTModel
+from transformers.utils import cached_file
+
+from ..configuration_can import CANConfig
+from ..encoders import quiet
+from ..modeling_can import CANForPreTraining, CANModel
+from .names import (
+    CAN,
+    DINOV2,
+    DINOV2_LAYER_SCALE,
+    MAE_FILE,
+    TIMM_ACTIVATIONS,
+    TIMM_LAYER_SCALE,
+    VIT,
+    VIT_MAE,
+    split_qkv,
+    their_name,
+)
+
+
+__all__ = [
+    "Checkpoint",
+    "Source",
+    "as_pair",
+    "encoder_config",
+    "from_timm",
+    "read_checkpoint",
+    "read_config",
+    "read_weights",
+    "their_keys",
+]
+
+
+logger = logging.getLogger(__name__)
+
+
+class Source(NamedTuple):
+    """A kind of checkpoint: the class that reads it, our names -> its names, our linear layers -> its layer scales."""
+
+    model_class: type[PreTrainedModel] | None  # None: a file of weights
+    names: dict[str, str]
+    layer_scales: dict[str, str] = {}
+    remarks: tuple[str, ...] = ()
+
+
+class Checkpoint(NamedTuple):
+    """A source that was read: its kind, its configuration, and its weights in fp32 by its names."""
+
+    source: Source
+    config: PreTrainedConfig
+    weights: dict[str, torch.Tensor]
+
+
+_FILES = (".safetensors", ".pth", ".pt", ".bin")
+_SOURCES = {
+    "can": Source(CANForPreTraining, CAN),
+    "vit_mae": Source(ViTMAEForPreTraining, VIT_MAE),
+    "vit": Source(ViTModel, VIT),
+    "dinov2": Source(
+        Dinov2Model,
+        DINOV2,
+        DINOV2_LAYER_SCALE,
+        remarks=("layer scale folded into the output projections", "mask token left out"),
+    ),
+}
+# The numbers of heads of the published ViTs, by their widths
+_PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+
+
+def read_checkpoint(
+    name_or_path: str, num_attention_heads: int | None = None, decoder_num_attention_heads: int = 16
+) -> Checkpoint:
+    """
+    Args:
+        name_or_path (`str`): As in `warm_start`.
+        num_attention_heads (`int`, *optional*): Of a file, which does not tell; `None`: those of the published ViTs.
+        decoder_num_attention_heads (`int`): Likewise; the default is MAE's.
+
+    Raises:
+        ValueError: for what cannot be read or is of another kind; the message names the fix.
+    """
+    path = Path(name_or_path)
+    if path.suffix in _FILES and not path.is_dir():
+        return _read_file(path, {}, num_attention_heads, decoder_num_attention_heads)
+    source, config = read_config(name_or_path)
+    if source is None:
+        try:
+            file = Path(cached_file(name_or_path, "model.safetensors"))
+        except OSError as error:
+            raise _unreadable(name_or_path, error) from error
+        return _read_file(file, config, num_attention_heads, decoder_num_attention_heads)
+    return Checkpoint(source, config, read_weights(name_or_path, source))
+
+
+def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:
+    """The kind of a folder or Hub id, and its configuration; of timm's ViTs `None` and its arguments."""
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    except OSError as error:
+        raise _unreadable(name_or_path, error) from error
+    if not values:
+        raise _unreadable(
+            name_or_path, OSError("it has no config.json; of a run's checkpoints, resume_from_checkpoint takes care")
+        )
+    model_type = values.get("model_type")
+    if "architecture" in values and model_type in (None, "timm_wrapper"):
+        return None, values.get("model_args", {})
+    if model_type not in _SOURCES:
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} has model_type={model_type!r} in its config.json; CAN can start "
+            f"from {', '.join(_SOURCES)}, or timm's ViTs"
+        )
+    source = _SOURCES[model_type]
+    return source, source.model_class.config_class.from_dict(values)
+
+
+def read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
+    """What is truly in the file, in fp32 under the source's names: no tensor that transformers has drawn instead."""
+
+    def has(file: str) -> bool:
+        return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False) is not None
+
+    try:
+        has_safetensors = has("model.safetensors") or has("model.safetensors.index.json")
+        with quiet():
+            model, info = source.model_class.from_pretrained(
+                name_or_path,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=has_safetensors,  # else a pickle, which transformers opens with weights_only
+            )
+        if not has_safetensors:
+            _warn_of_pickle(name_or_path)
+    except (OSError, SafetensorError, pickle.UnpicklingError) as error:
+        raise _unreadable(name_or_path, error) from error
+    drawn = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    return {key: tensor for key, tensor in model.state_dict().items() if key not in drawn}
+
+
+def _read_file(path: Path, model_args: dict, num_heads: int | None, num_decoder_heads: int) -> Checkpoint:
+    """A file of weights under timm's names; its sizes are those of its tensors, or timm's `model_args`."""
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in which MAE keeps its flags
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            _warn_of_pickle(path)
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise _unreadable(str(path), error) from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = state.items() if isinstance(state, dict) else ()
+    state = {key.removeprefix("module."): x.float() for key, x in tensors if isinstance(x, torch.Tensor)}
+    if not {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
+        raise ValueError(
+            f"model_name_or_path={str(path)!r} holds no ViT under timm's names, such as blocks.0.attn.qkv.weight, but "
+            f"{', '.join(list(state)[:3]) or 'no tensors'}; give a file of timm's, MAE's or CAN's authors, or a "
+            "folder with a config.json"
+        )
+    return from_timm(str(path), state, model_args, num_heads, num_decoder_heads)
+
+
+def _warn_of_pickle(name):
+    logger.warning("%s has no safetensors: its tensors were read from a pickle, with weights_only=True", name)
+
+
+def _unreadable(name_or_path: str, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0]
+    return ValueError(
+        f"model_name_or_path={name_or_path!r} cannot be read ({reason}); give a folder written by save_pretrained, or "
+        "the id of a model on the Hub, which needs a network or an earlier download; or a file of weights"
+    )
+
+
+def from_timm(
+    name: str, state: dict[str, torch.Tensor], model_args: dict, num_heads: int | None, num_decoder_heads: int
+) -> Checkpoint:
+    """
+    A state dict under timm's names; its sizes are those of its tensors and, where they do not tell, of timm's
+    `model_args`. Raises ValueError, in which it is called `name`, for what CAN's encoder cannot be.
+    """
+    width, channels, *patch = state["patch_embed.proj.weight"].shape
+    num_patches, side = state["pos_embed"].shape[1] - 1, math.isqrt(state["pos_embed"].shape[1] - 1)
+    image_size = model_args.get("img_size", (side * patch[0], side * patch[1]))
+    if math.prod(pixels // each for pixels, each in zip(as_pair(image_size), patch, strict=True)) != num_patches:
+        raise ValueError(f"model_name_or_path={name!r} has positions of {num_patches} patches, which is no square")
+    num_heads = model_args.get("num_heads") or num_heads or _PUBLISHED_HEADS.get(width)
+    if not num_heads or width % num_heads:
+        raise ValueError(
+            f"model_name_or_path={name!r} is {width} wide and does not tell its number of attention heads; say it: "
+            "--num_attention_heads"
+        )
+    activation = model_args.get("act_layer") or "gelu"
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": _num_blocks(state, "blocks"),
+        "num_attention_heads": num_heads,
+        "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]),
+        "image_size": image_size,
+        "patch_size": tuple(patch),
+        "num_channels": channels,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "hidden_act": {theirs: ours for ours, theirs in TIMM_ACTIVATIONS.items()}.get(activation, activation),
+    }
+    decoder_width = len(state.get("decoder_embed.weight", ()))
+    if decoder_width and decoder_width % num_decoder_heads == 0:  # else the decoder does not fit, and stays new
+        sizes["decoder_hidden_size"] = decoder_width
+        sizes["decoder_num_hidden_layers"] = _num_blocks(state, "decoder_blocks")
+        sizes["decoder_num_attention_heads"] = num_decoder_heads
+        sizes["decoder_intermediate_size"] = len(state["decoder_blocks.0.mlp.fc1.weight"])
+    if "projection_head.2.weight" in state:
+        sizes["projection_size"], sizes["projection_hidden_size"] = state["projection_head.2.weight"].shape
+    has_scales = "blocks.0.ls1.gamma" in state
+    remarks = ("layer scale folded into the output projections",) if has_scales else ()
+    source = Source(None, MAE_FILE, TIMM_LAYER_SCALE if has_scales else {}, remarks)
+    config, state = encoder_config(**sizes), split_qkv(state)
+    with torch.device("meta"):
+        names = CANModel(config).state_dict()
+    known = {key for ours in names for key in their_keys(f"can.{ours}", source)}
+    foreign = [
+        key for key in state if re.match(r"blocks\.|patch_embed\.|norm_pre|reg_token", key) and key not in known
+    ]
+    if foreign:
+        raise ValueError(f"model_name_or_path={name!r} has parts that CAN's encoder has not, such as {foreign[0]}")
+    return Checkpoint(source, config, state)
+
+
+def _num_blocks(state: dict, name: str) -> int:
+    return 1 + max(int(match[1]) for key in state if (match := re.match(rf"{name}\.(\d+)\.", key)))
+
+
+def encoder_config(**sizes) -> CANConfig:
+    """Of an encoder that was trained otherwise, with an objective that suits all sizes, down to a single patch."""
+    return CANConfig(**sizes, mask_ratio=0, reconstruction_loss_weight=0)
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """A configuration's size as (height, width)."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def their_keys(name: str, source: Source) -> list[str]:
+    """The source's tensors that make our tensor `name`: its counterpart, and the layer scale over it if any."""
+    keys = [their_name(name, source.names), their_name(name.rpartition(".")[0], source.layer_scales)]
+    return [key for key in keys if key is not None]
