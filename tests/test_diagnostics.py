@@ -205,7 +205,7 @@ def wrong_positives(monkeypatch):
     def other_image(embeds, temperature):
         return contrastive_loss(torch.stack([embeds[:, 0], embeds[:, 1].roll(1, 0)], 1), temperature)
 
-    monkeypatch.setattr(run_pretraining, "contrastive_loss", other_image)
+    monkeypatch.setattr("modeling_can.pretraining.preflight.contrastive_loss", other_image)
 
 
 def full_disk(monkeypatch):

@@ -1,11 +1,13 @@
 """Embeddings of whole sources: right, complete and never twice, whatever was killed when; and what is refused."""
 
-import functools
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -273,20 +275,28 @@ def is_running(process_id: str) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["the process is killed", "Ctrl-C"])
 def test_no_worker_outlives_its_process(places, tmp_path, number):
-    source = ImageSource(data_files=f"{places}/shard-*.parquet")
-    waiting = functools.partial(prepare_for_ever, tmp_path)
-    process = start(source, waiting, encode, tmp_path / "out", FACTS, num_workers=2)
-    while len(workers := [path.name for path in tmp_path.iterdir() if path.name.isdigit()]) < 2:
+    code = (  # no fork of this process, which has threads
+        "import functools, sys\nfrom pathlib import Path\nfrom test_embedding import *\nplaces, place = sys.argv[1:]\n"
+        "prepare = functools.partial(prepare_for_ever, Path(place))\n"
+        "embed(ImageSource(data_files=f'{places}/shard-*.parquet'), prepare, encode, f'{place}/out', FACTS, num_workers=2)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent.parent}"}
+    command = [sys.executable, "-c", code, str(places), str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent, env=environment, start_new_session=True)
+    while (
+        process.poll() is None
+        and len(workers := [path.name for path in tmp_path.iterdir() if path.name.isdigit()]) < 2
+    ):
         time.sleep(0.01)
     assert all(map(is_running, workers))
     if number == signal.SIGKILL:
         process.kill()
     for _ in range(6 if number == signal.SIGINT else 0):  # again, as Python drops one in a destructor
-        if process.is_alive():
+        if process.poll() is None:
             os.killpg(process.pid, number)  # a terminal sends it to the group
-            process.join(5)
-    process.join(30)
-    assert process.exitcode
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+    assert process.wait(30)
     deadline = time.monotonic() + 15
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline

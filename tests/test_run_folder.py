@@ -14,7 +14,7 @@ from conftest import TINY
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.pretraining.checkpoints import Checkpoints
-from modeling_can.pretraining.run_folder import lock, save_model
+from modeling_can.pretraining.run_folder import lock, save_model, unlock
 
 
 ROOT = Path(__file__).parent.parent
@@ -48,8 +48,9 @@ def test_a_folder_is_for_one_run(tmp_path):
         owner.send_signal(signal.SIGKILL)
         owner.wait()
     kept = lock(folder)  # its owner is gone
-    kept.close()
     assert str(os.getpid()) in (folder / ".lock").read_text()
+    unlock(kept)
+    assert not list(folder.iterdir())
 
 
 def test_a_run_refuses_the_folder_of_another_one(tmp_path):
@@ -58,7 +59,7 @@ def test_a_run_refuses_the_folder_of_another_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and f"(process {os.getpid()} on" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-    kept.close()
+    unlock(kept)
 
 
 def test_a_model_is_saved_whole_or_elsewhere(tmp_path, monkeypatch):

@@ -47,7 +47,8 @@ from modeling_can.evaluation import (
     mean_and_std,
 )
 from modeling_can.modeling_can import CANDropPath, CANModel, resize_positions, sincos_positions
-from modeling_can.pretraining import builders, feed, probing, step
+from modeling_can.pretraining import builders, feed, probing
+from modeling_can.pretraining import step as a_step
 from modeling_can.recipe import Recipe
 from modeling_can.training import MetricAverage, interlude, parameter_groups
 from modeling_can.views import BadImage, RandomCrops, decode, random_box
@@ -164,10 +165,10 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
             updates.append(([(g["lr"], tuple(g["betas"]), g["weight_decay"]) for g in self.param_groups], norm.item()))
             return super().step(*arguments, **options)
 
-    contrast, stream = step.contrastive_loss, feed.ViewStream
+    contrast, stream = a_step.contrastive_loss, feed.ViewStream
     monkeypatch.setattr(torch.optim, "AdamW", Spied)
     monkeypatch.setattr(
-        step,
+        a_step,
         "contrastive_loss",
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )
@@ -513,7 +514,7 @@ def test_the_logged_loss_is_the_weighted_sum():
         "reconstruction_loss": torch.tensor(0.5),
         "denoising_loss": torch.tensor(2.0),
     }
-    metrics = step.step_metrics(terms, config, torch.tensor(1.0))
+    metrics = a_step.step_metrics(terms, config, torch.tensor(1.0))
     assert metrics["loss"].item() == pytest.approx(0.03 * 5 + 0.67 * 0.5 + 0.3 * 2 / (0.05**2 / 3))
 
 

@@ -33,7 +33,7 @@ from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
 from .probing import Probing
-from .run_folder import lock, prepare_folder, refuse_other_run
+from .run_folder import lock, prepare_folder, refuse_other_run, unlock
 from .run_log import RunLog
 from .step import TrainStep
 
@@ -175,7 +175,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     train(parts, first_step)
     found = results.finish(parts, began)
     if own_folder:
-        own_folder.close()
+        unlock(own_folder)
     return found
 
 

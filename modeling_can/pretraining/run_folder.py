@@ -14,6 +14,8 @@ from ..progress import tell
 from ..recipe import LENGTH, Recipe
 
 
+__all__ = ["lock", "prepare_folder", "refuse_other_run", "save_model", "unlock"]
+
 try:
     import fcntl
 except ImportError:  # on Windows: no lock
@@ -77,8 +79,8 @@ def prepare_folder(output_dir: Path, keep: bool):
 
 def lock(folder: Path):
     """
-    Keeps other processes, of other machines too where the file system can, from running in a folder while the object
-    that is returned lives. The system itself lets go of it when its process ends, however that is.
+    Keeps other processes, of other machines too where the file system can, from running in a folder until the file
+    that is returned is given to `unlock`. The system itself lets go of it when its process ends, however that is.
 
     Raises:
         ValueError: if another process has it.
@@ -100,6 +102,11 @@ def lock(folder: Path):
     file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
     file.flush()
     return file
+
+
+def unlock(file):
+    os.unlink(file.name)
+    file.close()
 
 
 def save_model(folder: Path, *parts):
