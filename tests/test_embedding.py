@@ -278,7 +278,8 @@ def test_no_worker_outlives_its_process(places, tmp_path, number):
     code = (  # no fork of this process, which has threads
         "import functools, sys\nfrom pathlib import Path\nfrom test_embedding import *\nplaces, place = sys.argv[1:]\n"
         "prepare = functools.partial(prepare_for_ever, Path(place))\n"
-        "embed(ImageSource(data_files=f'{places}/shard-*.parquet'), prepare, encode, f'{place}/out', FACTS, num_workers=2)"
+        "source = ImageSource(data_files=f'{places}/shard-*.parquet')\n"
+        "embed(source, prepare, encode, f'{place}/out', FACTS, num_workers=2)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent.parent}"}
     command = [sys.executable, "-c", code, str(places), str(tmp_path)]
