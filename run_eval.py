@@ -80,7 +80,7 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.folders import expand_user, load_arguments, resolve_name
+from modeling_can.data.folders import expand_user, load_arguments, resolve_name
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card
 from modeling_can.metrics import Accuracy
 from modeling_can.progress import report_errors

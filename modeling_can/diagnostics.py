@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .configuration_can import CANConfig
-from .loading import SHARED_MEMORY, free_shared_memory
+from .data.loading import SHARED_MEMORY, free_shared_memory
 from .losses import normalize_patches
 from .modeling_can import CANForPreTraining, patchify
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .data import append_line, ledger_line, refuse_bad
 from .files import flush_to_disk
-from .loading import Patient, handed_over, worker_options
+from .data.loading import Patient, handed_over, worker_options
 from .views import BadImage
 
 

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .augmentations import RandAugment, random_boxes
+from .data.augmentations import RandAugment, random_boxes
 from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_config, load_model, pooled
 from .evaluation import ALONE, Pictures, Processes, Split, extract, hold_out
-from .loading import Patient, worker_options
+from .data.loading import Patient, worker_options
 from .modeling_can import resize_positions
 from .progress import tell
 from .recipe import INSTALL, option

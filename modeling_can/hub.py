@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from .diagnostics import duration
 from .files import write
-from .folders import SAMPLE_DATA, counts, load_arguments
+from .data.folders import SAMPLE_DATA, counts, load_arguments
 from .recipe import Recipe
 
 

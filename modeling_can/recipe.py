@@ -19,7 +19,7 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .configuration_can import CANConfig
-from .folders import expand_user, literal_pattern
+from .data.folders import expand_user, literal_pattern
 from .views import DECODING, check_decoding
 
 

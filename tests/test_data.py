@@ -21,7 +21,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from modeling_can import data
-from modeling_can.augmentations import Augmentation
+from modeling_can.data.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, encoded, mean_and_std, view_loader
 from modeling_can.views import BadImage, RandomCrops, decode, random_box
 

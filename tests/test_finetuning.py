@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, finetuning
-from modeling_can.augmentations import OPERATIONS, RandAugment
+from modeling_can.data.augmentations import OPERATIONS, RandAugment
 from modeling_can.encoders import Preprocessor, load_encoder, load_preprocessor
 from modeling_can.evaluation import Processes, Split
 from modeling_can.finetuning import (

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from test_data import PHOTO
 
-from modeling_can.formats import describe
+from modeling_can.data.formats import describe
 from modeling_can.views import BadImage, decode
 
 

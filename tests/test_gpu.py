@@ -180,7 +180,7 @@ def test_the_same_seed_draws_the_same_noise_and_masks(dtype):
 
 def augmentation():
     """Every step, each often."""
-    from modeling_can.augmentations import Augmentation
+    from modeling_can.data.augmentations import Augmentation
 
     return Augmentation(blur_kernel_size=7, greyscale_probability=0.3, solarize_probability=0.3)
 

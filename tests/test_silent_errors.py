@@ -33,7 +33,7 @@ from transformers import ViTImageProcessorPil
 import run_eval
 import run_pretraining
 from modeling_can import finetuning
-from modeling_can.augmentations import Augmentation
+from modeling_can.data.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.diagnostics import embedding_spread
 from modeling_can.embedding import embed
@@ -210,7 +210,7 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
 
 SEEDS = """
 import os, sys, torch, run_pretraining
-from modeling_can.augmentations import Augmentation
+from modeling_can.data.augmentations import Augmentation
 from modeling_can.training import MetricAverage
 
 forward = Augmentation.forward

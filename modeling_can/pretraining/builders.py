@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from ..augmentations import Augmentation
+from ..data.augmentations import Augmentation
 from ..conversion import normalisation, warm_start
 from ..data import ImageSource
 from ..encoders import Preprocessor
