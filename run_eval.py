@@ -42,6 +42,8 @@ from transformers.utils import is_peft_available
 from modeling_can import CANConfig
 from modeling_can.conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
 from modeling_can.data import ImageSource
+from modeling_can.data.decoding import DECODING, check_decoding, decode
+from modeling_can.data.folders import expand_user, load_arguments, resolve_name
 from modeling_can.embedding import embed, totals
 from modeling_can.encoders import (
     POOLINGS,
@@ -80,7 +82,6 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.data.folders import expand_user, load_arguments, resolve_name
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card
 from modeling_can.metrics import Accuracy
 from modeling_can.progress import report_errors
@@ -97,7 +98,6 @@ from modeling_can.robustness import (
     load_further_sets,
 )
 from modeling_can.training import mixed_precision
-from modeling_can.views import DECODING, check_decoding, decode
 from modeling_can.visualization import (
     evaluation_figure,
     reconstruction_errors,

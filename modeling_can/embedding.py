@@ -29,9 +29,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data import append_line, ledger_line, refuse_bad
-from .files import flush_to_disk
+from .data.decoding import BadImage
 from .data.loading import Patient, handed_over, worker_options
-from .views import BadImage
+from .files import flush_to_disk
 
 
 LEDGER = "bad_samples.jsonl"

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import __version__
-from .views import DECODING, decode
+from .data.decoding import DECODING, decode
 
 
 # Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.

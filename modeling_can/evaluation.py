@@ -26,10 +26,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .data import located, read_bytes
+from .data.decoding import BadImage
 from .data.faults import load, refuse_other_than_images, refuse_unwritable_cache
 from .data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 from .data.loading import Patient, worker_options
-from .views import BadImage
 
 
 logger = logging.getLogger(__name__)

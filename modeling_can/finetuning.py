@@ -25,14 +25,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data.augmentations import RandAugment, random_boxes
+from .data.crops import RandomCrops
+from .data.loading import Patient, worker_options
 from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_config, load_model, pooled
 from .evaluation import ALONE, Pictures, Processes, Split, extract, hold_out
-from .data.loading import Patient, worker_options
 from .modeling_can import resize_positions
 from .progress import tell
 from .recipe import INSTALL, option
 from .training import MetricAverage, NonFiniteGuard, decays, interlude, learning_rate
-from .views import RandomCrops
 
 
 logger = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
+from .data.folders import SAMPLE_DATA, counts, load_arguments
 from .diagnostics import duration
 from .files import write
-from .data.folders import SAMPLE_DATA, counts, load_arguments
 from .recipe import Recipe
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from modeling_can import embedding
 from modeling_can.data import ImageSource
+from modeling_can.data.decoding import BadImage, decode
 from modeling_can.embedding import embed, end_with
-from modeling_can.views import BadImage, decode
 
 
 NUM_IMAGES, PER_SHARD = 90, 18

@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from modeling_can import evaluation
+from modeling_can.data.decoding import decode
 from modeling_can.evaluation import (
     INVERSE_PENALTIES,
     NEIGHBOURS,
@@ -37,7 +38,6 @@ from modeling_can.evaluation import (
     mean_and_std,
 )
 from modeling_can.metrics import Accuracy
-from modeling_can.views import decode
 
 
 def blobs(num: int, num_classes: int = 3, width: int = 16, seed: int = 0, spread: float = 1.5):

@@ -36,6 +36,7 @@ from transformers import (
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, finetuning
 from modeling_can.data.augmentations import OPERATIONS, RandAugment
+from modeling_can.data.crops import RandomCrops
 from modeling_can.encoders import Preprocessor, load_encoder, load_preprocessor
 from modeling_can.evaluation import Processes, Split
 from modeling_can.finetuning import (
@@ -49,7 +50,6 @@ from modeling_can.finetuning import (
     mix,
     train_step,
 )
-from modeling_can.views import RandomCrops
 
 
 COLOURS = {"red": (220, 60, 60), "green": (60, 220, 60), "blue": (60, 60, 220), "grey": (120, 120, 120)}

@@ -17,10 +17,9 @@ from test_run_pretraining import TOY
 
 import run_eval
 import run_pretraining
-from modeling_can.data import folders
-from modeling_can.data import ImageSource, ViewStream
-from modeling_can.evaluation import load_labelled
+from modeling_can.data import ImageSource, ViewStream, folders
 from modeling_can.data.folders import image_extensions, load_arguments
+from modeling_can.evaluation import load_labelled
 from modeling_can.recipe import Recipe, parse_arguments, parse_value
 
 

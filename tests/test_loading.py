@@ -11,8 +11,7 @@ import datasets
 import pytest
 import torch
 
-from modeling_can.data import loading
-from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data import ImageSource, ViewStream, loading
 from modeling_can.data.loading import Patient, view_loader, worker_options
 
 
@@ -128,7 +127,9 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_stop_signal_ends_a_wait_for_data(tmp_path, num_workers, number):
-    (tmp_path / "stall.py").write_text(STALL.format(root=str(ROOT), tiles=str(ROOT / "modeling_can" / "data" / "sample_data")))
+    (tmp_path / "stall.py").write_text(
+        STALL.format(root=str(ROOT), tiles=str(ROOT / "modeling_can" / "data" / "sample_data"))
+    )
     flags = [*TINY, "--max_steps", "100", "--save_steps", "2", "--shuffle_block_size", "8", "--logging_steps", "1"]
     flags += ["--dataloader_num_workers", str(num_workers), "--output_dir", str(tmp_path / "out")]
     process = subprocess.Popen(

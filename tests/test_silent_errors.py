@@ -33,8 +33,10 @@ from transformers import ViTImageProcessorPil
 import run_eval
 import run_pretraining
 from modeling_can import finetuning
-from modeling_can.data.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data.augmentations import Augmentation
+from modeling_can.data.crops import RandomCrops, random_box
+from modeling_can.data.decoding import BadImage, decode
 from modeling_can.diagnostics import embedding_spread
 from modeling_can.embedding import embed
 from modeling_can.encoders import Preprocessor, pooled
@@ -51,7 +53,6 @@ from modeling_can.pretraining import builders, feed, probing
 from modeling_can.pretraining import step as a_step
 from modeling_can.recipe import Recipe
 from modeling_can.training import MetricAverage, interlude, parameter_groups
-from modeling_can.views import BadImage, RandomCrops, decode, random_box
 
 
 def test_drawn_noise_is_normal_with_a_level_of_its_own_for_each_view():
@@ -89,7 +90,7 @@ def noise_file(seed, size=(64, 48)):
 
 def test_pictures_of_one_size_have_different_boxes(monkeypatch):
     boxes = []
-    monkeypatch.setattr("modeling_can.views.random_box", lambda *a: boxes.append(random_box(*a)) or boxes[-1])
+    monkeypatch.setattr("modeling_can.data.crops.random_box", lambda *a: boxes.append(random_box(*a)) or boxes[-1])
     make = RandomCrops((16, 16))
     for seed in (0, 1):
         make(noise_file(seed))

@@ -20,8 +20,8 @@ from datasets import Image as ImageFeature
 from test_data import add_to_tar, identity, picture, read
 
 from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data.crops import RandomCrops
 from modeling_can.evaluation import load_labelled, load_split
-from modeling_can.views import RandomCrops
 
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 
 from ..data import ImageSource, ViewStream, ledger_lines
 from ..data.loading import Patient, resume, view_loader
-from ..recipe import Recipe
 from ..data.resident import ResidentLoader, resident_images
+from ..recipe import Recipe
 from ..training import DataWait, StopSignals
 from .builders import augmentation, view_maker
 

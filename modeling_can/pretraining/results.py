@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging as transformers_logging
 
+from ..data.folders import SAMPLE_DATA
 from ..diagnostics import duration, peak_memory, reachable_gain, training_flops
 from ..files import write
-from ..data.folders import SAMPLE_DATA
 from ..hub import run_facts, write_card
 from ..progress import tell
 from ..push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
