@@ -74,7 +74,7 @@ from modeling_can.evaluation import (
     nearest_neighbours,
     raw_pixels,
 )
-from modeling_can.files import write
+from modeling_can.files import check_new_folder, new_folder, write
 from modeling_can.finetuning import (
     BASE_LEARNING_RATES,
     FineTuning,
@@ -82,9 +82,10 @@ from modeling_can.finetuning import (
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card
+from modeling_can.hub import classifier_card, short_name, update_card
 from modeling_can.metrics import Accuracy
 from modeling_can.progress import report_errors
+from modeling_can.provenance import run_facts
 from modeling_can.recipe import INSTALL, load_yaml, option, parse_value, read_flags
 from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.robustness import (

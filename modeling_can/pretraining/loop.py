@@ -13,8 +13,8 @@ from accelerate.utils import set_seed
 from transformers import ViTImageProcessor
 
 from ..data import ImageSource, ViewStream, mean_and_std
+from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
-from ..push import STOP_SECONDS, Push
 from ..recipe import Recipe
 from ..training import StoppedWaiting, StopSignals, rng_state, set_rng_state
 from . import results
