@@ -32,7 +32,7 @@ from transformers import ViTImageProcessorPil
 
 import run_eval
 import run_pretraining
-from modeling_can import finetuning
+from modeling_can import finetuning, training
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data.augmentations import Augmentation
 from modeling_can.data.crops import RandomCrops, random_box
@@ -166,10 +166,10 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
             updates.append(([(g["lr"], tuple(g["betas"]), g["weight_decay"]) for g in self.param_groups], norm.item()))
             return super().step(*arguments, **options)
 
-    contrast, stream = a_step.contrastive_loss, feed.ViewStream
+    contrast, stream = training.contrastive_loss, feed.ViewStream
     monkeypatch.setattr(torch.optim, "AdamW", Spied)
     monkeypatch.setattr(
-        a_step,
+        training,
         "contrastive_loss",
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )
