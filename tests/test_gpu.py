@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 from modeling_can import CANForPreTraining, CANModel
+from modeling_can.pretraining.checkpoints import Checkpoints
 from modeling_can.training import (
-    Checkpoints,
     MetricAverage,
     NonFiniteGuard,
     accumulated_backward,
