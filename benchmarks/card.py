@@ -1,7 +1,7 @@
 """
 Keeps a run of the study as a model folder: card, recipe, results, figures and the full pre-training model in bfloat16.
 
-    python benchmarks/card.py out/claims/toy/RUN --data CIFAR10_FOLDER --name can-toy-patch8-32-cifar10
+    python benchmarks/card.py out/can-toy-patch4-32-cifar10 --data CIFAR10_FOLDER --name can-toy-patch4-32-cifar10
 
 What is measured are the rounded weights. The recipe names CIFAR-10 on the Hub in the place of the local folder. The
 folder carries no code, as this repository is beside it; its pictures are the bundled tiles, which are free.
@@ -32,7 +32,7 @@ from modeling_can.visualization import curves, reconstruction_sheet  # noqa: E40
 
 
 HUB = {"dataset_name": "uoft-cs/cifar10", "image_column": "img"}
-COMMAND = "It ran from a local copy of the data set, by `benchmarks/claims.py`, on weights in fp32; this repeats it:\n"
+COMMAND = "It ran from a local copy of the data set, on weights in fp32; this repeats it:\n"
 TILES = ROOT / "modeling_can" / "data" / "sample_data"
 
 
