@@ -42,8 +42,8 @@ from transformers.utils import is_peft_available
 from modeling_can import CANConfig
 from modeling_can.conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
 from modeling_can.data import ImageSource
-from modeling_can.embedding import embed, totals
-from modeling_can.encoders import (
+from modeling_can.evaluation.embedding import embed, totals
+from modeling_can.evaluation.encoders import (
     POOLINGS,
     Encoder,
     Preprocessor,
@@ -51,10 +51,9 @@ from modeling_can.encoders import (
     load_encoder,
     load_model,
     pooled,
-    quiet,
     untrained,
 )
-from modeling_can.evaluation import (
+from modeling_can.evaluation.features import (
     SHOTS,
     LabelledSet,
     LinearClassifier,
@@ -72,21 +71,14 @@ from modeling_can.evaluation import (
     nearest_neighbours,
     raw_pixels,
 )
-from modeling_can.files import write
-from modeling_can.finetuning import (
+from modeling_can.evaluation.finetuning import (
     BASE_LEARNING_RATES,
     FineTuning,
     class_predictions,
     finetune,
     linear_probe_sgd,
 )
-from modeling_can.folders import expand_user, load_arguments, resolve_name
-from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card
-from modeling_can.metrics import Accuracy
-from modeling_can.progress import report_errors
-from modeling_can.recipe import INSTALL, load_yaml, option, parse_value, read_flags
-from modeling_can.rendezvous import INIT_METHOD
-from modeling_can.robustness import (
+from modeling_can.evaluation.robustness import (
     GROUPS,
     SEVERITIES,
     Corrupted,
@@ -96,6 +88,13 @@ from modeling_can.robustness import (
     corruptions_by_group,
     load_further_sets,
 )
+from modeling_can.files import write
+from modeling_can.folders import expand_user, load_arguments, resolve_name
+from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card
+from modeling_can.metrics import Accuracy
+from modeling_can.progress import quiet, report_errors
+from modeling_can.recipe import INSTALL, load_yaml, option, parse_value, read_flags
+from modeling_can.rendezvous import INIT_METHOD
 from modeling_can.training import mixed_precision
 from modeling_can.views import DECODING, check_decoding, decode
 from modeling_can.visualization import (

@@ -24,9 +24,9 @@ from test_data import add_to_tar, picture
 from test_remote import FaultyServer, impatient  # noqa: F401
 from tqdm import tqdm
 
-from modeling_can import embedding
 from modeling_can.data import ImageSource
-from modeling_can.embedding import embed, end_with
+from modeling_can.evaluation import embedding
+from modeling_can.evaluation.embedding import embed, end_with
 from modeling_can.views import BadImage, decode
 
 

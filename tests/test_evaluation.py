@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from modeling_can import evaluation
-from modeling_can.evaluation import (
+from modeling_can.evaluation import features as evaluation
+from modeling_can.evaluation.features import (
     INVERSE_PENALTIES,
     NEIGHBOURS,
     Pictures,

@@ -34,11 +34,12 @@ from transformers import (
     pipeline,
 )
 
-from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, finetuning
+from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining
 from modeling_can.augmentations import OPERATIONS, RandAugment
-from modeling_can.encoders import Preprocessor, load_encoder, load_preprocessor
-from modeling_can.evaluation import Processes, Split
-from modeling_can.finetuning import (
+from modeling_can.evaluation import finetuning
+from modeling_can.evaluation.encoders import Preprocessor, load_encoder, load_preprocessor
+from modeling_can.evaluation.features import Processes, Split
+from modeling_can.evaluation.finetuning import (
     FineTuning,
     Heads,
     class_predictions,

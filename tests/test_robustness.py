@@ -11,9 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from transformers import ViTImageProcessorPil
 
-from modeling_can.encoders import Preprocessor
-from modeling_can.evaluation import Split
-from modeling_can.robustness import (
+from modeling_can.evaluation.encoders import Preprocessor
+from modeling_can.evaluation.features import Split
+from modeling_can.evaluation.robustness import (
     GROUPS,
     SEVERITIES,
     Corrupted,

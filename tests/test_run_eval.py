@@ -27,8 +27,9 @@ from transformers import (
 )
 
 import run_eval
-from modeling_can import CANForPreTraining, evaluation, visualization
-from modeling_can.encoders import Preprocessor
+from modeling_can import CANForPreTraining, visualization
+from modeling_can.evaluation import features
+from modeling_can.evaluation.encoders import Preprocessor
 
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +194,7 @@ def test_pictures_are_decoded_as_in_pretraining(models, colours, tmp_path):
 
 def test_a_second_run_takes_the_features_from_the_cache(measured, monkeypatch):
     out, argv, results = measured
-    monkeypatch.setattr(evaluation, "extract", None)
+    monkeypatch.setattr(features, "extract", None)
     monkeypatch.setattr(run_eval, "extract", None)  # nothing is extracted
     assert run_eval.main(argv)["results"] == results["results"]
     (weights,) = [path for path in (out / "can").glob("*.safetensors")]

@@ -32,13 +32,13 @@ from transformers import ViTImageProcessorPil
 
 import run_eval
 import run_pretraining
-from modeling_can import finetuning
 from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.diagnostics import embedding_spread
-from modeling_can.embedding import embed
-from modeling_can.encoders import Preprocessor, pooled
-from modeling_can.evaluation import (
+from modeling_can.evaluation import finetuning
+from modeling_can.evaluation.embedding import embed
+from modeling_can.evaluation.encoders import Preprocessor, pooled
+from modeling_can.evaluation.features import (
     LinearClassifier,
     Probe,
     draw_shots,

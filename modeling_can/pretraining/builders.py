@@ -17,8 +17,8 @@ from transformers.utils import logging as transformers_logging
 from ..augmentations import Augmentation
 from ..conversion import normalisation, warm_start
 from ..data import ImageSource
-from ..encoders import Preprocessor
-from ..evaluation import Probe
+from ..evaluation.encoders import Preprocessor
+from ..evaluation.features import Probe
 from ..modeling_can import CANForPreTraining
 from ..progress import tell
 from ..recipe import Recipe

@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from ..evaluation import Probe, raw_pixels
+from ..evaluation.features import Probe, raw_pixels
 from ..training import interlude
 from .builders import Trained
 

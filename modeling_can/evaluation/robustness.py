@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import yaml
 
-from .evaluation import ALONE, Pictures, Processes, Split, extract, load_split
-from .recipe import INSTALL, load_yaml
+from ..recipe import INSTALL, load_yaml
+from .features import ALONE, Pictures, Processes, Split, extract, load_split
 
 
 SEVERITIES = (1, 2, 3, 4, 5)

@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .data import append_line, ledger_line, refuse_bad
-from .files import flush_to_disk
-from .loading import Patient, handed_over, worker_options
-from .views import BadImage
+from ..data import append_line, ledger_line, refuse_bad
+from ..files import flush_to_disk
+from ..loading import Patient, handed_over, worker_options
+from ..views import BadImage
 
 
 LEDGER = "bad_samples.jsonl"

@@ -24,15 +24,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .augmentations import RandAugment, random_boxes
+from ..augmentations import RandAugment, random_boxes
+from ..loading import Patient, worker_options
+from ..modeling_can import resize_positions
+from ..progress import tell
+from ..recipe import INSTALL, option
+from ..training import MetricAverage, NonFiniteGuard, decays, interlude, learning_rate
+from ..views import RandomCrops
 from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_config, load_model, pooled
-from .evaluation import ALONE, Pictures, Processes, Split, extract, hold_out
-from .loading import Patient, worker_options
-from .modeling_can import resize_positions
-from .progress import tell
-from .recipe import INSTALL, option
-from .training import MetricAverage, NonFiniteGuard, decays, interlude, learning_rate
-from .views import RandomCrops
+from .features import ALONE, Pictures, Processes, Split, extract, hold_out
 
 
 logger = logging.getLogger(__name__)

@@ -25,11 +25,11 @@ from datasets.exceptions import DatasetGenerationError
 from safetensors import SafetensorError
 from torch import nn
 
-from .data import located, read_bytes
-from .faults import load, refuse_other_than_images, refuse_unwritable_cache
-from .folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
-from .loading import Patient, worker_options
-from .views import BadImage
+from ..data import located, read_bytes
+from ..faults import load, refuse_other_than_images, refuse_unwritable_cache
+from ..folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
+from ..loading import Patient, worker_options
+from ..views import BadImage
 
 
 logger = logging.getLogger(__name__)
