@@ -53,24 +53,8 @@ from modeling_can.evaluation.encoders import (
     pooled,
     untrained,
 )
-from modeling_can.evaluation.features import (
-    SHOTS,
-    LabelledSet,
-    LinearClassifier,
-    Pictures,
-    Processes,
-    Split,
-    bootstrap_interval,
-    cached,
-    draw_shots,
-    extract,
-    few_shot_predictions,
-    knn_predictions,
-    linear_probe,
-    load_labelled,
-    nearest_neighbours,
-    raw_pixels,
-)
+from modeling_can.evaluation.features import Pictures, Processes, cached, extract, raw_pixels
+from modeling_can.evaluation.few_shot import SHOTS, draw_shots, few_shot_predictions
 from modeling_can.evaluation.finetuning import (
     BASE_LEARNING_RATES,
     FineTuning,
@@ -78,6 +62,8 @@ from modeling_can.evaluation.finetuning import (
     finetune,
     linear_probe_sgd,
 )
+from modeling_can.evaluation.knn import knn_predictions, nearest_neighbours
+from modeling_can.evaluation.linear import LinearClassifier, linear_probe
 from modeling_can.evaluation.robustness import (
     GROUPS,
     SEVERITIES,
@@ -88,6 +74,8 @@ from modeling_can.evaluation.robustness import (
     corruptions_by_group,
     load_further_sets,
 )
+from modeling_can.evaluation.scores import bootstrap_interval
+from modeling_can.evaluation.sets import LabelledSet, Split, load_labelled
 from modeling_can.files import write
 from modeling_can.folders import expand_user, load_arguments, resolve_name
 from modeling_can.hub import check_new_folder, classifier_card, new_folder, run_facts, short_name, update_card

@@ -17,25 +17,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from modeling_can.evaluation import features as evaluation
-from modeling_can.evaluation.features import (
-    INVERSE_PENALTIES,
-    NEIGHBOURS,
-    Pictures,
-    Probe,
-    Processes,
-    Split,
-    bootstrap_interval,
-    cached,
-    draw_shots,
-    extract,
-    few_shot_predictions,
-    hold_out,
-    knn_predictions,
-    linear_probe,
-    load_labelled,
-    mean_and_std,
-)
+from modeling_can.evaluation import few_shot
+from modeling_can.evaluation.features import Pictures, Processes, cached, extract
+from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
+from modeling_can.evaluation.knn import NEIGHBOURS, knn_predictions
+from modeling_can.evaluation.linear import INVERSE_PENALTIES, linear_probe, mean_and_std
+from modeling_can.evaluation.probe import Probe
+from modeling_can.evaluation.scores import bootstrap_interval
+from modeling_can.evaluation.sets import Split, hold_out, load_labelled
 from modeling_can.metrics import Accuracy
 from modeling_can.views import decode
 
@@ -86,9 +75,9 @@ def test_the_probe_of_the_gpu_and_that_of_the_cpu_agree(num_classes, monkeypatch
     class Elsewhere(str):
         type = "cuda"
 
-    monkeypatch.setattr(evaluation.torch, "device", lambda name: Elsewhere(name))
+    monkeypatch.setattr(torch, "device", lambda name: Elsewhere(name))
     theirs = linear_probe(train, labels, num_classes, device="cpu")
-    monkeypatch.setattr(evaluation.torch, "device", original)
+    monkeypatch.setattr(torch, "device", original)
     assert ours.inverse_penalty == theirs.inverse_penalty
     accuracies = [(probe.predict(test) == answers).mean() for probe in (ours, theirs)]
     assert abs(accuracies[0] - accuracies[1]) <= 0.002 and accuracies[0] > 1.3 / num_classes
@@ -173,12 +162,12 @@ def test_few_shot_uses_no_label_but_those_of_its_shots():
         chosen = draw_shots(labels, "5", np.random.default_rng((0, draw)))
         poisoned = (labels + 1) % 3
         poisoned[chosen] = labels[chosen]
-        monkey = evaluation.draw_shots
+        monkey = few_shot.draw_shots
         try:
-            evaluation.draw_shots = lambda *_, chosen=chosen: chosen
+            few_shot.draw_shots = lambda *_, chosen=chosen: chosen
             (again,) = few_shot_predictions(train, poisoned, test, 3, "5", num_draws=1)
         finally:
-            evaluation.draw_shots = monkey
+            few_shot.draw_shots = monkey
         np.testing.assert_array_equal(predictions, again)
     accuracies = [(predictions == answers).mean() for predictions in honest]
     assert len(set(accuracies)) > 1 and np.mean(accuracies) > 0.4  # draws differ; chance is a third
@@ -209,7 +198,7 @@ def test_the_interval_is_that_of_the_binomial_distribution():
 
 def test_mean_and_deviation_are_those_of_all_parts_together():
     features = np.random.default_rng(0).normal(1000, 0.1, (70_000, 2)).astype(np.float32)  # two parts, far from zero
-    mean, std = evaluation.mean_and_std(features)
+    mean, std = mean_and_std(features)
     np.testing.assert_allclose(mean, features.mean(0, dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(std, features.std(0, dtype=np.float64), rtol=1e-4)
 

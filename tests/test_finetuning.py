@@ -38,7 +38,7 @@ from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining
 from modeling_can.augmentations import OPERATIONS, RandAugment
 from modeling_can.evaluation import finetuning
 from modeling_can.evaluation.encoders import Preprocessor, load_encoder, load_preprocessor
-from modeling_can.evaluation.features import Processes, Split
+from modeling_can.evaluation.features import Processes
 from modeling_can.evaluation.finetuning import (
     FineTuning,
     Heads,
@@ -50,6 +50,7 @@ from modeling_can.evaluation.finetuning import (
     mix,
     train_step,
 )
+from modeling_can.evaluation.sets import Split
 from modeling_can.views import RandomCrops
 
 

@@ -19,7 +19,7 @@ import run_eval
 import run_pretraining
 from modeling_can import folders
 from modeling_can.data import ImageSource, ViewStream
-from modeling_can.evaluation.features import load_labelled
+from modeling_can.evaluation.sets import load_labelled
 from modeling_can.folders import image_extensions, load_arguments
 from modeling_can.recipe import Recipe, parse_arguments, parse_value
 

@@ -12,7 +12,6 @@ from PIL import Image as Picture
 from transformers import ViTImageProcessorPil
 
 from modeling_can.evaluation.encoders import Preprocessor
-from modeling_can.evaluation.features import Split
 from modeling_can.evaluation.robustness import (
     GROUPS,
     SEVERITIES,
@@ -23,6 +22,7 @@ from modeling_can.evaluation.robustness import (
     corruptions_by_group,
     load_further_sets,
 )
+from modeling_can.evaluation.sets import Split
 
 
 pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')

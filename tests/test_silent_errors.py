@@ -38,14 +38,9 @@ from modeling_can.diagnostics import embedding_spread
 from modeling_can.evaluation import finetuning
 from modeling_can.evaluation.embedding import embed
 from modeling_can.evaluation.encoders import Preprocessor, pooled
-from modeling_can.evaluation.features import (
-    LinearClassifier,
-    Probe,
-    draw_shots,
-    few_shot_predictions,
-    linear_probe,
-    mean_and_std,
-)
+from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
+from modeling_can.evaluation.linear import LinearClassifier, linear_probe, mean_and_std
+from modeling_can.evaluation.probe import Probe
 from modeling_can.modeling_can import CANDropPath, CANModel, resize_positions, sincos_positions
 from modeling_can.pretraining import builders, feed, probing
 from modeling_can.pretraining import step as a_step

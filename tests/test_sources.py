@@ -20,7 +20,7 @@ from datasets import Image as ImageFeature
 from test_data import add_to_tar, identity, picture, read
 
 from modeling_can.data import ImageSource, ViewStream
-from modeling_can.evaluation.features import load_labelled, load_split
+from modeling_can.evaluation.sets import load_labelled, load_split
 from modeling_can.views import RandomCrops
 
 

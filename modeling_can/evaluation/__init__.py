@@ -1,1 +1,1 @@
-"""How good an encoder is: a file for each protocol."""
+"""How good an encoder is: labelled sets, features of them, and a file for each protocol."""

@@ -32,7 +32,8 @@ from ..recipe import INSTALL, option
 from ..training import MetricAverage, NonFiniteGuard, decays, interlude, learning_rate
 from ..views import RandomCrops
 from .encoders import POOLINGS, Encoder, Preprocessor, classifier_class, load_config, load_model, pooled
-from .features import ALONE, Pictures, Processes, Split, extract, hold_out
+from .features import ALONE, Pictures, Processes, extract
+from .sets import Split, hold_out
 
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from ..recipe import INSTALL, load_yaml
-from .features import ALONE, Pictures, Processes, Split, extract, load_split
+from .features import ALONE, Pictures, Processes, extract
+from .sets import Split, load_split
 
 
 SEVERITIES = (1, 2, 3, 4, 5)

@@ -18,7 +18,7 @@ from ..augmentations import Augmentation
 from ..conversion import normalisation, warm_start
 from ..data import ImageSource
 from ..evaluation.encoders import Preprocessor
-from ..evaluation.features import Probe
+from ..evaluation.probe import Probe
 from ..modeling_can import CANForPreTraining
 from ..progress import tell
 from ..recipe import Recipe
