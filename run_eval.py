@@ -42,6 +42,7 @@ from transformers.utils import is_peft_available
 from modeling_can import CANConfig
 from modeling_can.conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
 from modeling_can.data import ImageSource
+from modeling_can.evaluation.classifier import class_predictions
 from modeling_can.evaluation.embedding import embed, totals
 from modeling_can.evaluation.encoders import (
     POOLINGS,
@@ -55,15 +56,10 @@ from modeling_can.evaluation.encoders import (
 )
 from modeling_can.evaluation.features import Pictures, Processes, cached, extract, raw_pixels
 from modeling_can.evaluation.few_shot import SHOTS, draw_shots, few_shot_predictions
-from modeling_can.evaluation.finetuning import (
-    BASE_LEARNING_RATES,
-    FineTuning,
-    class_predictions,
-    finetune,
-    linear_probe_sgd,
-)
+from modeling_can.evaluation.finetuning import FineTuning, finetune
 from modeling_can.evaluation.knn import knn_predictions, nearest_neighbours
 from modeling_can.evaluation.linear import LinearClassifier, linear_probe
+from modeling_can.evaluation.linear_sgd import BASE_LEARNING_RATES, linear_probe_sgd
 from modeling_can.evaluation.robustness import (
     GROUPS,
     SEVERITIES,
