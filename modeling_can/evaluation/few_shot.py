@@ -4,10 +4,11 @@ import numpy as np
 import torch
 
 from .linear import linear_probe, mean_and_std
+from .protocol import Entry, Features, Measure, Panel, Protocol, Setup
 from .sets import by_class
 
 
-__all__ = ["SHOTS", "draw_shots", "few_shot_predictions"]
+__all__ = ["FewShot", "SHOTS", "draw_shots", "few_shot_predictions"]
 
 SHOTS = ("1", "2", "5", "10", "1%", "10%")
 
@@ -53,3 +54,39 @@ def few_shot_predictions(
         probe = linear_probe(train[chosen], labels[chosen], num_classes, seed, device, moments)
         predictions.append(probe.predict(test))
     return predictions
+
+
+class FewShot(Protocol):
+    """The linear probe of the frozen features with few labels, over several draws of them."""
+
+    name, on_features, for_baselines = "few_shot", True, True
+    panel = Panel("few-shot", "labels", is_line=False)  # numbers and shares are no line
+
+    def prepare(self, setup: Setup):
+        for shots in setup.settings.shots:
+            draw_shots(setup.data.train.labels, shots, np.random.default_rng(0), setup.data.class_names)
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict:
+        settings, labels, figures = setup.settings, setup.data.train.labels, {}
+        for shots in settings.shots:
+            draws = few_shot_predictions(
+                features.train, labels, features.test, setup.num_classes, shots, settings.num_draws, settings.seed,
+                setup.device,
+            )  # fmt: skip
+            right = np.stack([predictions == setup.data.test.labels for predictions in draws])
+            accuracies = right.mean(axis=1)
+            figures[shots] = {
+                "accuracy": float(accuracies.mean()),
+                "std": float(accuracies.std(ddof=1)) if len(draws) > 1 else None,
+                "interval": setup.interval(right.mean(axis=0)),
+                "draws": accuracies.tolist(),
+            }
+        return figures
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        return {
+            f"{shots} of the labels" if "%" in shots else f"{shots} a class": Measure(
+                score["accuracy"], score["interval"], spread=score["std"] or 0.0, pooling=pooling
+            )
+            for shots, score in figures.items()
+        }

@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,17 +15,19 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.utils import is_peft_available
 
 from ..progress import tell
-from ..recipe import option
+from ..recipe import INSTALL, option
 from ..training import MetricAverage, NonFiniteGuard, interlude, learning_rate
-from .classifier import freeze_unused, layer_groups, new_classifier, save, with_adapters
+from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
 from .encoders import Preprocessor
+from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 from .sets import Split
 from .training_images import STEP, Augmentation, Share, crop_loader, epochs, fitting_batch_size, mix
 
 
-__all__ = ["FineTuned", "FineTuning", "finetune"]
+__all__ = ["FineTune", "tuned_folder", "FineTuned", "FineTuning", "finetune"]
 
 # MAE's for ViT-B; and with adapters, by the quickstart's CAN at rank 8 on a held-out fifth of sample_data: 68.2, 74.1,
 # 79.3, 44.1 % at 1.5e-3, 5e-3, 1.5e-2, 5e-2 (10 epochs, batch 128), 79.3 and 80.4 % at the first two (40, batch 1024)
@@ -237,3 +240,50 @@ class _Report:
     def facts(self) -> dict:
         speed = self.num_steps * self.batch_size / self.seconds
         return {"final_loss": self.loss, "train_seconds": self.seconds, "images_per_second": speed}
+
+
+class FineTune(Protocol):
+    """The whole encoder, fine-tuned; leaves the model in a folder of its own."""
+
+    name, rank = "finetune", 0
+
+    def check(self, setup: Setup, entry: Entry):
+        folder = tuned_folder(setup, entry)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty; give another --output_dir, or remove it")
+        if setup.fine_tuning.lora_rank and not is_peft_available():
+            raise ValueError(f"lora_rank needs a package that is not installed: {INSTALL.format('lora')}")
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
+        settings, folder = setup.settings, tuned_folder(setup, entry)
+        model, facts = finetune(
+            entry.path,
+            setup.data.train,
+            setup.data.class_names,
+            entry.preprocessor,
+            setup.accelerator,
+            folder,
+            setup.fine_tuning,
+            settings.seed,
+            settings.dataloader_num_workers,
+            settings.trust_remote_code,
+        )
+        with setup.accelerator.autocast():
+            predictions = class_predictions(
+                model,
+                entry.preprocessor,
+                setup.data.test,
+                settings.batch_size,
+                settings.dataloader_num_workers,
+                setup.processes,
+                partial(setup.progress, description=f"{entry.name}: fine-tuned"),
+            )
+        return None if predictions is None else {**setup.score(predictions), "folder": str(folder), **facts}
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        return {"fine-tuned": Measure(figures["accuracy"], figures["interval"])}
+
+
+def tuned_folder(setup: Setup, entry: Entry) -> Path:
+    """Where the fine-tuned model goes."""
+    return setup.output_dir / "finetuned" / file_name(entry.name)

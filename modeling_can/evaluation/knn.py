@@ -4,8 +4,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from .protocol import Entry, Features, Measure, Panel, Protocol, Setup
 
-__all__ = ["NEIGHBOURS", "knn_predictions", "nearest_neighbours"]
+
+__all__ = ["KNN", "NEIGHBOURS", "knn_predictions", "nearest_neighbours"]
 
 NEIGHBOURS = (1, 5, 10, 20, 100)
 
@@ -44,3 +46,21 @@ def knn_predictions(
         np.add.at(votes, (rows, train_labels[nearest[:, :k]]), weights[:, :k])
         predictions[k] = votes.argmax(axis=1)
     return predictions
+
+
+class KNN(Protocol):
+    """k-NN of the frozen features, for several k."""
+
+    name, on_features, for_baselines = "knn", True, True
+    panel = Panel("k-NN", "k")
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict:
+        labels = setup.data.train.labels
+        predictions = knn_predictions(features.train, labels, features.test, setup.num_classes, device=setup.device)
+        return {str(k): setup.score(predicted) for k, predicted in predictions.items()}
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        return {
+            f"k-NN, k = {k}": Measure(score["accuracy"], score["interval"], pooling=pooling)
+            for k, score in figures.items()
+        }

@@ -8,10 +8,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from .protocol import Entry, Features, Measure, Protocol, Setup
 from .sets import hold_out
 
 
-__all__ = ["INVERSE_PENALTIES", "LinearClassifier", "MAX_ITERATIONS", "linear_probe", "mean_and_std"]
+__all__ = [
+    "LinearProbe",
+    "fit_probe",
+    "INVERSE_PENALTIES",
+    "LinearClassifier",
+    "MAX_ITERATIONS",
+    "linear_probe",
+    "mean_and_std",
+]
 
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the linear probe, the strongest penalty first
 MAX_ITERATIONS = 100  # for each, from where the one before ended; the held-out images judge an unfinished fit as any
@@ -135,3 +144,25 @@ def _torch_logistic_regression(num_classes: int, device):
         return weights.detach().cpu().numpy().copy()
 
     return fit
+
+
+class LinearProbe(Protocol):
+    """The linear probe of the frozen features; keeps what it fitted in the entry, for the export of a classifier."""
+
+    name, on_features, for_baselines, rank = "linear_probe", True, True, 0
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict:
+        entry.probe = probe = fit_probe(setup, features.train)
+        return {
+            **setup.score(probe.predict(features.test)),
+            "C": probe.inverse_penalty,
+            "held_out_accuracy": probe.held_out_accuracy,
+        }
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        return {"linear probe": Measure(figures["accuracy"], figures["interval"], pooling=pooling)}
+
+
+def fit_probe(setup: Setup, train: np.ndarray) -> LinearClassifier:
+    """Of features of all training images."""
+    return linear_probe(train, setup.data.train.labels, setup.num_classes, setup.settings.seed, setup.device)

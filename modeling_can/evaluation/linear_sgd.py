@@ -4,6 +4,7 @@ are for `SGDProbe.predict`, once everything is chosen.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import nn
 from ..training import learning_rate
 from .encoders import POOLINGS, Encoder, pooled
 from .features import ALONE, Pictures, Processes, extract
+from .protocol import Entry, Features, Measure, Protocol, Setup
 from .sets import Split, hold_out
 from .training_images import Augmentation, Share, crop_loader, epochs, fitting_batch_size
 
 
 __all__ = [
+    "LinearProbeSGD",
     "BASE_LEARNING_RATES", "Heads", "Representations", "SGDProbe", "head_predictions", "linear_probe_sgd",
     "train_step",
 ]  # fmt: skip
@@ -204,3 +207,36 @@ def linear_probe_sgd(
     columns = ("layers", "pooling", "base_learning_rate", "held_out_accuracy")
     table = [dict(zip(columns, (*kind, x), strict=True)) for kind, x in zip(kinds, accuracies, strict=True)]
     return SGDProbe(heads.eval(), represent, int(np.argmax(accuracies)), table)
+
+
+class LinearProbeSGD(Protocol):
+    """The best of many linear heads, trained on augmented images."""
+
+    name, rank = "linear_probe_sgd", 0
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
+        settings, description = setup.settings, f"{entry.name}: linear probe, SGD"
+        loading = {"num_workers": settings.dataloader_num_workers, "processes": setup.processes}
+        with setup.accelerator.autocast():
+            probe = linear_probe_sgd(
+                entry.encoder,
+                setup.data.train,
+                setup.num_classes,
+                settings.sgd_num_epochs,
+                settings.sgd_batch_size,
+                settings.sgd_base_learning_rates,
+                settings.sgd_layers,
+                seed=settings.seed,
+                gather=setup.accelerator.gather,
+                progress=partial(setup.progress, description=description, unit="step"),
+                **loading,
+            )
+            progress = partial(setup.progress, description=description)
+            predictions = probe.predict(setup.data.test, batch_size=settings.batch_size, progress=progress, **loading)
+        if predictions is None:
+            return None
+        return {**setup.score(predictions), **probe.table[probe.chosen], "heads": probe.table}
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        own = figures.get("pooling", "mean")
+        return {"linear probe, SGD": Measure(figures["accuracy"], figures["interval"], pooling=own)}
