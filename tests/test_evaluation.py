@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from modeling_can.evaluation import few_shot
-from modeling_can.evaluation.features import Pictures, Processes, cached, extract
+from modeling_can.evaluation.features import Extractor, Pictures, Processes, cached
 from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
 from modeling_can.evaluation.knn import NEIGHBOURS, knn_predictions
 from modeling_can.evaluation.linear import INVERSE_PENALTIES, linear_probe, mean_and_std
@@ -223,7 +223,7 @@ def squared(batch: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (7, 2), (30, 0), (64, 1)])
 def test_every_image_comes_once_in_order_whatever_the_batch_size(batch_size, num_workers):
     state = torch.get_rng_state()
-    features = extract(squared, Pictures(split_of(30), first_byte), batch_size, num_workers)
+    features = Extractor(batch_size, num_workers)(squared, Pictures(split_of(30), first_byte))
     assert torch.equal(torch.get_rng_state(), state)  # a probe changes nothing of the training around it
     np.testing.assert_array_equal(features["square"], np.stack([np.arange(30.0) ** 2] * 2, axis=1))
     assert features["square"].dtype == np.float32
@@ -232,7 +232,7 @@ def test_every_image_comes_once_in_order_whatever_the_batch_size(batch_size, num
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_take_turns_and_extract_what_one_does(count):
     """As threads here; as processes in tests/test_run_eval.py. There are five batches: the last round is not full."""
-    alone, barrier, slots = extract(squared, Pictures(split_of(23), first_byte), 5), Barrier(count), [None] * count
+    alone, barrier, slots = Extractor(5)(squared, Pictures(split_of(23), first_byte)), Barrier(count), [None] * count
 
     def share(index):
         def gather(objects):
@@ -242,7 +242,7 @@ def test_several_take_turns_and_extract_what_one_does(count):
             barrier.wait(timeout=30)
             return joined
 
-        return extract(squared, Pictures(split_of(23), first_byte), 5, processes=Processes(index, count, gather))
+        return Extractor(5, processes=Processes(index, count, gather))(squared, Pictures(split_of(23), first_byte))
 
     with ThreadPoolExecutor(count) as threads:
         first, *others = threads.map(share, range(count))
@@ -291,7 +291,7 @@ def test_a_bad_image_is_named_and_not_left_out(tmp_path):
     data = load_labelled(str(tmp_path))
     pictures = Pictures(data.test, lambda encoded, index: torch.from_numpy(decode(encoded)))
     with pytest.raises(ValueError, match="test: the image of row 5 is not_an_image .*leaves no image out"):
-        extract(lambda batch: {"x": batch.float()}, pictures)
+        Extractor()(lambda batch: {"x": batch.float()}, pictures)
 
 
 # --- Sets ------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from modeling_can.augmentations import OPERATIONS, RandAugment
 from modeling_can.evaluation import classifier, finetuning, linear_sgd, training_images
 from modeling_can.evaluation.classifier import class_predictions, layer_groups
 from modeling_can.evaluation.encoders import Preprocessor, load_encoder, load_preprocessor
-from modeling_can.evaluation.features import Processes
+from modeling_can.evaluation.features import Extractor, Processes
 from modeling_can.evaluation.finetuning import FineTuning, finetune
 from modeling_can.evaluation.linear_sgd import Heads, linear_probe_sgd, train_step
 from modeling_can.evaluation.sets import Split, hold_out
@@ -682,9 +682,8 @@ def both_tasks(rank, world_size, name, folder, port=None):
         processes=Processes(rank, world_size, gather_object), gather=accelerator.gather,
     )  # fmt: skip
     weights = {key: value.detach().numpy() for key, value in probe.heads.state_dict().items()}
-    predictions = probe.predict(
-        pictures(30, seed=1), batch_size=8, processes=Processes(rank, world_size, gather_object)
-    )
+    processes = Processes(rank, world_size, gather_object)
+    predictions = probe.predict(pictures(30, seed=1), Extractor(batch_size=8, processes=processes))
     answers["probe"] = probe.table[probe.chosen]["held_out_accuracy"], weights
     assert (predictions is None) == (rank > 0)
     answers["predictions"] = predictions

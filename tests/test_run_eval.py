@@ -29,9 +29,10 @@ from transformers import (
 
 import run_eval
 from modeling_can import CANForPreTraining
-from modeling_can.evaluation import command, few_shot, knn, protocol, report
+from modeling_can.evaluation import command, few_shot, knn, report
 from modeling_can.evaluation.encoders import Preprocessor, load_encoder, pooled
 from modeling_can.evaluation.entries import load
+from modeling_can.evaluation.features import Extractor
 from modeling_can.evaluation.finetuning import FineTuning
 from modeling_can.evaluation.linear import LinearProbe
 from modeling_can.evaluation.overlap import seen_in_pretraining
@@ -203,7 +204,7 @@ def test_pictures_are_decoded_as_in_pretraining(models, colours, tmp_path):
 
 def test_a_second_run_takes_the_features_from_the_cache(measured, monkeypatch):
     out, argv, results = measured
-    monkeypatch.setattr(protocol, "extract", None)  # nothing is extracted
+    monkeypatch.setattr(Extractor, "__call__", None)  # nothing is extracted
     assert run_eval.main(argv)["results"] == results["results"]
     (weights,) = [path for path in (out / "can").glob("*.safetensors")]
     tensors = __import__("safetensors.torch").torch.load_file(weights)

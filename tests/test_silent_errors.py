@@ -39,6 +39,7 @@ from modeling_can.evaluation import command, entries, few_shot, finetuning, line
 from modeling_can.evaluation.embedding import embed
 from modeling_can.evaluation.encoders import Preprocessor, pooled
 from modeling_can.evaluation.export import on_class_token_and_mean
+from modeling_can.evaluation.features import Extractor
 from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
 from modeling_can.evaluation.linear import LinearClassifier, linear_probe, mean_and_std
 from modeling_can.evaluation.probe import Probe
@@ -257,8 +258,8 @@ def test_few_shots_are_standardised_by_all_training_images():
 
 
 def test_other_preprocessing_or_precision_makes_other_features(models, colours, tmp_path, monkeypatch):
-    made, counts, extract = [], [], protocol.extract
-    monkeypatch.setattr(protocol, "extract", lambda *a: made.append(1) or extract(*a))
+    made, counts, extract = [], [], Extractor.__call__
+    monkeypatch.setattr(Extractor, "__call__", lambda *a: made.append(1) or extract(*a))
     for flags in ({}, {}, {"image_size": 48}, {"mixed_precision": "bf16"}):
         AcceleratorState._reset_state(True)
         run_eval.main(options(models, colours, tmp_path, "can", task="knn", baselines="none", **flags))

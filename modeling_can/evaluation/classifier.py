@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..modeling_can import resize_positions
 from ..recipe import INSTALL
 from ..training import decays
 from .encoders import Preprocessor, classifier_class, load_config, load_model
-from .features import ALONE, Pictures, Processes, extract
+from .features import Extractor, Pictures
 from .sets import Split
 
 
@@ -167,14 +166,11 @@ def class_predictions(
     model: nn.Module,
     preprocessor: Preprocessor,
     split: Split,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    processes: Processes = ALONE,
-    progress: Callable = iter,
+    extractor: Extractor = Extractor(),  # noqa: B008  frozen
+    description: str = "",
 ) -> np.ndarray | None:
     """The class `(N,)` that a classifier sees in every picture; on the first process, elsewhere `None`."""
     device = next(model.parameters()).device
     encode = lambda pictures: {"logits": model(pixel_values=preprocessor.normalise(pictures.to(device))).logits}  # noqa: E731
-    pictures = Pictures(split, preprocessor.decode)
-    made = extract(encode, pictures, batch_size, num_workers, processes, progress)
+    made = extractor(encode, Pictures(split, preprocessor.decode), description)
     return None if made is None else made["logits"].argmax(axis=1)

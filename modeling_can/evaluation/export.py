@@ -16,6 +16,7 @@ from ..progress import quiet
 from ..views import decode
 from .classifier import class_predictions
 from .encoders import load_model
+from .features import Extractor
 from .finetuning import tuned_folder
 from .linear import LinearClassifier
 from .protocol import Entry, Setup
@@ -68,8 +69,8 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
         preprocessor = entry.preprocessor
         if preprocessor.num_channels == 1:  # pipelines and widgets give pictures in colour
             model, preprocessor = accept_colours(model), preprocessor.in_colour()
-    predictions = class_predictions(model.to(setup.device), preprocessor, data.test, settings.batch_size,
-                                    settings.dataloader_num_workers)  # fmt: skip
+    alone = Extractor(settings.batch_size, settings.dataloader_num_workers)  # the other processes have nothing to do
+    predictions = class_predictions(model.to(setup.device), preprocessor, data.test, alone)
     head = "fine-tuned" if is_tuned else "linear probe"
     figures = {**setup.score(predictions), "folder": str(folder), "source": entry.path, "head": head}
     figures["model_type"] = entry.encoder.model.config.model_type

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from ..views import BadImage
 from .sets import Split
 
 
-__all__ = ["ALONE", "KeptPictures", "Pictures", "Processes", "cached", "extract", "raw_pixels"]
+__all__ = ["ALONE", "Extractor", "KeptPictures", "Pictures", "Processes", "cached", "raw_pixels"]
 
 logger = logging.getLogger(__name__)
 
@@ -85,49 +86,61 @@ class KeptPictures(Pictures):
         return images
 
 
-@torch.no_grad()
-def extract(
-    encode: Callable[[torch.Tensor], dict[str, torch.Tensor]],
-    pictures: Pictures,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    processes: Processes = ALONE,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, np.ndarray] | None:
+def _silent(rounds: Iterable, description: str) -> Iterable:
+    return rounds
+
+
+@dataclass(frozen=True)
+class Extractor:
     """
-    What `encode` makes of all pictures, in their order, in fp32; on the first process, elsewhere `None`. The set is
-    cut into the same batches on any number of processes, which take turns, so that the result is the same.
+    Calls a function on all pictures, batch by batch. The set is cut into the same batches on any number of processes,
+    which take turns, so that the result is the same.
 
     Args:
-        encode (callable): A batch of prepared pictures -> named tensors with as many rows.
-        progress (callable): Wraps the iterable of rounds, e.g. into a bar.
+        batch_size (`int`): Pictures at a time on one process.
+        num_workers (`int`): Loader processes for each process.
+        progress (callable): Iterable of rounds, description -> an iterable of the same, e.g. a bar.
     """
-    starts = range(0, len(pictures), batch_size)
-    own = [
-        list(range(start, min(start + batch_size, len(pictures))))
-        for start in starts[processes.index :: processes.count]
-    ]
-    loader = Patient(
-        torch.utils.data.DataLoader(
-            pictures,
-            batch_sampler=own,
-            **worker_options(num_workers),
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or starting it would draw a number from the global one
+
+    batch_size: int = 256
+    num_workers: int = 0
+    processes: Processes = ALONE
+    progress: Callable[[Iterable, str], Iterable] = _silent
+
+    @torch.no_grad()
+    def __call__(
+        self, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]], pictures: Pictures, description: str = ""
+    ) -> dict[str, np.ndarray] | None:
+        """
+        What `encode` (a batch of prepared pictures -> named tensors with as many rows) makes of all pictures, in their
+        order, in fp32; on the first process, elsewhere `None`.
+        """
+        starts, processes = range(0, len(pictures), self.batch_size), self.processes
+        own = [
+            list(range(start, min(start + self.batch_size, len(pictures))))
+            for start in starts[processes.index :: processes.count]
+        ]
+        loader = Patient(
+            torch.utils.data.DataLoader(
+                pictures,
+                batch_sampler=own,
+                **worker_options(self.num_workers),
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # or starting it would draw a number from the global one
+            )
         )
-    )
-    arrays, num_rows = {}, 0
-    for _ in progress(range(-(-len(starts) // processes.count))):
-        batch = next(loader, None)  # there may be one round more on the first processes
-        made = None if batch is None else {name: x.float().cpu().numpy() for name, x in encode(batch).items()}
-        gathered = processes.gather([made])
-        for part in gathered if processes.index == 0 else []:
-            for name, rows in (part or {}).items():
-                if name not in arrays:
-                    arrays[name] = np.empty((len(pictures), *rows.shape[1:]), dtype=np.float32)
-                arrays[name][num_rows : num_rows + len(rows)] = rows
-            num_rows += len(rows) if part else 0
-    return arrays if processes.index == 0 else None
+        arrays, num_rows = {}, 0
+        for _ in self.progress(range(-(-len(starts) // processes.count)), description):
+            batch = next(loader, None)  # there may be one round more on the first processes
+            made = None if batch is None else {name: x.float().cpu().numpy() for name, x in encode(batch).items()}
+            gathered = processes.gather([made])
+            for part in gathered if processes.index == 0 else []:
+                for name, rows in (part or {}).items():
+                    if name not in arrays:
+                        arrays[name] = np.empty((len(pictures), *rows.shape[1:]), dtype=np.float32)
+                    arrays[name][num_rows : num_rows + len(rows)] = rows
+                num_rows += len(rows) if part else 0
+        return arrays if processes.index == 0 else None
 
 
 def cached(folder: Path | None, facts: dict, make: Callable[[], dict | None], processes: Processes = ALONE):

@@ -7,7 +7,6 @@ import contextlib
 import math
 import time
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,13 +269,7 @@ class FineTune(Protocol):
         )
         with setup.accelerator.autocast():
             predictions = class_predictions(
-                model,
-                entry.preprocessor,
-                setup.data.test,
-                settings.batch_size,
-                settings.dataloader_num_workers,
-                setup.processes,
-                partial(setup.progress, description=f"{entry.name}: fine-tuned"),
+                model, entry.preprocessor, setup.data.test, setup.extractor, f"{entry.name}: fine-tuned"
             )
         return None if predictions is None else {**setup.score(predictions), "folder": str(folder), **facts}
 

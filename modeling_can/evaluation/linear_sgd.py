@@ -13,7 +13,7 @@ from torch import nn
 
 from ..training import learning_rate
 from .encoders import POOLINGS, Encoder, pooled
-from .features import ALONE, Pictures, Processes, extract
+from .features import ALONE, Extractor, Pictures, Processes
 from .protocol import Entry, Features, Measure, Protocol, Setup
 from .sets import Split, hold_out
 from .training_images import Augmentation, Share, crop_loader, epochs, fitting_batch_size
@@ -111,9 +111,9 @@ class SGDProbe(NamedTuple):
     chosen: int
     table: list[dict]
 
-    def predict(self, split: Split, **options) -> np.ndarray | None:
-        """What the chosen head says of each picture; options and returns are those of `head_predictions`."""
-        predictions = head_predictions(self.heads, self.represent, split, **options)
+    def predict(self, split: Split, *extraction) -> np.ndarray | None:
+        """What the chosen head says of each picture; further arguments and returns are those of `head_predictions`."""
+        predictions = head_predictions(self.heads, self.represent, split, *extraction)
         return None if predictions is None else predictions[:, self.chosen]
 
 
@@ -121,10 +121,8 @@ def head_predictions(
     heads: Heads,
     represent: Representations,
     split: Split,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    processes: Processes = ALONE,
-    progress: Callable = iter,
+    extractor: Extractor = Extractor(),  # noqa: B008  frozen
+    description: str = "",
 ) -> np.ndarray | None:
     """The classes `(N, heads)` that every head sees in the pictures; on the first process, elsewhere `None`."""
     preprocessor = represent.encoder.preprocessor
@@ -134,8 +132,7 @@ def head_predictions(
         with torch.autocast(represent.device.type, enabled=False):
             return {"classes": heads.eval()(representations).argmax(dim=2)}
 
-    pictures = Pictures(split, preprocessor.decode)
-    made = extract(encode, pictures, batch_size, num_workers, processes, progress)
+    made = extractor(encode, Pictures(split, preprocessor.decode), description)
     return None if made is None else made["classes"].astype(np.int64)
 
 
@@ -200,7 +197,7 @@ def linear_probe_sgd(
             train_step(heads, optimizer, features.split(represent.widths, dim=1), labels, rates, rate)
 
     held_out = train.select(held_out)
-    predictions = head_predictions(heads, represent, held_out, batch_size, num_workers, processes)
+    predictions = head_predictions(heads, represent, held_out, Extractor(batch_size, num_workers, processes))
     accuracies = None if predictions is None else (predictions == held_out.labels[:, None]).mean(axis=0).tolist()
     accuracies = processes.gather([accuracies])[0]
     kinds = [(*kind, rate) for kind in represent.kinds for rate in base_learning_rates]
@@ -216,7 +213,6 @@ class LinearProbeSGD(Protocol):
 
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
         settings, description = setup.settings, f"{entry.name}: linear probe, SGD"
-        loading = {"num_workers": settings.dataloader_num_workers, "processes": setup.processes}
         with setup.accelerator.autocast():
             probe = linear_probe_sgd(
                 entry.encoder,
@@ -229,10 +225,10 @@ class LinearProbeSGD(Protocol):
                 seed=settings.seed,
                 gather=setup.accelerator.gather,
                 progress=partial(setup.progress, description=description, unit="step"),
-                **loading,
+                num_workers=settings.dataloader_num_workers,
+                processes=setup.processes,
             )
-            progress = partial(setup.progress, description=description)
-            predictions = probe.predict(setup.data.test, batch_size=settings.batch_size, progress=progress, **loading)
+            predictions = probe.predict(setup.data.test, setup.extractor, description)
         if predictions is None:
             return None
         return {**setup.score(predictions), **probe.table[probe.chosen], "heads": probe.table}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .features import KeptPictures, Pictures, extract
+from .features import Extractor, KeptPictures, Pictures
 from .knn import knn_predictions
 from .linear import linear_probe
 from .scores import bootstrap_interval
@@ -55,7 +55,8 @@ class Probe:
         """
 
         def features(pictures: Pictures) -> np.ndarray:
-            return extract(lambda batch: {"features": embed(self.preprocessor.normalise(batch))}, pictures)["features"]
+            encode = lambda batch: {"features": embed(self.preprocessor.normalise(batch))}  # noqa: E731
+            return Extractor()(encode, pictures)["features"]
 
         train, test = features(self.train), features(self.test)
         labels, num_classes = self.set.train.labels, len(self.set.class_names)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..metrics import Accuracy
 from ..progress import tell
 from .encoders import Encoder, Preprocessor, pooled
-from .features import Pictures, Processes, cached, extract
+from .features import Extractor, Pictures, Processes, cached
 from .scores import bootstrap_interval
 from .sets import LabelledSet, Split
 
@@ -106,6 +106,7 @@ class Setup:
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
         self.processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
         self.output_dir, self.num_classes = Path(settings.output_dir), len(data.class_names)
+        self.extractor = Extractor(settings.batch_size, settings.dataloader_num_workers, self.processes, self.progress)
         self.prepared: dict = {}  # what `Protocol.prepare` returned, by the protocol's name
         self._accuracy = Accuracy() if self.is_main else None
 
@@ -118,7 +119,7 @@ class Setup:
             "precision": (self.device.type, self.accelerator.mixed_precision),
         }
         pictures = Pictures(split, entry.preprocessor.decode)
-        make = partial(self.extract, entry.encode, pictures, f"{entry.name}: {split.name}")
+        make = partial(self.extractor, entry.encode, pictures, f"{entry.name}: {split.name}")
         made = cached(self.settings.feature_cache, facts, make, self.processes)
         if made is None:
             return None
@@ -130,11 +131,6 @@ class Setup:
     def pooling(self, entry: Entry) -> str:
         """The raw pixels have one kind of features."""
         return self.settings.pooling if entry.encoder else "mean"
-
-    def extract(self, encode: Callable, pictures: Pictures, description: str) -> dict[str, np.ndarray] | None:
-        settings = self.settings
-        bar = partial(self.progress, description=description)
-        return extract(encode, pictures, settings.batch_size, settings.dataloader_num_workers, self.processes, bar)
 
     def progress(self, rounds, description: str, unit: str = "batch") -> Iterator:
         """A bar, or where there is no terminal a line every half minute."""

@@ -50,7 +50,7 @@ class Reconstruction(Protocol):
             return reconstruction_errors(model, pixels, indices.tolist(), std, seed)
 
         pictures = Pictures(test, partial(_with_index, preprocessor))
-        made = setup.extract(errors, pictures, f"{entry.name}: reconstruction")
+        made = setup.extractor(errors, pictures, f"{entry.name}: reconstruction")
         if not setup.is_main:
             return None
         figures = {"mask_ratio": config.mask_ratio, "noise_level": config.noise_std_max}

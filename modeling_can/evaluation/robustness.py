@@ -5,7 +5,7 @@ arXiv 1903.12261) and on further labelled sets with some of its classes.
 
 import json
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import yaml
 from ..progress import tell
 from ..recipe import INSTALL, load_yaml
 from .encoders import classifier_class, load_model, pooled
-from .features import ALONE, Pictures, Processes, extract
+from .features import Extractor, Pictures
 from .linear import fit_probe
 from .protocol import Entry, Features, Measure, Panel, Protocol, Setup
 from .sets import Split, load_split
@@ -102,10 +102,8 @@ def corrupted_predictions(
     classify: Callable[[torch.Tensor], torch.Tensor],
     split: Split,
     corrupted: Corrupted,
-    batch_size: int,
-    num_workers: int = 0,
-    processes: Processes = ALONE,
-    progress=iter,
+    extractor: Extractor = Extractor(),  # noqa: B008  frozen
+    description: str = "",
 ) -> np.ndarray | None:
     """
     What `classify` (uint8 pictures `(B, C, H, W)` -> logits) says of all versions of all pictures, `(N, versions)`; on
@@ -113,11 +111,11 @@ def corrupted_predictions(
     """
 
     def predict(versions):  # (pictures, versions, C, H, W)
-        logits = torch.cat([classify(part) for part in versions.flatten(0, 1).split(batch_size)])
+        logits = torch.cat([classify(part) for part in versions.flatten(0, 1).split(extractor.batch_size)])
         return {"predictions": logits.argmax(dim=1).unflatten(0, versions.shape[:2])}
 
-    pictures = Pictures(split, corrupted)
-    made = extract(predict, pictures, max(1, batch_size // len(corrupted.versions)), num_workers, processes, progress)
+    at_once = max(1, extractor.batch_size // len(corrupted.versions))
+    made = replace(extractor, batch_size=at_once)(predict, Pictures(split, corrupted), description)
     return None if made is None else made["predictions"].astype(np.int64)
 
 
@@ -247,10 +245,7 @@ class Robustness(Protocol):
         clean = _logits(setup, entry, classify, test)
         corrupted = Corrupted(entry.preprocessor, [name for names in groups.values() for name in names], SEVERITIES,
                               settings.seed)  # fmt: skip
-        bar = partial(setup.progress, description=f"{entry.name}: corrupted")
-        predictions = corrupted_predictions(
-            classify, test, corrupted, settings.batch_size, settings.dataloader_num_workers, setup.processes, bar
-        )
+        predictions = corrupted_predictions(classify, test, corrupted, setup.extractor, f"{entry.name}: corrupted")
         further = {
             name: (_logits(setup, entry, classify, other.split), other)
             for name, other in setup.prepared[self.name].items()
@@ -369,5 +364,5 @@ def _classifier(setup: Setup, entry: Entry, train: np.ndarray | None) -> tuple[C
 
 def _logits(setup: Setup, entry: Entry, classify: Callable, split: Split) -> np.ndarray | None:
     pictures = Pictures(split, entry.preprocessor.decode)
-    made = setup.extract(lambda batch: {"logits": classify(batch)}, pictures, f"{entry.name}: {split.name}")
+    made = setup.extractor(lambda batch: {"logits": classify(batch)}, pictures, f"{entry.name}: {split.name}")
     return None if made is None else made["logits"]
