@@ -36,7 +36,7 @@ from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.diagnostics import embedding_spread
 from modeling_can.evaluation import command, entries, few_shot, finetuning, linear, linear_sgd, protocol, robustness
-from modeling_can.evaluation.embedding import embed
+from modeling_can.evaluation.embed import embed
 from modeling_can.evaluation.encoders import Preprocessor, pooled
 from modeling_can.evaluation.export import on_class_token_and_mean
 from modeling_can.evaluation.features import Extractor
