@@ -33,7 +33,7 @@ from modeling_can.visualization import curves, reconstruction_sheet  # noqa: E40
 
 HUB = {"dataset_name": "uoft-cs/cifar10", "image_column": "img"}
 COMMAND = "It ran from a local copy of the data set, by `benchmarks/claims.py`, on weights in fp32; this repeats it:\n"
-TILES = ROOT / "modeling_can" / "sample_data"
+TILES = ROOT / "modeling_can" / "data" / "sample_data"
 
 
 def keep(run: Path, folder: Path, data: str):

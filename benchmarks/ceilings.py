@@ -17,7 +17,7 @@ import torch
 from evidence import add_out, facts, save
 from train_step import large_product_tflops, timed
 
-from modeling_can.hub import installed_versions
+from modeling_can.provenance import installed_versions
 
 
 PACKAGES = ("pyarrow", "simplejpeg", "torchdata", "evaluate", "peft", "huggingface_hub", "tokenizers", "pytest")

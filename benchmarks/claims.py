@@ -503,7 +503,7 @@ def keep(folder: Path, kept: Path, with_weights: bool, length: dict, arguments):
 
 
 def write(path: Path, text: str):
-    """All or nothing. That of modeling_can.hub would import torch, which costs seconds before a run begins."""
+    """All or nothing. That of modeling_can.files would import torch, which costs seconds before a run begins."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)

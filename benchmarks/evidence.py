@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from modeling_can.files import write  # noqa: E402
-from modeling_can.hub import cpu_name, installed_versions
+from modeling_can.provenance import cpu_name, installed_versions
 
 
 FOLDER = Path(__file__).parent

@@ -32,7 +32,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OF
 if [ $scale = tiny ]; then
     [ -n "$data" ] || { echo "give --data CIFAR10_FOLDER"; exit 2; }
 else
-    data=${data:-modeling_can/sample_data}
+    data=${data:-modeling_can/data/sample_data}
 fi
 began=$SECONDS status=0
 timeout --kill-after=15 "$limit" python3 benchmarks/claims.py --scale $scale --stage trial main --runs "$runs" \

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from train_step import SIZES, preset, timed
 
 from modeling_can import CANForPreTraining
-from modeling_can.losses import contrastive_loss
 from modeling_can.training import accumulated_backward, cached_backward
 
 
@@ -43,7 +42,7 @@ def main():
     common = (model, micro_batches, torch.Tensor.backward, contextlib.nullcontext)
     steps = {
         "plain": partial(accumulated_backward, *common),
-        "cached": partial(cached_backward, *common, partial(contrastive_loss, temperature=config.temperature)),
+        "cached": partial(cached_backward, *common, config),
     }
 
     def run(name):

@@ -32,9 +32,9 @@ from evidence import add_out, facts, save
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, view_loader
-from modeling_can.views import RandomCrops, random_box
+from modeling_can.data.augmentations import Augmentation
+from modeling_can.data.crops import RandomCrops, random_box
 
 
 SIZE, BATCH_SIZE = 224, 50

@@ -164,7 +164,9 @@ def evaluate(name: str, settings: dict, arguments):
     is_quickstart = arguments.scale == "quickstart"
     if settings["denoising_loss_weight"] > 0:
         data = (
-            (str(ROOT / "modeling_can" / "sample_data"), "test") if is_quickstart else (arguments.data, "test[:2000]")
+            (str(ROOT / "modeling_can" / "data" / "sample_data"), "test")
+            if is_quickstart
+            else (arguments.data, "test[:2000]")
         )
         result["gain"] = gains(folder, load_dataset(data[0], split=data[1])["image"])
     if not is_quickstart:

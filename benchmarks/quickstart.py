@@ -27,7 +27,7 @@ def run(seed: int) -> dict:
         command = [sys.executable, str(ROOT / "run_pretraining.py"), "--seed", str(seed), "--output_dir", folder]
         subprocess.run(command, check=True)
         results = json.loads((Path(folder) / "results.json").read_text().replace(folder, "OUT"))
-        tiles = load_dataset(str(ROOT / "modeling_can" / "sample_data"), split="test")["image"]
+        tiles = load_dataset(str(ROOT / "modeling_can" / "data" / "sample_data"), split="test")["image"]
         return results | {"noise_weaker_by": gains(Path(folder), tiles)}
 
 

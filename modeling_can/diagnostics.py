@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .configuration_can import CANConfig
-from .loading import SHARED_MEMORY, free_shared_memory
+from .data.loading import SHARED_MEMORY, free_shared_memory
 from .losses import normalize_patches
 from .modeling_can import CANForPreTraining, patchify
 
@@ -325,11 +325,12 @@ def training_flops(config: CANConfig, num_views: int = 2) -> float:
     with torch.device("meta"):
         model = CANForPreTraining(config)
         pixel_values = torch.empty(batch_size, num_views, config.num_channels, *config.image_shape)
-        # In the place of the contrastive loss, which would gather embeddings from the other processes.
-        image_embeds_grad = torch.empty(batch_size, num_views, config.projection_size)
     model.set_attn_implementation("eager")  # the counter does not see the products inside sdpa on a CPU
     with FlopCounterMode(display=False) as counter:
-        model(pixel_values, image_embeds_grad=image_embeds_grad).loss.backward()
+        # The contrastive loss would gather embeddings from the other processes.
+        output = model(pixel_values, terms=("reconstruction", "denoising"))
+        losses = (output.loss, None if output.image_embeds is None else output.image_embeds.sum())
+        sum(loss for loss in losses if loss is not None).backward()
     return counter.get_total_flops() / batch_size
 
 

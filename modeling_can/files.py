@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
+import contextlib
 import os
+import shutil
 from pathlib import Path
 
 
-__all__ = ["flush_to_disk", "write"]
+__all__ = ["check_new_folder", "flush_to_disk", "new_folder", "write"]
 
 
 def write(path: Path, text: str):
@@ -27,3 +29,28 @@ def flush_to_disk(path: Path):
             raise
     finally:
         os.close(descriptor)
+
+
+def check_new_folder(folder: Path):
+    """Raises ValueError unless `folder` can be made: it does not exist yet, or is empty."""
+    folder = Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; give a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path):
+    """A folder to fill, which takes its name only when all went well, and else leaves nothing behind."""
+    check_new_folder(folder)
+    folder = Path(folder).resolve()
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

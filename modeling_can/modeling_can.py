@@ -12,6 +12,7 @@ E decoder width, P pixels per patch (rows, columns, channels).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Unpack
 
 import torch
@@ -27,6 +28,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_can import CANConfig, num_visible_patches
 from .losses import contrastive_loss, full_precision, masked_mean, normalize_patches, patch_errors
+
+
+TERMS = ("contrastive", "reconstruction", "denoising")
 
 
 @dataclass
@@ -592,6 +596,13 @@ class CANModel(CANPreTrainedModel):
         )
 
 
+def _unflatten(tensors, shape: torch.Size):
+    """Gives a tensor, or those of a tuple, its axis of views back; `None` for what was not asked for."""
+    if isinstance(tensors, tuple):
+        return tuple(_unflatten(tensor, shape) for tensor in tensors)
+    return None if tensors is None else tensors.unflatten(0, shape)
+
+
 class CANForPreTraining(CANPreTrainedModel):
     """CAN: one encoder under a contrastive head and a decoder that reconstructs pixels and predicts noise."""
 
@@ -610,8 +621,7 @@ class CANForPreTraining(CANPreTrainedModel):
         noise_level: torch.Tensor | None = None,
         masking_scores: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        embeds_only: bool = False,
-        image_embeds_grad: torch.Tensor | None = None,
+        terms: tuple[str, ...] = TERMS,
         return_loss: bool = True,  # by this transformers' Trainer knows that there is a loss without labels
         **kwargs: Unpack[TransformersKwargs],
     ) -> CANForPreTrainingOutput:
@@ -626,56 +636,46 @@ class CANForPreTraining(CANPreTrainedModel):
             masking_scores (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`, *optional*):
                 In each view the patches with the smallest scores stay visible; drawn from U[0, 1] if `None`.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.
-            embeds_only (`bool`, defaults to `False`):
-                Stop at `image_embeds`: the first pass of `training.cached_backward`.
-            image_embeds_grad (`torch.Tensor` of the shape of `image_embeds`, *optional*):
-                The gradient of a contrastive loss over more images than these, for the second pass. Instead of the
-                loss over these images, `contrastive_loss` is then a scalar that has this gradient.
+            terms (`tuple[str, ...]`, defaults to all three):
+                Those of the losses to be computed, of `"contrastive"`, `"reconstruction"` and `"denoising"`, and
+                summed in `loss`. Where a step has several batches, the contrastive term compares the embeddings of
+                all of them, outside of the model: the first pass needs the embeddings alone, `()`, the second the
+                other two (`training.cached_backward`).
             return_loss (`bool`, defaults to `True`): Whether to compute the losses; `False` leaves them `None`.
 
         Raises:
             ValueError: for a wrong number of axes, views, channels or pixels, or a batch without negatives.
         """
-        config, weights = self.config, self.config.loss_weights
         self._check_views(pixel_values)
         noise, noise_level = self._draw_noise(pixel_values, pixel_noise, noise_level)  # sigma * e, sigma (B, V)
         noised = pixel_values if noise is None else pixel_values + noise
-        encoded, split_views = self._encode(noised, masking_scores, interpolate_pos_encoding, **kwargs)
-        mask = split_views(encoded.mask)
-        image_embeds = logits = None
+        encoded = self._encode(noised, masking_scores, interpolate_pos_encoding, **kwargs)
+        views = partial(_unflatten, shape=pixel_values.shape[:2])  # (B * V, ...) -> (B, V, ...)
+        mask, image_embeds, logits = views(encoded.mask), None, None
 
-        def split_all(tensors):  # None for a layer that was not asked for
-            return tensors and tuple(None if tensor is None else split_views(tensor) for tensor in tensors)
+        if self.config.contrastive_loss_weight > 0:
+            image_embeds = views(self.projection_head(encoded.pooler_output))
+        if self.config.uses_decoder and terms:
+            logits = views(self._decode(encoded, pixel_values, noise_level))
 
-        if config.contrastive_loss_weight > 0:
-            image_embeds = split_views(self.projection_head(encoded.pooler_output))
-            if embeds_only:
-                return CANForPreTrainingOutput(image_embeds=image_embeds)
+        losses = self._losses(pixel_values, noise, mask, image_embeds, logits, terms) if return_loss and terms else {}
+        return CANForPreTrainingOutput(
+            **losses,
+            logits=logits,
+            mask=mask,
+            ids_restore=views(encoded.ids_restore),
+            image_embeds=image_embeds,
+            hidden_states=views(encoded.hidden_states),
+            attentions=views(encoded.attentions),
+        )
 
-        if config.uses_decoder:
-            logits = split_views(self._decode(encoded, pixel_values, noise_level))
+    def _losses(self, pixel_values, noise, mask, image_embeds, logits, terms) -> dict[str, torch.Tensor]:
+        """The terms, each unweighted, and `loss`, their weighted sum."""
+        config, losses = self.config, {}
+        if config.contrastive_loss_weight > 0 and "contrastive" in terms:  # C
+            losses["contrastive_loss"] = contrastive_loss(image_embeds, config.temperature)
 
-        predicted = {
-            "logits": logits,
-            "mask": mask,
-            "ids_restore": split_views(encoded.ids_restore),
-            "image_embeds": image_embeds,
-            "hidden_states": split_all(encoded.hidden_states),
-            "attentions": split_all(encoded.attentions),
-        }
-        if not return_loss:
-            return CANForPreTrainingOutput(**predicted)
-        contrastive = reconstruction = denoising = None
-        loss = 0
-
-        if config.contrastive_loss_weight > 0:  # C
-            if image_embeds_grad is None:
-                contrastive = contrastive_loss(image_embeds, config.temperature)
-            else:
-                contrastive = (image_embeds * image_embeds_grad).sum()
-            loss = loss + weights["contrastive_loss"] * contrastive
-
-        if config.uses_decoder:  # the clean pixels where the encoder saw nothing, the noise where it saw it
+        if logits is not None:  # the clean pixels where the encoder saw nothing, the noise where it saw it
             # Deviation: the authors' release takes the noised image as the target of masked patches, whose noise
             # nothing that the encoder sees can tell.
             target = patchify(pixel_values.float(), config.patch_shape)
@@ -683,22 +683,12 @@ class CANForPreTraining(CANPreTrainedModel):
             if noise is not None:
                 target = torch.where(mask[..., None] == 1, target, patchify(noise, config.patch_shape))
             errors = patch_errors(logits, target)
-
-        if config.reconstruction_loss_weight > 0:  # A
-            reconstruction = masked_mean(errors, mask)
-            loss = loss + weights["reconstruction_loss"] * reconstruction
-
-        if config.denoising_loss_weight > 0:  # N
-            denoising = masked_mean(errors, 1 - mask)
-            loss = loss + weights["denoising_loss"] * denoising
-
-        return CANForPreTrainingOutput(
-            loss=loss,
-            contrastive_loss=contrastive,
-            reconstruction_loss=reconstruction,
-            denoising_loss=denoising,
-            **predicted,
-        )
+            if config.reconstruction_loss_weight > 0 and "reconstruction" in terms:  # A
+                losses["reconstruction_loss"] = masked_mean(errors, mask)
+            if config.denoising_loss_weight > 0 and "denoising" in terms:  # N
+                losses["denoising_loss"] = masked_mean(errors, 1 - mask)
+        loss = sum(config.loss_weights[name] * value for name, value in losses.items())
+        return {"loss": loss, **losses} if losses else {}
 
     def freeze_unused_parameters(self) -> list[str]:
         """
@@ -722,14 +712,14 @@ class CANForPreTraining(CANPreTrainedModel):
             part.requires_grad_(False)
         return list(unused)
 
-    def _encode(self, pixel_values, masking_scores, interpolate_pos_encoding, **kwargs):
-        """All views in one batch through the encoder; and the function that gives a result its axis of views back."""
+    def _encode(self, pixel_values, masking_scores, interpolate_pos_encoding, **kwargs) -> CANModelOutput:
+        """All views in one batch through the encoder."""
         if masking_scores is not None and masking_scores.shape[:2] != pixel_values.shape[:2]:
             raise ValueError(
                 f"masking_scores has shape {tuple(masking_scores.shape)}; give (batch_size, num_views, num_patches) "
                 f"with {tuple(pixel_values.shape[:2])} in front"
             )
-        encoded = self.can(
+        return self.can(
             pixel_values.flatten(0, 1),
             mask_ratio=self.config.mask_ratio,
             masking_scores=None if masking_scores is None else masking_scores.flatten(0, 1),
@@ -737,7 +727,6 @@ class CANForPreTraining(CANPreTrainedModel):
             return_dict=True,  # whatever the configuration says
             **kwargs,
         )
-        return encoded, lambda tensor: tensor.unflatten(0, pixel_values.shape[:2])
 
     def _decode(self, encoded: CANModelOutput, pixel_values: torch.Tensor, noise_level: torch.Tensor | None):
         """Predictions `(batch_size * num_views, num_patches, pixels_per_patch)`."""

@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils._triton import has_triton
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .losses import contrastive_loss
+
 
 def mixed_precision(choice: str) -> str:
     """bf16 by default on GPUs that have it; never on a CPU, where it can be hundreds of times slower than fp32."""
@@ -177,7 +179,7 @@ def accumulated_backward(model, micro_batches: list, backward, no_sync) -> dict[
     return _joined(results)
 
 
-def cached_backward(model, micro_batches: list, backward, no_sync, contrast) -> dict[str, torch.Tensor]:
+def cached_backward(model, micro_batches: list, backward, no_sync, config) -> dict[str, torch.Tensor]:
     """
     Forward and backward of one optimiser step over micro-batches, with the loss and the gradient of one large batch
     and the activations of one micro-batch (GradCache, arXiv 2101.06983). The first pass embeds every micro-batch
@@ -190,7 +192,7 @@ def cached_backward(model, micro_batches: list, backward, no_sync, contrast) -> 
         micro_batches (`list[callable]`): Each gives the inputs of the model, the same ones from the same random state.
         backward (callable): Back-propagates a loss.
         no_sync (callable): A context that leaves out the exchange of gradients between processes.
-        contrast (callable): `image_embeds -> loss`: `contrastive_loss` at the model's temperature.
+        config (`CANConfig`): The model's.
 
     Returns:
         The losses of this process's images, each unweighted, and `image_embeds`; all without a graph.
@@ -199,18 +201,20 @@ def cached_backward(model, micro_batches: list, backward, no_sync, contrast) -> 
     with torch.no_grad():
         for make in micro_batches:
             replays.append(rng_state())
-            embeds.append(model(**make(), embeds_only=True).image_embeds)
+            embeds.append(model(**make(), terms=()).image_embeds)
     whole = torch.cat(embeds).requires_grad_()
-    contrastive = contrast(whole)
+    contrastive = contrastive_loss(whole, config.temperature)
     (gradient,) = torch.autograd.grad(contrastive, whole)
 
     results, gradients = [], gradient.split([len(part) for part in embeds])
     for index, (make, replay) in enumerate(zip(micro_batches, replays, strict=True)):
         set_rng_state(replay)
         with no_sync() if index + 1 < len(micro_batches) else contextlib.nullcontext():
+            output = model(**make(), terms=("reconstruction", "denoising"))
             # The division makes means of reconstruction and denoising; the parts of this gradient add up as they are.
-            output = model(**make(), image_embeds_grad=gradients[index] * len(micro_batches))
-            backward(output.loss / len(micro_batches))
+            linear = (output.image_embeds * (gradients[index] * len(micro_batches))).sum()  # has this gradient
+            loss = config.loss_weights["contrastive_loss"] * linear
+            backward((loss if output.loss is None else loss + output.loss) / len(micro_batches))
         results.append({**_without_graph(output), "contrastive_loss": contrastive.detach()})
     return _joined(results)
 

@@ -9,8 +9,7 @@ import pytest
 from fsspec.implementations.zip import ZipFileSystem
 from test_data import identity, picture, read
 
-from modeling_can import data
-from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data import ImageSource, ViewStream, reading
 
 
 @pytest.fixture()
@@ -27,7 +26,7 @@ def test_the_index_of_a_zip_is_read_once_and_not_for_every_image(zipped, monkeyp
     folder, crcs = zipped
     source, opened, init = ImageSource(str(folder)), [], ZipFileSystem.__init__
     monkeypatch.setattr(ZipFileSystem, "__init__", lambda self, *a, **k: opened.append(1) or init(self, *a, **k))
-    data.open_archive.cache_clear()
+    reading.open_archive.cache_clear()
     stream = iter(ViewStream(source, identity))
     assert sorted(int(sample["views"]) for sample in itertools.islice(stream, 24)) == crcs
     num_listings = len(opened)  # datasets lists the archive
@@ -40,21 +39,23 @@ def test_forked_workers_open_the_zip_for_themselves(zipped):
     folder, crcs = zipped
     source = ImageSource(str(folder))
     read(ViewStream(source, identity), 2)  # opens it in this process
-    assert data.open_archive.cache_info().currsize
+    assert reading.open_archive.cache_info().currsize
     for _ in range(3):
         assert sorted(read(ViewStream(source, identity), 48, num_workers=2)) == sorted(2 * crcs)
 
 
 def test_a_zip_is_opened_anew_after_a_connection_error(zipped, monkeypatch):
-    monkeypatch.setattr(data, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr("modeling_can.data.sources.RETRY_SECONDS", (0, 0))
     folder, crcs = zipped
     source, image = ImageSource(str(folder)), {"bytes": None, "path": f"zip://00.jpg::{folder}/a.zip"}
-    data.open_archive.cache_clear()
+    reading.open_archive.cache_clear()
     assert zlib.crc32(source.fetch(image)) in crcs
-    data.open_archive(os.getpid(), "zip", f"{folder}/a.zip").zip.fp.close()  # what a dropped connection leaves behind
+    reading.open_archive(
+        os.getpid(), "zip", f"{folder}/a.zip"
+    ).zip.fp.close()  # what a dropped connection leaves behind
 
     def fails(*arguments, **options):
         raise ConnectionError("reset")
 
-    data.open_archive(os.getpid(), "zip", f"{folder}/a.zip").open = fails
+    reading.open_archive(os.getpid(), "zip", f"{folder}/a.zip").open = fails
     assert zlib.crc32(source.fetch(image)) in crcs

@@ -14,8 +14,8 @@ from kornia.filters import gaussian_blur2d
 from scipy.stats import ks_2samp
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modeling_can import augmentations
-from modeling_can.augmentations import Augmentation, blur_with_convolutions, blur_with_products, random_boxes
+from modeling_can.data import augmentations
+from modeling_can.data.augmentations import Augmentation, blur_with_convolutions, blur_with_products, random_boxes
 
 
 ALL_ON = dict(

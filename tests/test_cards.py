@@ -408,7 +408,7 @@ def test_the_kept_model_loads_in_full_and_is_small():
 
 def test_the_kept_model_tells_pictures_apart_that_it_has_not_seen():
     """Which photograph is a bundled tile from? Better than the same encoder untrained."""
-    tiles = datasets.load_dataset("parquet", data_dir=str(ROOT / "modeling_can" / "sample_data"))
+    tiles = datasets.load_dataset("parquet", data_dir=str(ROOT / "modeling_can" / "data" / "sample_data"))
     processor = AutoImageProcessor.from_pretrained(KEPT)
     torch.manual_seed(0)
     accuracy = []

@@ -20,10 +20,11 @@ from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-from modeling_can import data
-from modeling_can.augmentations import Augmentation
 from modeling_can.data import ImageSource, ViewStream, encoded, mean_and_std, view_loader
-from modeling_can.views import BadImage, RandomCrops, decode, random_box
+from modeling_can.data import sources as sources_of_images
+from modeling_can.data.augmentations import Augmentation
+from modeling_can.data.crops import RandomCrops, random_box
+from modeling_can.data.decoding import BadImage, decode
 
 
 def picture(size=(40, 30), color=(200, 30, 90), mode="RGB", **options) -> bytes:
@@ -201,7 +202,7 @@ def test_a_decoded_picture_keeps_its_transparency():
 
 
 def test_a_damaged_picture_in_a_decoded_stream_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: pytest.fail("waits"))
+    monkeypatch.setattr(sources_of_images.time, "sleep", lambda seconds: pytest.fail("waits"))
     features = Features({"image": ImageFeature()})
     rows = {"image": [{"bytes": picture(), "path": None}, {"bytes": b"no picture", "path": None}]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
@@ -530,11 +531,12 @@ def test_large_jpegs_are_decoded_smaller_without_a_visible_difference(orientatio
     make = RandomCrops((64, 64))
     views = make(encoded).float()
     sizes = []
-    monkeypatch.setattr("modeling_can.views.simplejpeg.decode_jpeg", lambda *_, **s: sizes.append(s) or 1 / 0)
+    decode_jpeg = "modeling_can.data.decoding.simplejpeg.decode_jpeg"
+    monkeypatch.setattr(decode_jpeg, lambda *_, **s: sizes.append(s) or 1 / 0)
     with pytest.raises(BadImage, match="ZeroDivisionError"):
         make(encoded)
     assert 64 < sizes[0]["min_height"] < 600 and sizes[0]["min_height"] < sizes[0]["min_width"]
-    monkeypatch.setattr("modeling_can.views.simplejpeg.decode_jpeg", lambda *_, **s: (_ for _ in ()).throw(ValueError))
+    monkeypatch.setattr(decode_jpeg, lambda *_, **s: (_ for _ in ()).throw(ValueError))
     assert abs(make(encoded) - views).max() < 9  # through Pillow, at full size
 
 

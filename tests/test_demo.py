@@ -22,7 +22,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from demo.app import QUICKSTART, Demo, build, enlarged, main, write_examples
 from demo.screenshot import chromium, running_app, wait_for_pictures
 from modeling_can.configuration_can import num_visible_patches
-from modeling_can.views import BadImage
+from modeling_can.data.decoding import BadImage
 from modeling_can.visualization import reconstruct, true_colours
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import run_pretraining
 from modeling_can import diagnostics, modeling_can
+from modeling_can.data.crops import RandomCrops
 from modeling_can.diagnostics import (
     check_disk,
     check_positives,
@@ -25,7 +26,6 @@ from modeling_can.diagnostics import (
 )
 from modeling_can.losses import contrastive_loss, normalize_patches, patch_errors
 from modeling_can.pretraining import builders
-from modeling_can.views import RandomCrops
 
 
 TOY = ["--per_device_train_batch_size=8", "--hidden_size=32", "--num_hidden_layers=1", "--num_attention_heads=2",

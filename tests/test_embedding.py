@@ -25,10 +25,10 @@ from test_remote import FaultyServer, impatient  # noqa: F401
 from tqdm import tqdm
 
 from modeling_can.data import ImageSource
+from modeling_can.data.decoding import BadImage, decode
 from modeling_can.evaluation import embed as embedding
 from modeling_can.evaluation import part_files
 from modeling_can.evaluation.embed import embed, end_with
-from modeling_can.views import BadImage, decode
 
 
 NUM_IMAGES, PER_SHARD = 90, 18

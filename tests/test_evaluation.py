@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from modeling_can.data.decoding import decode
 from modeling_can.evaluation import few_shot
 from modeling_can.evaluation.features import Extractor, Pictures, Processes, cached
 from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
@@ -26,7 +27,6 @@ from modeling_can.evaluation.probe import Probe
 from modeling_can.evaluation.scores import bootstrap_interval
 from modeling_can.evaluation.sets import Split, hold_out, load_labelled
 from modeling_can.metrics import Accuracy
-from modeling_can.views import decode
 
 
 def blobs(num: int, num_classes: int = 3, width: int = 16, seed: int = 0, spread: float = 1.5):

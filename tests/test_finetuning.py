@@ -35,7 +35,8 @@ from transformers import (
 )
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining
-from modeling_can.augmentations import OPERATIONS, RandAugment
+from modeling_can.data.augmentations import OPERATIONS, RandAugment
+from modeling_can.data.crops import RandomCrops
 from modeling_can.evaluation import classifier, finetuning, linear_sgd, training_images
 from modeling_can.evaluation.classifier import class_predictions, layer_groups
 from modeling_can.evaluation.encoders import Preprocessor, load_encoder, load_preprocessor
@@ -44,7 +45,6 @@ from modeling_can.evaluation.finetuning import FineTuning, finetune
 from modeling_can.evaluation.linear_sgd import Heads, linear_probe_sgd, train_step
 from modeling_can.evaluation.sets import Split, hold_out
 from modeling_can.evaluation.training_images import epochs, mix
-from modeling_can.views import RandomCrops
 
 
 COLOURS = {"red": (220, 60, 60), "green": (60, 220, 60), "blue": (60, 60, 220), "grey": (120, 120, 120)}

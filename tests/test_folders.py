@@ -16,11 +16,10 @@ from test_data import identity, picture, read
 from test_run_pretraining import TOY
 
 import run_pretraining
-from modeling_can import folders
-from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data import ImageSource, ViewStream, folders
+from modeling_can.data.folders import image_extensions, load_arguments
 from modeling_can.evaluation.sets import load_labelled
 from modeling_can.evaluation.settings import parse
-from modeling_can.folders import image_extensions, load_arguments
 from modeling_can.recipe import Recipe, parse_arguments, parse_value
 
 

@@ -9,8 +9,8 @@ import zipfile
 import pytest
 from test_data import PHOTO
 
-from modeling_can.formats import describe
-from modeling_can.views import BadImage, decode
+from modeling_can.data.decoding import BadImage, decode
+from modeling_can.data.formats import describe
 
 
 def tiff(bands: int, bits: int, sample_format: int = 1) -> bytes:

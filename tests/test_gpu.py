@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
 from modeling_can import CANForPreTraining, CANModel
-from modeling_can.losses import contrastive_loss
+from modeling_can.pretraining.checkpoints import Checkpoints
 from modeling_can.training import (
-    Checkpoints,
     MetricAverage,
     NonFiniteGuard,
     accumulated_backward,
@@ -180,7 +179,7 @@ def test_the_same_seed_draws_the_same_noise_and_masks(dtype):
 
 def augmentation():
     """Every step, each often."""
-    from modeling_can.augmentations import Augmentation
+    from modeling_can.data.augmentations import Augmentation
 
     return Augmentation(blur_kernel_size=7, greyscale_probability=0.3, solarize_probability=0.3)
 
@@ -257,7 +256,7 @@ def test_a_step_never_waits_for_the_device(how, caching):
     guard, average = NonFiniteGuard(optimizer), MetricAverage(lambda tensor: tensor)
     backward = accumulated_backward
     if caching:
-        backward = partial(cached_backward, contrast=partial(contrastive_loss, temperature=0.1))
+        backward = partial(cached_backward, config=model.config)
     views = torch.randint(256, (2 if caching else 1, BATCH, 2, 3, 64, 64), dtype=torch.uint8)
     views = views.pin_memory() if ON_GPU else views
 
@@ -397,7 +396,7 @@ def test_gradient_caching_is_one_large_batch(check, how):
         [lambda half=half: {name: x.chunk(2)[half] for name, x in batch.items()} for half in range(2)],
         backward=torch.Tensor.backward,
         no_sync=contextlib.nullcontext,
-        contrast=partial(contrastive_loss, temperature=model.config.temperature),
+        config=model.config,
     )
     terms["loss"] = sum(getattr(model.config, f"{name}_weight") * terms[name] for name in LOSSES[1:])
     check(found(model, terms), whole, FP32)

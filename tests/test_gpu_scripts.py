@@ -164,7 +164,7 @@ def test_a_run_of_the_study_that_is_killed_leaves_whole_files_and_goes_on(copy, 
     for path in (*kept.iterdir(), kept):  # as files that came back may be
         path.chmod(0o555 if path.is_dir() else 0o444)
     flags = ["--scale", "smoke", "--stage", "evaluate", "report", "--weights", str(out)]
-    flags += ["--data", str(copy / "modeling_can" / "sample_data")]
+    flags += ["--data", str(copy / "modeling_can" / "data" / "sample_data")]
     environment = {**os.environ, "GIT_COMMIT": COMMIT, "PYTHONPATH": str(copy)}
     command = [sys.executable, str(copy / "benchmarks" / "claims.py"), *flags]
     subprocess.run(command, env=environment, cwd=copy, check=True, stdout=subprocess.DEVNULL)

@@ -11,9 +11,8 @@ import datasets
 import pytest
 import torch
 
-from modeling_can import loading
-from modeling_can.data import ImageSource, ViewStream
-from modeling_can.loading import Patient, view_loader, worker_options
+from modeling_can.data import ImageSource, ViewStream, loading
+from modeling_can.data.loading import Patient, view_loader, worker_options
 
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +82,7 @@ def test_a_temporary_folder_too_long_for_a_socket_is_refused(monkeypatch):
 
 
 def rows(number: int) -> datasets.Dataset:
-    encoded = (ROOT / "modeling_can" / "sample_data").glob("*.parquet")
+    encoded = (ROOT / "modeling_can" / "data" / "sample_data").glob("*.parquet")
     tiles = datasets.Dataset.from_parquet(str(sorted(encoded)[0])).cast_column("image", datasets.Image(decode=False))
     return tiles.select(range(number)).select_columns(["image"])
 
@@ -128,7 +127,9 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers, number", [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGINT)])
 def test_a_stop_signal_ends_a_wait_for_data(tmp_path, num_workers, number):
-    (tmp_path / "stall.py").write_text(STALL.format(root=str(ROOT), tiles=str(ROOT / "modeling_can" / "sample_data")))
+    (tmp_path / "stall.py").write_text(
+        STALL.format(root=str(ROOT), tiles=str(ROOT / "modeling_can" / "data" / "sample_data"))
+    )
     flags = [*TINY, "--max_steps", "100", "--save_steps", "2", "--shuffle_block_size", "8", "--logging_steps", "1"]
     flags += ["--dataloader_num_workers", str(num_workers), "--output_dir", str(tmp_path / "out")]
     process = subprocess.Popen(

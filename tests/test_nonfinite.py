@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PLANT = """
 import os, sys, torch
 import run_pretraining
-from modeling_can.augmentations import Augmentation
+from modeling_can.data.augmentations import Augmentation
 
 value, rank, step, *argv = sys.argv[1:]
 forward, calls = Augmentation.forward, []

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import run_pretraining
-from modeling_can.losses import contrastive_loss
 from modeling_can.pretraining.builders import keep_sharding_exact
 from modeling_can.pretraining.step import total_norm
 from modeling_can.training import accumulated_backward, cached_backward, learning_rate, parameter_groups
@@ -35,7 +34,7 @@ def train(wrap, rank=0, num_processes=1, num_micro_batches=1) -> dict[str, list[
     record = {name: [] for name in ("contrastive_loss", "reconstruction_loss", "denoising_loss", "grad_norm")}
     backward = accumulated_backward
     if num_micro_batches > 1:
-        backward = partial(cached_backward, contrast=partial(contrastive_loss, temperature=config.temperature))
+        backward = partial(cached_backward, config=config)
     for step in range(STEPS):
         batch = inputs(config, BATCH, seed=step)
         num_parts = num_processes * num_micro_batches

@@ -17,9 +17,10 @@ from huggingface_hub import HfApi, snapshot_download
 from test_parallel import shard
 
 import run_pretraining
-from modeling_can import CANForPreTraining, push
+from modeling_can import CANForPreTraining
+from modeling_can.hub import push
+from modeling_can.hub.push import Push
 from modeling_can.pretraining.checkpoints import Checkpoints
-from modeling_can.push import Push
 from modeling_can.recipe import Recipe, parse_arguments
 
 
@@ -327,7 +328,7 @@ def test_the_script_with(hub, tmp_path, capfd, strategy):
 PROCESS = """
 import sys
 import run_pretraining
-from modeling_can import push
+from modeling_can.hub import push
 from modeling_can.pretraining import results
 push.PAUSES, push.REQUEST_SECONDS, push.CHECK_SECONDS, results.WAIT_SECONDS = (0.1,), 1.0, 2.0, 3.0
 run_pretraining.main(sys.argv[1:])

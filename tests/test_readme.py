@@ -70,7 +70,9 @@ def test_two_hundred_pictures_become_a_classifier(tmp_path):
     """The walk-through, then the ways to fine-tune and the first screen's snippet, on the model that it leaves."""
     for name in ("run_pretraining.py", "run_eval.py", "modeling_can", "model_cards"):
         (tmp_path / name).symlink_to(ROOT / name)
-    tiles = load_dataset("parquet", data_files=str(ROOT / "modeling_can/sample_data/train-*.parquet"), split="train")
+    tiles = load_dataset(
+        "parquet", data_files=str(ROOT / "modeling_can/data/sample_data/train-*.parquet"), split="train"
+    )
     for label, name in enumerate(tiles.features["label"].names[:10]):
         rows = np.random.default_rng(0).permutation(np.flatnonzero(np.array(tiles["label"]) == label))[:20]
         for index, row in enumerate(rows):

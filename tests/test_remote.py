@@ -14,8 +14,8 @@ import pytest
 from test_data import identity
 from test_resume import sources  # noqa: F401
 
-from modeling_can import data
 from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data import sources as sources_of_images
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
@@ -83,8 +83,8 @@ def server(sources):  # noqa: F811
 @pytest.fixture()
 def impatient(monkeypatch):
     """The waits and time-outs of tests."""
-    monkeypatch.setattr(data, "RETRY_SECONDS", (0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.8))
-    monkeypatch.setattr(data, "STALL_SECONDS", 1)
+    monkeypatch.setattr(sources_of_images, "RETRY_SECONDS", (0.1, 0.1, 0.2, 0.2, 0.4, 0.4, 0.8))
+    monkeypatch.setattr(sources_of_images, "STALL_SECONDS", 1)
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])

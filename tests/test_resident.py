@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from test_data import picture
 
 import run_pretraining
-from modeling_can import resident
-from modeling_can.data import ImageSource, ViewStream, resume, view_loader
-from modeling_can.folders import SAMPLE_DATA
-from modeling_can.resident import CropPlan, ResidentLoader, crop, read_images, resident_images
-from modeling_can.views import RandomCrops
+from modeling_can.data import ImageSource, ViewStream, resident, resume, view_loader
+from modeling_can.data.crops import RandomCrops
+from modeling_can.data.folders import SAMPLE_DATA
+from modeling_can.data.resident import CropPlan, ResidentLoader, crop, read_images, resident_images
 
 
 CPU = torch.device("cpu")

@@ -32,8 +32,11 @@ from transformers import ViTImageProcessorPil
 
 import run_eval
 import run_pretraining
-from modeling_can.augmentations import Augmentation
+from modeling_can import training
 from modeling_can.data import ImageSource, ViewStream
+from modeling_can.data.augmentations import Augmentation
+from modeling_can.data.crops import RandomCrops, random_box
+from modeling_can.data.decoding import BadImage, decode
 from modeling_can.diagnostics import embedding_spread
 from modeling_can.evaluation import command, entries, few_shot, finetuning, linear, linear_sgd, protocol, robustness
 from modeling_can.evaluation.embed import embed
@@ -48,7 +51,6 @@ from modeling_can.pretraining import builders, feed, probing
 from modeling_can.pretraining import step as a_step
 from modeling_can.recipe import Recipe
 from modeling_can.training import MetricAverage, interlude, parameter_groups
-from modeling_can.views import BadImage, RandomCrops, decode, random_box
 
 
 def test_drawn_noise_is_normal_with_a_level_of_its_own_for_each_view():
@@ -86,7 +88,7 @@ def noise_file(seed, size=(64, 48)):
 
 def test_pictures_of_one_size_have_different_boxes(monkeypatch):
     boxes = []
-    monkeypatch.setattr("modeling_can.views.random_box", lambda *a: boxes.append(random_box(*a)) or boxes[-1])
+    monkeypatch.setattr("modeling_can.data.crops.random_box", lambda *a: boxes.append(random_box(*a)) or boxes[-1])
     make = RandomCrops((16, 16))
     for seed in (0, 1):
         make(noise_file(seed))
@@ -162,10 +164,10 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
             updates.append(([(g["lr"], tuple(g["betas"]), g["weight_decay"]) for g in self.param_groups], norm.item()))
             return super().step(*arguments, **options)
 
-    contrast, stream = a_step.contrastive_loss, feed.ViewStream
+    contrast, stream = training.contrastive_loss, feed.ViewStream
     monkeypatch.setattr(torch.optim, "AdamW", Spied)
     monkeypatch.setattr(
-        a_step,
+        training,
         "contrastive_loss",
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )
@@ -207,7 +209,7 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
 
 SEEDS = """
 import os, sys, torch, run_pretraining
-from modeling_can.augmentations import Augmentation
+from modeling_can.data.augmentations import Augmentation
 from modeling_can.training import MetricAverage
 
 forward = Augmentation.forward

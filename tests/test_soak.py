@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modeling_can.data import ImageSource, ViewStream, view_loader
-from modeling_can.views import RandomCrops
+from modeling_can.data.crops import RandomCrops
 
 
 @pytest.mark.soak

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from ..configuration_can import CANConfig
-from ..hub import check_new_folder, export_card, new_folder
+from ..files import check_new_folder, new_folder
+from ..hub import export_card
 from ..modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel
 from .importing import copy_weights, to_can
 from .names import DINOV2, ENCODER_FIELDS, TIMM, TIMM_ACTIVATIONS, VIT, join_qkv, their_name

@@ -10,8 +10,9 @@ import numpy as np
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..files import write
-from ..hub import run_facts, update_card
+from ..hub import update_card
 from ..progress import tell
+from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
 from ..training import mixed_precision
 from .embed import embed_task

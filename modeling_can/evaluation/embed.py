@@ -20,10 +20,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..data import ImageSource, append_line, ledger_line, refuse_bad
+from ..data.decoding import BadImage
+from ..data.loading import Patient, handed_over, worker_options
 from ..files import write
-from ..loading import Patient, handed_over, worker_options
 from ..progress import tell
-from ..views import BadImage
 from .encoders import pooled
 from .entries import load
 from .part_files import LEDGER, Unit, begin, part_files, read_ledger, schema_of, totals, unit_of

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from .. import __version__
+from ..data.decoding import DECODING, decode
 from ..progress import quiet
-from ..views import DECODING, decode
 
 
 # Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.

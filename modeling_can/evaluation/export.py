@@ -10,10 +10,10 @@ from transformers import AutoModelForImageClassification
 
 from ..configuration_can import CANConfig
 from ..conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
-from ..files import write
-from ..hub import check_new_folder, classifier_card, new_folder
+from ..data.decoding import decode
+from ..files import check_new_folder, new_folder, write
+from ..hub import classifier_card
 from ..progress import quiet
-from ..views import decode
 from .classifier import class_predictions
 from .encoders import load_model
 from .features import Extractor

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..data import located, read_bytes
-from ..loading import Patient, worker_options
-from ..views import BadImage
+from ..data.decoding import BadImage
+from ..data.loading import Patient, worker_options
 from .sets import Split
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from datasets import ReadInstruction, load_dataset
 
-from ..folders import load_arguments, resolve_name
+from ..data.folders import load_arguments, resolve_name
 from ..recipe import load_yaml
 
 

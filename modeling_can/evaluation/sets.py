@@ -14,8 +14,8 @@ import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 from ..data import located, read_bytes
-from ..faults import load, refuse_other_than_images, refuse_unwritable_cache
-from ..folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
+from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cache
+from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 
 
 __all__ = ["LabelledSet", "Split", "by_class", "hold_out", "load_labelled", "load_split"]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from ..augmentations import RandAugment, random_boxes
-from ..loading import Patient, worker_options
-from ..views import RandomCrops
+from ..data.augmentations import RandAugment, random_boxes
+from ..data.crops import RandomCrops
+from ..data.loading import Patient, worker_options
 from .encoders import Preprocessor
 from .features import Pictures
 from .sets import Split

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import ViTImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from ..augmentations import Augmentation
 from ..conversion import normalisation, warm_start
 from ..data import ImageSource
+from ..data.augmentations import Augmentation
+from ..data.crops import RandomCrops
 from ..evaluation.encoders import Preprocessor
 from ..evaluation.probe import Probe
 from ..modeling_can import CANForPreTraining
@@ -24,7 +25,6 @@ from ..progress import tell
 from ..recipe import Recipe
 from ..rendezvous import INIT_METHOD
 from ..training import compile_model, how_to_compile, interlude, mixed_precision, parameter_groups
-from ..views import RandomCrops
 from .checkpoints import whole_state
 from .plan import Plan
 

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 
 from ..data import ImageSource, ViewStream, ledger_lines
-from ..loading import Patient, resume, view_loader
+from ..data.loading import Patient, resume, view_loader
+from ..data.resident import ResidentLoader, resident_images
 from ..recipe import Recipe
-from ..resident import ResidentLoader, resident_images
 from ..training import DataWait, StopSignals
 from .builders import augmentation, view_maker
 

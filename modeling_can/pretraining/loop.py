@@ -13,8 +13,8 @@ from accelerate.utils import set_seed
 from transformers import ViTImageProcessor
 
 from ..data import ImageSource, ViewStream, mean_and_std
+from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
-from ..push import STOP_SECONDS, Push
 from ..recipe import Recipe
 from ..training import StoppedWaiting, StopSignals, rng_state, set_rng_state
 from . import results
@@ -92,13 +92,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     accelerator = processes(recipe)
     compiled, is_main = compilation(recipe, accelerator), accelerator.is_main_process
     own_folder = lock(output_dir) if is_main and not recipe.preflight else None
-    checkpoints = Checkpoints(
-        output_dir / "checkpoints",
-        recipe.save_total_limit,
-        accelerator.process_index,
-        accelerator.num_processes,
-        all_agree=partial(_all_agree, accelerator),
-    )
+    checkpoints = _checkpoints(recipe, accelerator)
     checkpoint = recipe.resume_from_checkpoint and checkpoints.find(recipe.resume_from_checkpoint)
     push = Push(output_dir, recipe.repo_id, recipe.hub_private) if recipe.push_to_hub and is_main else None
     _tell(push and push.check())
@@ -129,10 +123,8 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     progress = shared["progress"]
     if checkpoint and is_main:
         feed.cut_ledger(progress["ledger_bytes"])
-    _tell(
-        recipe.resume_from_checkpoint and not checkpoint and is_main
-        and f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0"
-    )  # fmt: skip
+    if recipe.resume_from_checkpoint and not checkpoint and is_main:
+        tell(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
     accelerator.wait_for_everyone()  # until the ledger is cut
     feed.read_ledger()
     parts = Run(
@@ -161,14 +153,10 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     exact = feed.start([process["loader"] for process in own])  # first: starting workers draws a random number
     if checkpoint:
         remarks = resume(parts, first_step, weights, shared, own, exact)
-        as_ever = "from here on the run is what it would have been without the interruption"
-        _tell(is_main and f"resumed from {checkpoint} at step {first_step}; {'; '.join(remarks) or as_ever}")
+        _tell(is_main and f"resumed from {checkpoint} at step {first_step}; {remarks}")
     del weights, shared, own  # as large as the model and its optimizer once more
     if recipe.preflight:
-        num_steps = plan.max_steps - first_step
-        is_ready = Preflight(recipe, accelerator, feed, trained, train_step, parts.stop, num_steps)()
-        accelerator.end_training()
-        sys.exit(0 if is_ready else 1)
+        preflight(parts, plan.max_steps - first_step)
     if recipe.probe_dataset_name and not checkpoint:
         parts.log.probes |= {"raw pixels": parts.probing.raw_pixels(), "untrained encoder": parts.probing.encoder()}
     parts.log.open_files()
@@ -177,6 +165,14 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     if own_folder:
         unlock(own_folder)
     return found
+
+
+def preflight(run: Run, num_steps: int):
+    """Ends the process."""
+    parts = (run.recipe, run.accelerator, run.feed, run.trained, run.train_step, run.stop)
+    is_ready = Preflight(*parts, num_steps)()
+    run.accelerator.end_training()
+    sys.exit(0 if is_ready else 1)
 
 
 def train(run: Run, first_step: int):
@@ -210,6 +206,16 @@ def train(run: Run, first_step: int):
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
+def _checkpoints(recipe: Recipe, accelerator: Accelerator) -> Checkpoints:
+    return Checkpoints(
+        Path(recipe.output_dir) / "checkpoints",
+        recipe.save_total_limit,
+        accelerator.process_index,
+        accelerator.num_processes,
+        all_agree=partial(_all_agree, accelerator),
+    )
+
+
 def save(run: Run, step: int, stopping: bool, regular: bool):
     """A checkpoint after so many steps; called by all processes. One that fails ends the run only where it stops."""
     saved = None
@@ -237,9 +243,9 @@ def checkpoint(run: Run, step: int) -> Path:
     return run.checkpoints.save(step, weights, shared, own, best and best["step"])
 
 
-def resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dict], exact: bool) -> list[str]:
+def resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dict], exact: bool) -> str:
     """
-    Weights, optimizer and random numbers of a checkpoint; returns what is other than it would have been.
+    Weights, optimizer and random numbers of a checkpoint; returns what is other than it would have been, in words.
 
     Args:
         weights, shared, own: As of `Checkpoints.load`.
@@ -264,7 +270,7 @@ def resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dic
             f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are exact, "
             "the order of the data and the random numbers are new"
         )
-    return remarks
+    return "; ".join(remarks) or "from here on the run is what it would have been without the interruption"
 
 
 # --- Stopping --------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging as transformers_logging
 
+from ..data.folders import SAMPLE_DATA
 from ..diagnostics import duration, peak_memory, reachable_gain, training_flops
 from ..files import write
-from ..folders import SAMPLE_DATA
-from ..hub import run_facts, write_card
+from ..hub import write_card
+from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
 from ..progress import tell
-from ..push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
+from ..provenance import run_facts
 from ..recipe import Recipe
 from ..training import StopSignals
 from ..visualization import curves

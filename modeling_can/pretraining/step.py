@@ -10,7 +10,6 @@ from torch.distributed.tensor import DTensor
 
 from ..configuration_can import CANConfig
 from ..diagnostics import embedding_spread
-from ..losses import contrastive_loss
 from ..recipe import Recipe
 from ..training import NonFiniteGuard, accumulated_backward, cached_backward
 from .plan import Plan
@@ -45,8 +44,7 @@ class TrainStep:
         self.model, self.optimizer, self.accelerator, self.plan = model, optimizer, accelerator, plan
         self.max_grad_norm = recipe.max_grad_norm
         self.guard = NonFiniteGuard(optimizer.optimizer, accelerator.num_processes)
-        contrast = partial(contrastive_loss, temperature=recipe.config.temperature)
-        self._backward = partial(cached_backward, contrast=contrast) if plan.caching else accumulated_backward
+        self._backward = partial(cached_backward, config=recipe.config) if plan.caching else accumulated_backward
 
     def __call__(self, step: int, micro_batches: list, images: list[str]) -> StepOutput:
         """

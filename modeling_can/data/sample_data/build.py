@@ -1,5 +1,7 @@
 """
-Cuts the bundled tiles from photographs that the scikit-image wheel ships: `python modeling_can/sample_data/build.py`.
+Cuts the bundled tiles from photographs that the scikit-image wheel ships:
+
+    python modeling_can/data/sample_data/build.py
 
 Needs scikit-image, which nothing else in this project does. Training tiles come from the left half of each photograph,
 test tiles from the right half, so that no pixel is in both. Writes train-*.parquet and test-*.parquet beside itself.

@@ -19,16 +19,12 @@ from datasets.distributed import split_dataset_by_node
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-from .data import (
-    ImageSource,
-    append_line,
-    image_name,
-    ledger_line,
-    ledger_lines,
-    refuse_bad,
-)
+from .bad_samples import append_line, ledger_line, ledger_lines, refuse_bad
+from .crops import RandomCrops
+from .decoding import BadImage, decode
 from .loading import Patient, approximate_position, outlive_stop_signals, reader_states, worker_options
-from .views import BadImage, RandomCrops, decode
+from .reading import image_name
+from .sources import ImageSource
 
 
 logger = logging.getLogger(__name__)

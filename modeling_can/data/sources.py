@@ -1,30 +1,10 @@
-"""
-Sources of images, and the endless stream of view pairs that the trainer reads from them.
+"""Sources of images."""
 
-Order: the shards of a source are shuffled for every epoch and dealt to the readers (processes x loader workers); where
-there are fewer shards than readers, the rows are dealt instead. A reader passes over its own rows exactly once an
-epoch, in shuffled blocks, and goes on into the next epoch without a gap. So every batch is full on every process, and
-nobody waits for a reader that ran dry.
-
-Resume: a reader's state is where its block began in the source, and how far into the block it is. Restored to as many
-readers it continues with exactly the samples, in exactly the order, of a run that was never interrupted.
-
-Faults: a connection that fails is opened again where it broke off; an image that cannot be used is passed over and
-reported; a shard that is gone stops the run.
-"""
-
-import asyncio
-import copy
-import functools
-import hashlib
 import itertools
-import json
 import logging
 import os
-import sys
 import tarfile
 import time
-import zlib
 from pathlib import Path
 
 import datasets
@@ -32,11 +12,8 @@ import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import torch
-from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
-from PIL import Image, UnidentifiedImageError
 
 from .faults import (
     is_empty_tar,
@@ -60,22 +37,24 @@ from .folders import (
     split_names,
     suffix_of,
 )
-from .loading import resume, view_loader  # noqa: F401  to be imported from here too
+from .reading import connection_errors, encoded, is_gone, located, read_bytes
 from .tars import PartlyDecoded
-from .views import BadImage
 
 
 logger = logging.getLogger(__name__)
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
 RETRY_SECONDS = (1, 5, 20, 60, 120)  # waits before a connection is tried again
-MAX_EMPTY_EPOCHS = 20  # in a row: a reader may be given nothing but empty shards by chance
 STALL_SECONDS = 60  # of silence, after which a connection counts as failed
 
-# datasets reads a broken connection up to 20 times more, 5 s apart, which a tar stream never survives. Instead, the
-# readers here open it anew from where the block began.
-datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
-datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
+
+def retry_here_alone():
+    """
+    datasets reads a broken connection up to 20 times more, 5 s apart, which a tar stream never survives. Instead, the
+    readers here open it anew from where the block began.
+    """
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
 
 
 class ImageSource:
@@ -120,6 +99,7 @@ class ImageSource:
         extra_columns=(),
         config_name=None,
     ):
+        retry_here_alone()
         given = {"dataset_name": dataset_name, "data_dir": data_dir, "data_files": data_files, "dataset": dataset}
         given = {name: value for name, value in given.items() if value is not None and value != ""}
         if len(given) != 1:
@@ -362,227 +342,6 @@ class ImageSource:
         time.sleep(RETRY_SECONDS[num_failures])
 
 
-class ViewStream(torch.utils.data.IterableDataset):
-    """
-    One process's share of a source as an endless stream of `{"views": uint8 (2, C, H, W), "bad": [reason], "image":
-    name}`, to be given to `view_loader` (never to `accelerator.prepare`, which would split it once more).
-
-    An image that cannot be used is passed over. Each reader reports it once, however often the epochs bring it back:
-    the reason in `bad` of the next sample, and at once a line in the ledger, JSON with source, path, SHA-256 of the
-    bytes, reason and detail.
-
-    Args:
-        source (`ImageSource`): Where the images come from.
-        make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)` uint8; raises `BadImage`.
-        seed (`int`): Of the order.
-        process_index, num_processes (`int`): This process among those that share the source.
-        block_size (`int`): Encoded images that a reader holds and shuffles at a time.
-        max_bad_fraction (`float`): Share of bad images above which a reader gives up.
-        ledger (`Path`, *optional*): The file that all readers append bad images to.
-
-    Raises:
-        ValueError: while iterating, when more than `max_bad_fraction` of a reader's images are bad, once it has seen
-            1,000 or come to the end of its own; or when none of them is good.
-        OSError: while iterating, when a shard cannot be read; for a remote one, several attempts were in vain.
-    """
-
-    def __init__(
-        self,
-        source,
-        make_views,
-        seed=0,
-        process_index=0,
-        num_processes=1,
-        block_size=1024,
-        max_bad_fraction=0.01,
-        ledger=None,
-    ):
-        self.source, self.make_views, self.seed = source, make_views, seed
-        self.process_index, self.num_processes = process_index, num_processes
-        self.block_size, self.max_bad_fraction, self.ledger = block_size, max_bad_fraction, ledger
-        self.order = (seed, block_size, source.fingerprint)  # what the order of the images depends on
-        self.begin(epoch=0)
-
-    def begin(self, epoch: int, num_rows: int = 0):
-        """The next iteration starts in this epoch, each reader `num_rows` of its own rows into it."""
-        self._state = {
-            "epoch": epoch,
-            "rows": None,  # where the source stood when the block was read
-            "block": 0,
-            "offset": 0,  # in the block
-            "num_rows": 0,  # of this epoch, before the block
-            "pass_length": None,  # rows of the last epoch that was finished
-            "skip": num_rows,
-            "order": self.order,
-            "num_seen": 0,
-            "num_bad": 0,
-        }
-        self._resumed = True
-
-    def state_dict(self) -> dict:
-        """Where this reader is: after the sample that it gave last."""
-        return copy.deepcopy(self._state)
-
-    def load_state_dict(self, state: dict):
-        self._state = copy.deepcopy(state)
-        self._resumed = True
-
-    def __iter__(self):
-        if not self._resumed:  # a second iteration of the same object starts anew
-            self.begin(epoch=0)
-        self._resumed = False
-        worker = torch.utils.data.get_worker_info()
-        num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
-        return self._read(self.process_index * num_workers + worker_id, self.num_processes * num_workers)
-
-    def _read(self, reader: int, num_readers: int):
-        dataset, state = self.source.dataset, self._state
-        strategy = "shards" if self.source.num_shards >= num_readers else "examples"
-        if strategy == "examples" and reader == 0:
-            logger.warning(
-                "%s has %d shards for %d readers: every reader reads everything and keeps its rows of it",
-                self.source.name, self.source.num_shards, num_readers,
-            )  # fmt: skip
-        bad, line, num_empty = [], "", 0
-        reported = {hash(known) for known in ledger_lines(self.ledger)}  # before this run was resumed
-        while True:
-            epoch = state["epoch"]
-            rows = split_dataset_by_node(dataset, rank=reader, world_size=num_readers, strategy=strategy)
-            # Shuffles the shards, then deals them, with this very number as the seed, alike on all readers. It must be
-            # said to the split set, which starts at epoch 0 (file order) whatever its parent was told.
-            rows.set_epoch(1 + self.seed + 1_000_003 * epoch)
-            for block, rows_after in self.source.blocks(rows, state["rows"], self.block_size):
-                images = self.source.images(block)
-                order = np.random.default_rng((self.seed, epoch, reader, state["block"])).permutation(len(images))
-                skipped = min(state["skip"], len(images))
-                state["skip"] -= skipped
-                for offset in range(max(skipped, state["offset"]), len(images)):
-                    image = images[order[offset]]
-                    state["offset"] = offset + 1
-                    state["num_seen"] += 1
-                    try:
-                        views = self.make_views(self.source.fetch(image), epoch)
-                    except BadImage as error:
-                        state["num_bad"] += 1
-                        place = {}
-                        if not image or not (image["path"] or image["bytes"]):  # nothing else tells it from others
-                            place["row"] = f"reader {reader}, {state['num_seen']}" if epoch == 0 else "met before"
-                        line = ledger_line(self.source.name, image, error, **place)
-                        if hash(line) not in reported:
-                            reported.add(hash(line))
-                            bad.append(error.reason)
-                            append_line(self.ledger, line)
-                        if state["num_seen"] >= 1000:
-                            self._refuse_bad(line, reader, num_readers)
-                        continue
-                    yield {"views": torch.as_tensor(views), "bad": bad, "image": image_name(image)}
-                    bad = []
-                state["num_rows"] += len(images)
-                state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}
-            num_empty = 0 if state["num_rows"] else num_empty + 1
-            if num_empty == MAX_EMPTY_EPOCHS:  # or it would spin for ever
-                raise ValueError(
-                    f"{self.source.name} has no rows for reader {reader} of {num_readers}; start fewer processes, or "
-                    "lower dataloader_num_workers"
-                )
-            if state["num_seen"] and (epoch == 0 or state["num_bad"] == state["num_seen"]):
-                self._refuse_bad(line, reader, num_readers)
-            state |= {"epoch": epoch + 1, "rows": None, "block": 0, "offset": 0, "skip": 0}
-            state |= {"pass_length": state["num_rows"], "num_rows": 0}
-
-    def _refuse_bad(self, last: str, reader: int, num_readers: int):
-        num_bad, num_seen = self._state["num_bad"], self._state["num_seen"]
-        if num_bad == num_seen:
-            raise ValueError(
-                f"{self.source.name} has no usable image among the {num_seen} rows of reader {reader} of {num_readers}"
-                f"; use fewer readers, or check that the files are images. The last bad one: {last}"
-            )
-        refuse_bad(self.source.name, num_bad, num_seen, self.max_bad_fraction, last, self.ledger)
-
-
-def image_name(image: dict) -> str:
-    """What an image is called in messages: its path, or the CRC-32 of its bytes."""
-    return image["path"] or f"crc32:{zlib.crc32(image['bytes']):08x}"
-
-
-def encoded(image) -> dict:
-    """`{"bytes": ..., "path": ...}` of anything that datasets takes for an image; a decoded one as PNG or TIFF."""
-    if isinstance(image, dict):
-        return image
-    if isinstance(image, Image.Image):
-        # A copy has no format, which may be one that loses something; TIFF, which palettes become, no transparency.
-        image = image.convert("RGBA") if "transparency" in image.info else image.copy()
-    try:
-        return datasets.Image().encode_example(image)
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"a {type(image).__name__} is no image; .map() to pictures, arrays, paths or bytes"
-        ) from error
-
-
-def read_bytes(image: dict | None) -> bytes:
-    """
-    The encoded file behind a row of a `datasets.Image(decode=False)` column, `{"bytes": ..., "path": ...}`; the path
-    may also be one that fsspec reads (`https://...`, `zip://a.jpg::b.zip`, `hf://...`).
-
-    Raises:
-        BadImage: `empty` for a row or file without a byte, `missing` for a file that is not there or not to be read.
-        One of `connection_errors()`: for a remote file that cannot be read now, but perhaps later.
-    """
-    if image is None or (image["bytes"] is None and image["path"] is None):
-        raise BadImage("empty", "the row holds no image")
-    encoded, path = image["bytes"], image["path"]
-    if encoded is None:
-        is_remote = "://" in path
-        try:
-            with open_file(path) if is_remote else open(path, "rb") as file:
-                encoded = file.read()
-        except Exception as error:  # anything from a broken archive to a protocol that there is not
-            if is_remote and isinstance(error, connection_errors()) and not is_gone(error):
-                open_archive.cache_clear()  # the next attempt opens the archive anew
-                raise
-            raise BadImage("missing", f"{type(error).__name__}: {error}") from error
-    if not encoded:
-        raise BadImage("empty", "the file has 0 bytes")
-    return encoded
-
-
-def open_file(path: str):
-    """A file of a file system that fsspec knows; of an archive, whose index is read once and not for every file."""
-    inner, *archive = path.split("::", 1)
-    if not archive or "://" not in inner:
-        return fsspec.open(path, "rb")
-    protocol, name = inner.split("://", 1)
-    return open_archive(os.getpid(), protocol, archive[0]).open(name, "rb")
-
-
-@functools.lru_cache(maxsize=4)
-def open_archive(process_id: int, protocol: str, archive: str) -> fsspec.AbstractFileSystem:
-    """The opened archive of this process: processes that share an open file move each other's position in it."""
-    return fsspec.core.url_to_fs(f"{protocol}://::{archive}")[0]
-
-
-def connection_errors() -> tuple[type[Exception], ...]:
-    """What a remote read raises that may pass. The HTTP clients are asked only where they were imported."""
-    clients = {"aiohttp": "ClientError", "httpx": "RequestError", "httpx2": "RequestError"}
-    imported = (getattr(sys.modules[module], name) for module, name in clients.items() if module in sys.modules)
-    return (OSError, asyncio.TimeoutError, EOFError, *imported)
-
-
-def is_gone(error: Exception) -> bool:
-    """
-    Whether trying again is in vain: a server says that there is no such file, or none for us; or a file system that
-    there is none. (fsspec says so of an HTTP server that does not answer as well, and names the reason.)
-    """
-    if isinstance(error, UnidentifiedImageError):  # met by datasets, while it decoded a picture for a .filter()
-        return True
-    reason = error.__cause__ or error
-    status = getattr(reason, "status", None)
-    if status is not None:
-        return status in (401, 403, 404, 410)
-    return isinstance(reason, FileNotFoundError | PermissionError | IsADirectoryError)
-
-
 def steps(dataset: datasets.IterableDataset):
     """What this data set was made by, each as the name of datasets' class for it and whether it made a part of it."""
     waiting = [(dataset._ex_iterable, False)]
@@ -591,67 +350,3 @@ def steps(dataset: datasets.IterableDataset):
         yield type(step).__name__, is_part
         waiting += [(step.ex_iterable, is_part)] if hasattr(step, "ex_iterable") else []
         waiting += [(part, True) for part in getattr(step, "ex_iterables", [])]  # joined or interleaved
-
-
-def ledger_line(source_name: str, image: dict | None, error: BadImage, **place) -> str:
-    """What the ledger says of a bad image; `place` where it was met, to tell it from others."""
-    image = image or {"bytes": None, "path": None}
-    record = {"source": source_name, "path": image["path"]}
-    record["sha256"] = hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else None
-    return json.dumps({**record, **place, "reason": error.reason, "detail": str(error)})
-
-
-def append_line(ledger: Path | None, line: str):
-    if ledger is not None:
-        Path(ledger).parent.mkdir(parents=True, exist_ok=True)  # on another machine perhaps not yet there
-        with open(ledger, "a") as file:  # in one write, so that the readers' lines do not mix
-            file.write(line + "\n")
-
-
-def refuse_bad(source_name, num_bad: int, num_seen: int, max_bad_fraction: float, last: str, ledger: Path | None):
-    """`ValueError` where the share of bad images is above the limit; `last` is the ledger's line of one of them."""
-    if num_bad > max_bad_fraction * num_seen:
-        raise ValueError(
-            f"{num_bad} of {num_seen} images of {source_name} are bad, more than max_bad_fraction={max_bad_fraction}; "
-            f"mend them ({ledger or 'the ledger'} lists them), or raise --max_bad_fraction. The last: {last}"
-        )
-
-
-def ledger_lines(ledger: Path | None) -> list[str]:
-    """The lines of a ledger, each once: two readers may have met the same image in different epochs."""
-    if ledger is None or not Path(ledger).exists():
-        return []
-    return list(dict.fromkeys(Path(ledger).read_text().splitlines()))
-
-
-def located(image: dict | None, folder: str | None) -> dict | None:
-    """
-    An image whose relative path was found: in the folder of the table that names it, or else in the working directory.
-    """
-    path = image and image["bytes"] is None and image["path"]
-    if not path or not folder or os.path.isabs(path) or "://" in path:
-        return image
-    for place in (os.path.join(folder, path), path):
-        if os.path.exists(place):
-            return {**image, "path": place}
-    raise BadImage(
-        "missing", f"{path} is neither in {folder}, where the table lies, nor in {os.getcwd()}, the working directory"
-    )
-
-
-def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of the views, in [0, 1], over the first images of a stream."""
-    count, total, squares = 0, 0.0, 0.0
-    for sample in itertools.islice(stream, num_images):
-        if count and stream.state_dict()["epoch"] > 0:
-            break
-        pixels = sample["views"].double().div(255).transpose(0, 1).flatten(1)  # (C, pixels of both views)
-        count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    if std.min() < 1e-3:
-        raise ValueError(
-            f"the standard deviations are {std.tolist()}: channel {int(std.argmin())} is the same everywhere, and the "
-            "normalisation would divide by 0; give image_mean and image_std, with 1 for that channel"
-        )
-    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())

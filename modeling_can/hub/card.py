@@ -3,31 +3,24 @@ What a run leaves for others to read: where and with what it ran, and the model 
 results, so that no number in it was typed. What the cards say is in the templates beside this file.
 """
 
-import contextlib
-import os
-import platform
 import re
 import shlex
-import shutil
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import datasets
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
-from .diagnostics import duration
-from .files import write
-from .folders import SAMPLE_DATA, counts, load_arguments
-from .recipe import Recipe
+from ..data.folders import SAMPLE_DATA, counts, load_arguments
+from ..diagnostics import duration
+from ..files import write
+from ..recipe import Recipe
 
 
 CARD_TEMPLATE, CLASSIFIER_TEMPLATE, EXPORT_TEMPLATE = (
-    Path(__file__).parent / f"{name}_template.md" for name in ("card", "classifier", "export")
+    Path(__file__).parent / "templates" / f"{name}.md" for name in ("card", "classifier", "export")
 )
 EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
 PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as run_eval.py calls them
@@ -39,70 +32,6 @@ EXPORTS = {
     "timm": "timm's `VisionTransformer`",
     "onnx": "an ONNX graph for batches of any size",
 }
-
-
-def check_new_folder(folder: Path):
-    """Raises ValueError unless `folder` can be made: it does not exist yet, or is empty."""
-    folder = Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a new folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder")
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path):
-    """A folder to fill, which takes its name only when all went well, and else leaves nothing behind."""
-    check_new_folder(folder)
-    folder = Path(folder).resolve()
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            folder.rmdir()  # it is empty
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
-    """
-    Machine, versions of packages and git commit, under the names that they have in `results.json`. Where there is no
-    checkout, as on a machine that got a copy, the variable GIT_COMMIT names the commit.
-    """
-    return {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "versions": installed_versions(packages),
-        "git_commit": _git_commit(),
-    }
-
-
-def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Name -> version, of the packages that are installed."""
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
-
-
-def cpu_name() -> str:
-    """Model of the CPU, where Linux tells it, and the threads that are used of it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = f"{platform.machine()} CPU"
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")  # not a checkout
 
 
 def update_card(folder: str, results: list[EvalResult]):

@@ -1,0 +1,30 @@
+"""
+Images on their way to the model: sources (`sources`, with `folders`, `tars`, `faults`, `reading`), one image
+(`formats`, `decoding`, `crops`), the stream of views and its workers (`stream`, `loading`, `bad_samples`), images that
+stay on the device (`resident`), and what happens there (`augmentations`).
+"""
+
+from .bad_samples import append_line, ledger_line, ledger_lines, refuse_bad
+from .folders import SAMPLE_DATA, resolve_name
+from .loading import resume, view_loader
+from .reading import encoded, located, read_bytes
+from .sources import ImageSource
+from .stream import ViewStream, mean_and_std
+
+
+__all__ = [
+    "SAMPLE_DATA",
+    "ImageSource",
+    "ViewStream",
+    "append_line",
+    "encoded",
+    "ledger_line",
+    "ledger_lines",
+    "located",
+    "mean_and_std",
+    "read_bytes",
+    "refuse_bad",
+    "resolve_name",
+    "resume",
+    "view_loader",
+]

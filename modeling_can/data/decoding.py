@@ -1,0 +1,142 @@
+"""Encoded images of any kind as uint8 pixels."""
+
+import io
+import math
+from collections.abc import Callable
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageColor
+
+from .formats import describe
+
+
+UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(ValueError):
+    """An image that cannot be used. `reason` is one of a few, to be counted; the message says more."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+HIGH_BIT_DEPTH = ("full_range", "stretch", "skip")
+DECODING = {"transparent_background": "white", "high_bit_depth": "full_range"}  # what decode does by default
+
+
+def check_decoding(transparent_background: str = "white", high_bit_depth: str = "full_range"):
+    """`ValueError` for what `decode` does not know."""
+    if high_bit_depth not in HIGH_BIT_DEPTH:
+        raise ValueError(f"high_bit_depth={high_bit_depth!r} is not one of {', '.join(HIGH_BIT_DEPTH)}")
+    try:
+        ImageColor.getrgb(transparent_background)
+    except ValueError as error:
+        raise ValueError(
+            f"transparent_background={transparent_background!r} is no colour; give a name or #rrggbb"
+        ) from error
+
+
+def decode(
+    encoded: bytes,
+    num_channels: int = 3,
+    transparent_background: str = "white",
+    high_bit_depth: str = "full_range",
+    min_size: tuple[int, int] = (1, 1),
+    shrink: Callable[[tuple[int, int]], float] | None = None,
+) -> np.ndarray:
+    """
+    An encoded picture as uint8 `(height, width, num_channels)`, RGB (3 channels) or greyscale (1 channel), upright. Of
+    an animation, the first frame. JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner),
+    the rest through Pillow.
+
+    Args:
+        encoded (`bytes`): A file in any format that Pillow reads.
+        num_channels (`int`): 3 or 1.
+        transparent_background (`str`): Name or `#rrggbb` of the colour that shines through transparent pixels.
+        high_bit_depth (`str`):
+            What becomes of 16-bit greyscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
+            picture's own range to it (12-bit detectors, floating point); `"skip"` counts it as bad.
+        min_size (`(int, int)`): The least height and width.
+        shrink (callable, *optional*):
+            Upright (width, height) -> the factor by which the result may be smaller than that. A JPEG is then decoded
+            at the nearest larger of the scales that its transform offers: a 12-megapixel photograph several times
+            sooner.
+
+    Raises:
+        BadImage: `not_an_image`, `damaged`, `too_large` (Pillow's guard against decompression bombs), `too_small`, or
+            `bit_depth`.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))  # reads the header only
+        orientation = _orientation(image)
+        if image.height < min_size[0] or image.width < min_size[1]:
+            height, width = min_size
+            raise BadImage("too_small", f"{image.height} x {image.width} pixels, less than {height} x {width}")
+        factor = max(1.0, shrink(image.size if orientation <= 4 else image.size[::-1])) if shrink else 1.0
+        pixels = _decode_jpeg(encoded, image, num_channels, factor)
+        if pixels is None or orientation != 1:
+            image = image if pixels is None else Image.fromarray(pixels.squeeze(2) if num_channels == 1 else pixels)
+            image = _convert(image, num_channels, transparent_background, high_bit_depth)
+            pixels = np.array(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
+        return pixels.reshape(*pixels.shape[:2], num_channels)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("too_large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not_an_image", f"no image in its {len(encoded)} bytes: {describe(encoded)}") from error
+    except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
+        raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the picture must be turned, 1 if not at all, as EXIF says; Pillow itself turns TIFFs."""
+    try:
+        return 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
+    except Exception:  # a broken EXIF block in a picture that is none the worse for it
+        return 1
+
+
+def _decode_jpeg(encoded: bytes, image: Image.Image, num_channels: int, factor: float) -> np.ndarray | None:
+    """A JPEG, up to so many times smaller; `None` for what is none, for CMYK, and for what only Pillow may read."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return None
+    width, height = (math.ceil(side / factor) for side in image.size)
+    try:
+        colorspace = "RGB" if num_channels == 3 else "GRAY"
+        return simplejpeg.decode_jpeg(encoded, colorspace, min_width=width, min_height=height)
+    except ValueError:  # it is strict about every oddity
+        return None
+
+
+def _convert(image: Image.Image, num_channels: int, transparent_background: str, high_bit_depth: str) -> Image.Image:
+    image.load()
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image, high_bit_depth)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, ImageColor.getrgb(transparent_background))
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    return image.convert("RGB" if num_channels == 3 else "L")
+
+
+def _eight_bits(image: Image.Image, high_bit_depth: str) -> Image.Image:
+    pixels = np.asarray(image).astype(np.float64)
+    if high_bit_depth == "skip":
+        raise BadImage("bit_depth", f"pixels of type {image.mode!r}, and high_bit_depth is 'skip'")
+    if not np.isfinite(pixels).all():
+        raise BadImage("bit_depth", "pixels that are not finite")
+    low, high = (pixels.min(), pixels.max()) if high_bit_depth == "stretch" else (0, 65535)
+    if pixels.min() < low or pixels.max() > high or image.mode == "F" and high_bit_depth == "full_range":
+        raise BadImage("bit_depth", f"pixels of type {image.mode!r}, not 16-bit; high_bit_depth='stretch' takes them")
+    scaled = (pixels - low) * (255 / max(high - low, 1e-12))
+    return Image.fromarray(scaled.round().astype(np.uint8))

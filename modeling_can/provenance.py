@@ -1,0 +1,52 @@
+"""Where a result comes from: machine, versions and commit."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+__all__ = ["cpu_name", "installed_versions", "run_facts"]
+
+
+def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
+    """
+    Machine, versions of packages and git commit, under the names that they have in `results.json`. Where there is no
+    checkout, as on a machine that got a copy, the variable GIT_COMMIT names the commit.
+    """
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "versions": installed_versions(packages),
+        "git_commit": _git_commit(),
+    }
+
+
+def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Name -> version, of the packages that are installed."""
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def cpu_name() -> str:
+    """Model of the CPU, where Linux tells it, and the threads that are used of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = f"{platform.machine()} CPU"
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT")  # not a checkout
