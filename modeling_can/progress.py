@@ -8,6 +8,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 
+__all__ = ["Unfailing", "quiet", "report_errors", "tell"]
+
+
 def tell(text: str = ""):
     """A line for the user at once, above a bar if there is one."""
     tqdm.write(text, file=sys.stdout)

@@ -14,6 +14,12 @@ from .configuration_can import CANConfig  # noqa: E402
 from .modeling_can import CANForPreTraining, patchify, unpatchify  # noqa: E402
 
 
+__all__ = [
+    "amplified_noise", "curves", "errors_of", "plain", "reconstruct", "reconstruction_sheet", "save_figure",
+    "true_colours",
+]  # fmt: skip
+
+
 @torch.no_grad()
 def reconstruct(
     model: CANForPreTraining,

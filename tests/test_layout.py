@@ -1,8 +1,10 @@
 """The rules of the house: which file may import what, and what the import costs."""
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,31 @@ def test_accelerate_stays_in_the_loop_and_processes_in_the_losses():
     ]
     for path in [*no_model, *(PACKAGE / "data").glob("*.py"), *(PACKAGE / "hub").glob("*.py")]:
         assert not {".modeling_can", "..modeling_can"} & imports(path), path
+
+
+ROOMS = ("data", "hub", "conversion", "evaluation", "pretraining")  # from the ground up
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
+    above = set(ROOMS[ROOMS.index(room) + 1 :])
+    files = {path.stem: imports(path) for path in (PACKAGE / room).glob("*.py")}
+    for name, modules in files.items():
+        others = {module[2:].split(".")[0] for module in modules if re.match(r"\.\.\w", module)}
+        assert not others & above, name
+    siblings = {
+        name: {module[1:] for module in modules if re.fullmatch(r"\.\w+", module)} for name, modules in files.items()
+    }
+    TopologicalSorter(siblings).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", [ROOT / "run_eval.py", *(PACKAGE / "evaluation").glob("*.py")], ids=lambda p: p.stem)
+def test_files_and_functions_fit_their_reader(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 100, node.name
 
 
 def test_importing_needs_torch_and_transformers_alone():

@@ -26,6 +26,11 @@ from ..data.decoding import DECODING, decode
 from ..progress import quiet
 
 
+__all__ = [
+    "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "load_config", "load_encoder", "load_model",
+    "load_preprocessor", "pooled", "untrained",
+]  # fmt: skip
+
 # Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 

@@ -16,7 +16,7 @@ from .sets import Split
 
 
 __all__ = [
-    "AUGMENTATION", "Augmentation", "Crops", "MIXING", "STEP", "Share", "crop_loader", "epochs", "fitting_batch_size",
+    "AUGMENTATION", "Augmentation", "MIXING", "STEP", "Share", "crop_loader", "epochs", "fitting_batch_size",
     "mix",
 ]  # fmt: skip
 
@@ -52,7 +52,7 @@ def fitting_batch_size(num_images: int, batch_size: int, unit: int, why: str) ->
     return batch_size
 
 
-class Crops(Pictures):
+class _Crops(Pictures):
     """Random crops of the pictures of a split, by (epoch, index)."""
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ def crop_loader(train: Split, preprocessor: Preprocessor, share: Share, seed: in
         **preprocessor.decoding,
     )  # fmt: skip
     options = {"pin_memory": torch.cuda.is_available(), **worker_options(num_workers)}
-    return Patient(torch.utils.data.DataLoader(Crops(train, view), batch_sampler=share, **options))
+    return Patient(torch.utils.data.DataLoader(_Crops(train, view), batch_sampler=share, **options))
 
 
 class Augmentation:
