@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from evidence import add_out, facts, save
 
-from modeling_can.evaluation import knn_predictions, linear_probe
+from modeling_can.evaluation.knn import knn_predictions
+from modeling_can.evaluation.linear import linear_probe
 
 
 def features(num: int, width: int, seed: int):

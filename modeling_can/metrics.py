@@ -5,6 +5,9 @@ import evaluate
 import numpy as np
 
 
+__all__ = ["Accuracy"]
+
+
 class Accuracy(evaluate.Metric):
     """
     `compute(predictions=..., references=...)` of class indices -> `{"accuracy", "mean_per_class_accuracy"}`, in

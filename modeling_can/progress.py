@@ -5,6 +5,10 @@ import re
 import sys
 
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+
+__all__ = ["Unfailing", "quiet", "report_errors", "tell"]
 
 
 def tell(text: str = ""):
@@ -46,3 +50,17 @@ def report_errors(program: str, advice: str = ""):
         if not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise
         sys.exit(f"{program}: another process of this run died, or cannot be reached: {error}\n{advice}".rstrip())
+
+
+@contextlib.contextmanager
+def quiet():
+    """No words of transformers about a torchvision that this project does without, or weights that are not used."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 
 
 matplotlib.use("Agg")
@@ -13,6 +12,12 @@ from torch import nn  # noqa: E402
 
 from .configuration_can import CANConfig  # noqa: E402
 from .modeling_can import CANForPreTraining, patchify, unpatchify  # noqa: E402
+
+
+__all__ = [
+    "amplified_noise", "curves", "errors_of", "plain", "reconstruct", "reconstruction_sheet", "save_figure",
+    "true_colours",
+]  # fmt: skip
 
 
 @torch.no_grad()
@@ -66,29 +71,6 @@ def reconstruct(
         name: unpatchify(value, config.patch_shape, config.grid_shape, config.num_channels)
         for name, value in patches.items()
     }
-
-
-def reconstruction_errors(
-    model: CANForPreTraining, pixel_values: torch.Tensor, indices: list[int], std: tuple[float, ...], seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """
-    How well each image is completed and denoised, at the largest noise level. Noise and mask depend on the seed and
-    the image's index alone.
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
-        std (`tuple[float, ...]`): By which they were normalised.
-
-    Returns:
-        As `errors_of`.
-    """
-    config, noise, scores = model.config, [], []
-    for index in indices:
-        generator = torch.Generator().manual_seed(hash((seed, int(index))) % 2**63)
-        noise.append(torch.randn(pixel_values.shape[1:], generator=generator))
-        scores.append(torch.rand(config.num_patches, generator=generator))
-    noise, scores = (torch.stack(x).to(pixel_values.device) for x in (noise, scores))
-    return errors_of(reconstruct(model, pixel_values, None, noise, scores), pixel_values, std, config)
 
 
 def errors_of(
@@ -170,85 +152,7 @@ def reconstruction_sheet(
     axis.tick_params(length=0, labelsize=8)
     axis.set_yticks([])
     axis.spines[:].set_visible(False)
-    _save(figure, path)
-
-
-def retrieval_sheet(
-    queries: torch.Tensor, neighbours: torch.Tensor, right: np.ndarray, names: list[str], path: Path
-) -> None:
-    """
-    Saves a contact sheet with a row for each query: the picture, then its nearest neighbours, the nearest first,
-    framed green where they are of its class, else red.
-
-    Args:
-        queries (`torch.Tensor` of shape `(N, C, H, W)`), neighbours (`(N, k, C, H, W)`): uint8.
-        right (`np.ndarray` of shape `(N, k)`): Whether a neighbour is of the query's class.
-        names (`list[str]`): The class of each query.
-    """
-    pictures = torch.cat([queries[:, None], neighbours], dim=1).float() / 255
-    scale = max(1, round(120 / max(pictures.shape[-2:])))
-    pictures = pictures.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1).expand(-1, -1, 3, -1, -1)
-    colours = torch.tensor([[0.85, 0.15, 0.15], [0.15, 0.65, 0.25]])[torch.from_numpy(right).long()]  # (N, k, 3)
-    frames = torch.cat([torch.ones(len(queries), 1, 3), colours], dim=1)[..., None, None]
-    border = max(2, pictures.shape[-1] // 30)
-
-    def framed(x, width, colour):
-        inside = nn.functional.pad(torch.ones_like(x[:, :, :1]), (width,) * 4).bool()
-        return torch.where(inside, nn.functional.pad(x, (width,) * 4), colour)
-
-    grid = framed(framed(pictures, border, frames), border, torch.ones(1))
-    sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
-    width = 1.2 * pictures.shape[1]
-    figure, axis = plt.subplots(figsize=(width + 0.8, width * sheet.shape[0] / sheet.shape[1] + 0.4))
-    axis.imshow(sheet, interpolation="nearest")
-    rows, columns = sheet.shape[0] / len(pictures), sheet.shape[1] / pictures.shape[1]
-    axis.xaxis.tick_top()
-    axis.set_xticks([columns / 2, columns * (pictures.shape[1] + 1) / 2], ["query", "nearest training images"])
-    axis.set_yticks([rows * (row + 0.5) for row in range(len(names))], [plain(name) for name in names])
-    axis.tick_params(length=0, labelsize=8)
-    axis.spines[:].set_visible(False)
-    _save(figure, path)
-
-
-def evaluation_figure(results: dict[str, dict], path: Path) -> bool:
-    """
-    Saves accuracy over k (k-NN), shots (few-shot) and severity (corruptions), a line for each model, where they were
-    measured; returns whether any was.
-
-    Args:
-        results (`dict[str, dict]`): As in `results.json`: model -> task -> figures.
-    """
-    panels = {"knn": ("k-NN", "k"), "few_shot": ("few-shot", "labels"), "robustness": ("corrupted", "severity")}
-    panels = {task: titles for task, titles in panels.items() if any(task in tasks for tasks in results.values())}
-    if not panels:
-        return False
-    shown = [model for model, tasks in results.items() if tasks.keys() & panels.keys()]
-    colours = {model: f"C{index}" for index, model in enumerate(shown)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3.6), squeeze=False)
-    for axis, (task, (title, label)) in zip(axes[0], panels.items(), strict=True):
-        ticks = []
-        for model, tasks in results.items():
-            if task not in tasks:
-                continue
-            points = tasks[task]["by_severity"] if task == "robustness" else tasks[task]
-            ticks = list(points)
-            accuracy = [100 * point["accuracy"] for point in points.values()]
-            low, high = ([100 * point["interval"][end] for point in points.values()] for end in (0, 1))
-            style = "o" if task == "few_shot" else "o-"  # numbers and shares are no line
-            axis.plot(ticks, accuracy, style, markersize=3, linewidth=1, color=colours[model])
-            if task == "few_shot":
-                axis.vlines(ticks, low, high, colors=colours[model], alpha=0.5)
-            else:
-                axis.fill_between(ticks, low, high, color=colours[model], alpha=0.2)
-        axis.set_title(f"{title}, accuracy in %", fontsize=9)
-        axis.set_xlabel(label, fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    for model, colour in colours.items():  # whichever panels it is in
-        axes[0, 0].plot([], [], "o-", markersize=3, linewidth=1, color=colour, label=plain(model))
-    axes[0, 0].legend(fontsize=7)
-    _save(figure, path)
-    return True
+    save_figure(figure, path)
 
 
 def plain(text: str) -> str:
@@ -281,10 +185,10 @@ def curves(metrics: list[dict], path: Path) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.text(0.995, 0.005, "dashed: a model that has learnt nothing", fontsize=7, ha="right", va="bottom")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure, path: Path):
+def save_figure(figure, path: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -17,7 +17,7 @@ from conftest import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import run_pretraining
-from modeling_can.evaluation import Probe
+from modeling_can.evaluation.probe import Probe
 from modeling_can.pretraining.checkpoints import Checkpoints, describe_file
 
 

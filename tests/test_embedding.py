@@ -24,10 +24,11 @@ from test_data import add_to_tar, picture
 from test_remote import FaultyServer, impatient  # noqa: F401
 from tqdm import tqdm
 
-from modeling_can import embedding
 from modeling_can.data import ImageSource
 from modeling_can.data.decoding import BadImage, decode
-from modeling_can.embedding import embed, end_with
+from modeling_can.evaluation import embed as embedding
+from modeling_can.evaluation import part_files
+from modeling_can.evaluation.embed import embed, end_with
 
 
 NUM_IMAGES, PER_SHARD = 90, 18
@@ -145,7 +146,7 @@ def test_the_files_are_a_data_set(places, tmp_path):
 
 
 def test_embeddings_do_not_wait_for_a_full_file_for_ever(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(embedding, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(part_files, "SAVE_SECONDS", 0)
     source = ImageSource(data_files=f"{places}/one.parquet")
     assert embed(source, prepare, encode, tmp_path, FACTS, batch_size=9)["files"] >= 10
     assert read(tmp_path) == embeddings(places_of(NUM_IMAGES))

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from modeling_can import CANForImageClassification
-from modeling_can.encoders import Preprocessor, load_encoder, load_model, pooled, untrained
+from modeling_can.evaluation.encoders import Preprocessor, load_encoder, load_model, pooled, untrained
 
 
 VIT = dict(

@@ -17,26 +17,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from modeling_can import evaluation
 from modeling_can.data.decoding import decode
-from modeling_can.evaluation import (
-    INVERSE_PENALTIES,
-    NEIGHBOURS,
-    Pictures,
-    Probe,
-    Processes,
-    Split,
-    bootstrap_interval,
-    cached,
-    draw_shots,
-    extract,
-    few_shot_predictions,
-    hold_out,
-    knn_predictions,
-    linear_probe,
-    load_labelled,
-    mean_and_std,
-)
+from modeling_can.evaluation import few_shot
+from modeling_can.evaluation.features import Extractor, Pictures, Processes, cached
+from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
+from modeling_can.evaluation.knn import NEIGHBOURS, knn_predictions
+from modeling_can.evaluation.linear import INVERSE_PENALTIES, linear_probe, mean_and_std
+from modeling_can.evaluation.probe import Probe
+from modeling_can.evaluation.scores import bootstrap_interval
+from modeling_can.evaluation.sets import Split, hold_out, load_labelled
 from modeling_can.metrics import Accuracy
 
 
@@ -86,9 +75,9 @@ def test_the_probe_of_the_gpu_and_that_of_the_cpu_agree(num_classes, monkeypatch
     class Elsewhere(str):
         type = "cuda"
 
-    monkeypatch.setattr(evaluation.torch, "device", lambda name: Elsewhere(name))
+    monkeypatch.setattr(torch, "device", lambda name: Elsewhere(name))
     theirs = linear_probe(train, labels, num_classes, device="cpu")
-    monkeypatch.setattr(evaluation.torch, "device", original)
+    monkeypatch.setattr(torch, "device", original)
     assert ours.inverse_penalty == theirs.inverse_penalty
     accuracies = [(probe.predict(test) == answers).mean() for probe in (ours, theirs)]
     assert abs(accuracies[0] - accuracies[1]) <= 0.002 and accuracies[0] > 1.3 / num_classes
@@ -173,12 +162,12 @@ def test_few_shot_uses_no_label_but_those_of_its_shots():
         chosen = draw_shots(labels, "5", np.random.default_rng((0, draw)))
         poisoned = (labels + 1) % 3
         poisoned[chosen] = labels[chosen]
-        monkey = evaluation.draw_shots
+        monkey = few_shot.draw_shots
         try:
-            evaluation.draw_shots = lambda *_, chosen=chosen: chosen
+            few_shot.draw_shots = lambda *_, chosen=chosen: chosen
             (again,) = few_shot_predictions(train, poisoned, test, 3, "5", num_draws=1)
         finally:
-            evaluation.draw_shots = monkey
+            few_shot.draw_shots = monkey
         np.testing.assert_array_equal(predictions, again)
     accuracies = [(predictions == answers).mean() for predictions in honest]
     assert len(set(accuracies)) > 1 and np.mean(accuracies) > 0.4  # draws differ; chance is a third
@@ -209,7 +198,7 @@ def test_the_interval_is_that_of_the_binomial_distribution():
 
 def test_mean_and_deviation_are_those_of_all_parts_together():
     features = np.random.default_rng(0).normal(1000, 0.1, (70_000, 2)).astype(np.float32)  # two parts, far from zero
-    mean, std = evaluation.mean_and_std(features)
+    mean, std = mean_and_std(features)
     np.testing.assert_allclose(mean, features.mean(0, dtype=np.float64), rtol=1e-6)
     np.testing.assert_allclose(std, features.std(0, dtype=np.float64), rtol=1e-4)
 
@@ -234,7 +223,7 @@ def squared(batch: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (7, 2), (30, 0), (64, 1)])
 def test_every_image_comes_once_in_order_whatever_the_batch_size(batch_size, num_workers):
     state = torch.get_rng_state()
-    features = extract(squared, Pictures(split_of(30), first_byte), batch_size, num_workers)
+    features = Extractor(batch_size, num_workers)(squared, Pictures(split_of(30), first_byte))
     assert torch.equal(torch.get_rng_state(), state)  # a probe changes nothing of the training around it
     np.testing.assert_array_equal(features["square"], np.stack([np.arange(30.0) ** 2] * 2, axis=1))
     assert features["square"].dtype == np.float32
@@ -243,7 +232,7 @@ def test_every_image_comes_once_in_order_whatever_the_batch_size(batch_size, num
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_take_turns_and_extract_what_one_does(count):
     """As threads here; as processes in tests/test_run_eval.py. There are five batches: the last round is not full."""
-    alone, barrier, slots = extract(squared, Pictures(split_of(23), first_byte), 5), Barrier(count), [None] * count
+    alone, barrier, slots = Extractor(5)(squared, Pictures(split_of(23), first_byte)), Barrier(count), [None] * count
 
     def share(index):
         def gather(objects):
@@ -253,7 +242,7 @@ def test_several_take_turns_and_extract_what_one_does(count):
             barrier.wait(timeout=30)
             return joined
 
-        return extract(squared, Pictures(split_of(23), first_byte), 5, processes=Processes(index, count, gather))
+        return Extractor(5, processes=Processes(index, count, gather))(squared, Pictures(split_of(23), first_byte))
 
     with ThreadPoolExecutor(count) as threads:
         first, *others = threads.map(share, range(count))
@@ -302,7 +291,7 @@ def test_a_bad_image_is_named_and_not_left_out(tmp_path):
     data = load_labelled(str(tmp_path))
     pictures = Pictures(data.test, lambda encoded, index: torch.from_numpy(decode(encoded)))
     with pytest.raises(ValueError, match="test: the image of row 5 is not_an_image .*leaves no image out"):
-        extract(lambda batch: {"x": batch.float()}, pictures)
+        Extractor()(lambda batch: {"x": batch.float()}, pictures)
 
 
 # --- Sets ------------------------------------------------------------------------------------------------------------

@@ -34,22 +34,17 @@ from transformers import (
     pipeline,
 )
 
-from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, finetuning
+from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining
 from modeling_can.data.augmentations import OPERATIONS, RandAugment
 from modeling_can.data.crops import RandomCrops
-from modeling_can.encoders import Preprocessor, load_encoder, load_preprocessor
-from modeling_can.evaluation import Processes, Split
-from modeling_can.finetuning import (
-    FineTuning,
-    Heads,
-    class_predictions,
-    epochs,
-    finetune,
-    layer_groups,
-    linear_probe_sgd,
-    mix,
-    train_step,
-)
+from modeling_can.evaluation import classifier, finetuning, linear_sgd, training_images
+from modeling_can.evaluation.classifier import class_predictions, layer_groups
+from modeling_can.evaluation.encoders import Preprocessor, load_encoder, load_preprocessor
+from modeling_can.evaluation.features import Extractor, Processes
+from modeling_can.evaluation.finetuning import FineTuning, finetune
+from modeling_can.evaluation.linear_sgd import Heads, linear_probe_sgd, train_step
+from modeling_can.evaluation.sets import Split, hold_out
+from modeling_can.evaluation.training_images import epochs, mix
 
 
 COLOURS = {"red": (220, 60, 60), "green": (60, 220, 60), "blue": (60, 60, 220), "grey": (120, 120, 120)}
@@ -130,7 +125,9 @@ def test_crops_are_decoded_as_the_pictures_of_the_test():
     rows = datasets.Dataset.from_dict({"image": [{"bytes": file.getvalue(), "path": None}] * 4})
     train = Split("dim", rows.cast_column("image", datasets.Image(decode=False)), np.zeros(4, int))
     processor = ViTImageProcessor(size={"height": 16, "width": 16}, high_bit_depth="stretch")
-    crops = list(finetuning.crop_loader(train, Preprocessor(processor), finetuning.Share(slice(4), 4, 4, 8, 0), 0, 0))
+    crops = list(
+        training_images.crop_loader(train, Preprocessor(processor), training_images.Share(slice(4), 4, 4, 8, 0), 0, 0)
+    )
     assert 110 < torch.cat(crops).float().mean() < 145
 
 
@@ -139,8 +136,8 @@ def test_crops_depend_on_seed_epoch_and_image(pretrained):
     train, preprocessor = pictures(12), load_preprocessor(pretrained("CAN"))
 
     def crops(seed=0, num_workers=0):
-        share = finetuning.Share(slice(2, 4), 12, 4, 2, 0)
-        return torch.cat(list(finetuning.crop_loader(train, preprocessor, share, seed, num_workers)))
+        share = training_images.Share(slice(2, 4), 12, 4, 2, 0)
+        return torch.cat(list(training_images.crop_loader(train, preprocessor, share, seed, num_workers)))
 
     made, rows = crops(), np.concatenate([rows[2:4] for _, rows in epochs(12, 4, 2, 0)])
     assert made.shape == (12, 1, 3, 16, 16) and made.dtype == torch.uint8
@@ -154,17 +151,19 @@ def test_crops_depend_on_seed_epoch_and_image(pretrained):
 
 def test_augmentation_flips_by_place_and_is_the_processor_otherwise(pretrained):
     preprocessor = load_preprocessor(pretrained("CAN"))
-    augment = finetuning.Augmentation(preprocessor, 64, seed=0, flip_probability=0.5)
+    augment = training_images.Augmentation(preprocessor, 64, seed=0, flip_probability=0.5)
     crops = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
     made, plain = augment(crops, step=3, first=0), preprocessor.normalise(crops)
     flipped = (made == plain.flip(-1)).flatten(1).all(1)
     assert (flipped | (made == plain).flatten(1).all(1)).all() and 20 < flipped.sum() < 44
     torch.testing.assert_close(torch.cat([augment(crops[:24], 3, 0), augment(crops[24:], 3, 24)]), made)
     assert not torch.equal(augment(crops, step=4, first=0), made)
-    never, always = (finetuning.Augmentation(preprocessor, 64, 0, p)(crops, 3, 0) for p in (0.0, 1.0))
+    never, always = (training_images.Augmentation(preprocessor, 64, 0, p)(crops, 3, 0) for p in (0.0, 1.0))
     assert torch.equal(never, plain) and torch.equal(always, plain.flip(-1))
 
-    erased = finetuning.Augmentation(preprocessor, 64, 0, 0.0, random_erasing_probability=0.25)(crops, 3, 0) != plain
+    erased = (
+        training_images.Augmentation(preprocessor, 64, 0, 0.0, random_erasing_probability=0.25)(crops, 3, 0) != plain
+    )
     area = erased.any(1).float().mean((1, 2))
     assert 6 < (area > 0).sum() < 28 and area.max() < 0.5 and erased.float().mean() < 0.15
 
@@ -191,7 +190,7 @@ def test_mixing_is_that_of_the_papers():
     mixed, shares = mix(images, targets, 0.8, 1.0, seed=5, step=3, first_pair=10)
     kinds = set()
     for pair in range(4):
-        rng = np.random.default_rng((5, 3, finetuning.MIXING, 10 + pair))
+        rng = np.random.default_rng((5, 3, training_images.MIXING, 10 + pair))
         is_cut = rng.random() < 0.5
         kept = rng.beta(1.0, 1.0) if is_cut else rng.beta(0.8, 0.8)
         for own, other in ((2 * pair, 2 * pair + 1), (2 * pair + 1, 2 * pair)):
@@ -366,7 +365,7 @@ def test_fine_tuning_learns_and_leaves_a_model_that_others_load(pretrained, tmp_
     name, folder, test = pretrained(kind), tmp_path / "tuned", pictures(40, seed=1)
     preprocessor = load_preprocessor(name, size)
     torch.manual_seed(0)
-    before = finetuning.new_classifier(name, NAMES, preprocessor.image_size)
+    before = classifier.new_classifier(name, NAMES, preprocessor.image_size)
     untrained = (class_predictions(before.eval(), preprocessor, test) == test.labels).mean()
     model, facts = tune(name, folder, size=size)
     predictions = class_predictions(model, preprocessor, test)
@@ -404,7 +403,7 @@ def test_every_layer_moves_at_its_own_rate(pretrained, tmp_path):
                         warmup_ratio=0.0, drop_path_rate=0.0)  # fmt: skip
     model, _ = tune(name, tmp_path / "tuned", recipe)
     torch.manual_seed(0)
-    before = finetuning.new_classifier(name, NAMES, (16, 16)).state_dict()
+    before = classifier.new_classifier(name, NAMES, (16, 16)).state_dict()
     moved = {key: (value - before[key]).abs().max().item() for key, value in model.state_dict().items()}
     powers = {
         "can.embeddings.patch_embeddings.bias": 3,
@@ -426,7 +425,7 @@ def test_a_run_is_what_a_plain_loop_makes_of_it(pretrained, tmp_path):
                         flip_probability=0, randaugment_magnitude=0, random_erasing_probability=0)  # fmt: skip
     model, facts = tune(name, tmp_path / "tuned", recipe, train)
     torch.manual_seed(0)
-    plain = finetuning.new_classifier(name, NAMES, (16, 16))
+    plain = classifier.new_classifier(name, NAMES, (16, 16))
     matrices, others = [], []
     for key, parameter in plain.named_parameters():
         (matrices if key.endswith("weight") and "norm" not in key else others).append(parameter)
@@ -453,8 +452,8 @@ def test_another_size_leaves_the_function_as_it_was(pretrained):
     for kind in ("CAN", "ViT"):
         name = pretrained(kind)
         torch.manual_seed(0)
-        at_home = finetuning.new_classifier(name, NAMES, (16, 16)).eval()
-        resized = finetuning.at_size(at_home, (24, 32)).eval()
+        at_home = classifier.new_classifier(name, NAMES, (16, 16)).eval()
+        resized = classifier.at_size(at_home, (24, 32)).eval()
         pixels = torch.rand(2, 3, 24, 32)
         expected = at_home(pixels, interpolate_pos_encoding=True).logits
         torch.testing.assert_close(resized(pixels).logits, expected)
@@ -500,7 +499,7 @@ def test_the_picture_half_of_a_pair_is_fine_tuned(tmp_path, rank):
     with pytest.raises(
         ValueError, match=r"made for \(16, 16\) cannot be fine-tuned at \(32, 32\); use --image_size 16"
     ):
-        finetuning.new_classifier(str(tmp_path / "pair"), NAMES, (32, 32))
+        classifier.new_classifier(str(tmp_path / "pair"), NAMES, (32, 32))
 
 
 def test_lora_trains_adapters_and_head_and_is_merged(pretrained, tmp_path, monkeypatch):
@@ -537,7 +536,7 @@ def test_lora_trains_adapters_and_head_and_is_merged(pretrained, tmp_path, monke
     torch.testing.assert_close(model(kept["pixels"]).logits, logits, rtol=1e-4, atol=1e-5)
     saved = AutoModelForImageClassification.from_pretrained(folder).eval()
     torch.testing.assert_close(saved(kept["pixels"]).logits, logits, rtol=1e-4, atol=1e-5)
-    fresh = finetuning.new_classifier(name, NAMES, (16, 16))
+    fresh = classifier.new_classifier(name, NAMES, (16, 16))
     assert sorted(path.suffix for path in (folder / "adapter").iterdir()) == [".json", ".safetensors"]
     adapted = PeftModel.from_pretrained(fresh, folder / "adapter").eval()
     torch.testing.assert_close(adapted(pixel_values=kept["pixels"]).logits, logits, rtol=1e-4, atol=1e-5)
@@ -589,7 +588,7 @@ def probe(pretrained):
 def test_the_probe_learns_with_heads_for_every_layer_pooling_and_rate(probe):
     kinds = {(row["layers"], row["pooling"]) for row in probe.table}
     assert kinds == {(n, pooling) for n in (1, 2) for pooling in ("mean", "cls", "both")}  # it has two blocks
-    assert len(probe.table) == 6 * len(finetuning.BASE_LEARNING_RATES)
+    assert len(probe.table) == 6 * len(linear_sgd.BASE_LEARNING_RATES)
     held_out = [row["held_out_accuracy"] for row in probe.table]
     assert held_out[probe.chosen] == max(held_out) > min(held_out)
     test = pictures(40, seed=1)
@@ -597,8 +596,8 @@ def test_the_probe_learns_with_heads_for_every_layer_pooling_and_rate(probe):
 
 
 def test_the_heads_are_trained_as_they_say(pretrained, monkeypatch):
-    rates, seen, step = (0.1, 1e-9), [], finetuning.train_step
-    monkeypatch.setattr(finetuning, "train_step", lambda *arguments: seen.append(arguments) or step(*arguments))
+    rates, seen, step = (0.1, 1e-9), [], linear_sgd.train_step
+    monkeypatch.setattr(linear_sgd, "train_step", lambda *arguments: seen.append(arguments) or step(*arguments))
     probe = linear_probe_sgd(
         load_encoder(pretrained("CAN")), pictures(40), 4, 3, batch_size=16, base_learning_rates=rates, layers=(1,)
     )
@@ -623,7 +622,7 @@ def test_representations_are_those_of_the_encoder(probe):
 def test_the_test_set_has_no_say_in_the_choice(probe):
     """Labels planted so that another head is right on all test images: it is not the one that answers."""
     test = pictures(40, seed=2)
-    everything = finetuning.head_predictions(probe.heads, probe.represent, test)
+    everything = linear_sgd.head_predictions(probe.heads, probe.represent, test)
     worst = min(range(len(probe.table)), key=lambda head: probe.table[head]["held_out_accuracy"])
     test.labels = everything[:, worst]
     best_by_test = (everything == test.labels[:, None]).mean(axis=0).argmax()
@@ -636,10 +635,10 @@ def test_the_probe_is_chosen_on_images_that_it_was_not_trained_on(pretrained, mo
     """Labels without any meaning can be learnt by heart, and held-out ones cannot be guessed."""
     train = pictures(120)
     train.labels = np.random.default_rng(0).permutation(train.labels)
-    seen, make = [], finetuning.crop_loader
-    monkeypatch.setattr(finetuning, "crop_loader", lambda part, *rest: seen.append(part) or make(part, *rest))
+    seen, make = [], linear_sgd.crop_loader
+    monkeypatch.setattr(linear_sgd, "crop_loader", lambda part, *rest: seen.append(part) or make(part, *rest))
     probe = linear_probe_sgd(load_encoder(pretrained("CAN")), train, 4, num_epochs=1, batch_size=32)
-    held_out, fit = finetuning.hold_out(train.labels, 0.1, 0)
+    held_out, fit = hold_out(train.labels, 0.1, 0)
     assert len(held_out) == 12 and len(seen[0]) == 108
     fitted = {seen[0].read(row) for row in range(len(seen[0]))}
     assert fitted.isdisjoint(train.read(row) for row in held_out)
@@ -683,9 +682,8 @@ def both_tasks(rank, world_size, name, folder, port=None):
         processes=Processes(rank, world_size, gather_object), gather=accelerator.gather,
     )  # fmt: skip
     weights = {key: value.detach().numpy() for key, value in probe.heads.state_dict().items()}
-    predictions = probe.predict(
-        pictures(30, seed=1), batch_size=8, processes=Processes(rank, world_size, gather_object)
-    )
+    processes = Processes(rank, world_size, gather_object)
+    predictions = probe.predict(pictures(30, seed=1), Extractor(batch_size=8, processes=processes))
     answers["probe"] = probe.table[probe.chosen]["held_out_accuracy"], weights
     assert (predictions is None) == (rank > 0)
     answers["predictions"] = predictions

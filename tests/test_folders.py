@@ -15,11 +15,11 @@ from datasets import Image as ImageFeature
 from test_data import identity, picture, read
 from test_run_pretraining import TOY
 
-import run_eval
 import run_pretraining
 from modeling_can.data import ImageSource, ViewStream, folders
 from modeling_can.data.folders import image_extensions, load_arguments
-from modeling_can.evaluation import load_labelled
+from modeling_can.evaluation.sets import load_labelled
+from modeling_can.evaluation.settings import parse
 from modeling_can.recipe import Recipe, parse_arguments, parse_value
 
 
@@ -190,7 +190,7 @@ def test_names_are_literal_where_such_a_file_exists(tmp_path, name):
     recipe = parse_arguments(words, run_pretraining.QUICKSTART, "")
     assert recipe.data_files == str(folder / "train.parquet")
     for words in ([str(folder)], [str(folder), "other"]):
-        settings, _ = run_eval.parse(["--model_name_or_path", *words, "--dataset_name=sample_data"])
+        settings, _ = parse(["--model_name_or_path", *words, "--dataset_name=sample_data"])
         assert settings.model_name_or_path == tuple(words)
 
 
@@ -228,7 +228,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     assert parse_arguments(["~/recipe.yaml"], run_pretraining.QUICKSTART, "").data_dir == f"{tmp_path}/photos"
     names = ("output_dir", "dataset_name", "processor_name_or_path", "feature_cache", "further_sets", "data_dir",
              "data_files", "reference_model")  # fmt: skip
-    settings, _ = run_eval.parse(["--model_name_or_path", "~/m", "~/n", *(f"--{name}=~/x" for name in names)])
+    settings, _ = parse(["--model_name_or_path", "~/m", "~/n", *(f"--{name}=~/x" for name in names)])
     assert settings.model_name_or_path == (f"{tmp_path}/m", f"{tmp_path}/n")
     assert [getattr(settings, name) for name in names] == [f"{tmp_path}/x"] * len(names)
 

@@ -1,8 +1,10 @@
 """The rules of the house: which file may import what, and what the import costs."""
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,7 @@ def test_remote_code_copies_exactly_the_hub_files():
 
 def test_accelerate_stays_in_the_loop_and_processes_in_the_losses():
     for path in PACKAGE.rglob("*.py"):
-        if path.parent.name != "pretraining":
+        if path.parent.name not in ("pretraining", "evaluation"):
             assert not any(module.split(".")[0] == "accelerate" for module in imports(path)), path
         assert not {"run_eval", "run_pretraining"} & imports(path), path
         modules = {module for module in imports(path) if module.startswith("torch.distributed")}
@@ -53,9 +55,37 @@ def test_accelerate_stays_in_the_loop_and_processes_in_the_losses():
             assert modules <= {"torch.distributed.tensor"}, path
             attributes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute))
             assert "torch.distributed" not in map(ast.unparse, attributes), path
-    no_model = [PACKAGE / f"{name}.py" for name in ("embedding", "evaluation", "training")]
+    no_model = [
+        PACKAGE / f"{name}.py"
+        for name in ("evaluation/embed", "evaluation/features", "evaluation/part_files", "training")
+    ]
     for path in [*no_model, *(PACKAGE / "data").glob("*.py"), *(PACKAGE / "hub").glob("*.py")]:
         assert not {".modeling_can", "..modeling_can"} & imports(path), path
+
+
+ROOMS = ("data", "hub", "conversion", "evaluation", "pretraining")  # from the ground up
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
+    above = set(ROOMS[ROOMS.index(room) + 1 :])
+    files = {path.stem: imports(path) for path in (PACKAGE / room).glob("*.py")}
+    for name, modules in files.items():
+        others = {module[2:].split(".")[0] for module in modules if re.match(r"\.\.\w", module)}
+        assert not others & above, name
+    siblings = {
+        name: {module[1:] for module in modules if re.fullmatch(r"\.\w+", module)} for name, modules in files.items()
+    }
+    TopologicalSorter(siblings).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("path", [ROOT / "run_eval.py", *(PACKAGE / "evaluation").glob("*.py")], ids=lambda p: p.stem)
+def test_files_and_functions_fit_their_reader(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 100, node.name
 
 
 def test_importing_needs_torch_and_transformers_alone():

@@ -11,9 +11,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
 from transformers import ViTImageProcessorPil
 
-from modeling_can.encoders import Preprocessor
-from modeling_can.evaluation import Split
-from modeling_can.robustness import (
+from modeling_can.evaluation.encoders import Preprocessor
+from modeling_can.evaluation.features import Extractor
+from modeling_can.evaluation.robustness import (
     GROUPS,
     SEVERITIES,
     Corrupted,
@@ -23,6 +23,7 @@ from modeling_can.robustness import (
     corruptions_by_group,
     load_further_sets,
 )
+from modeling_can.evaluation.sets import Split
 
 
 pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
@@ -98,7 +99,7 @@ def test_predictions_are_those_of_one_picture_after_the_other():
         assert len(pictures) <= 9
         return prepare.normalise(pictures).flatten(1) @ weight
 
-    predictions = corrupted_predictions(classify, split, corrupted, batch_size=9, num_workers=1)
+    predictions = corrupted_predictions(classify, split, corrupted, Extractor(batch_size=9, num_workers=1))
     expected = [classify(corrupted(encoded(index), index)).argmax(1) for index in range(5)]
     np.testing.assert_array_equal(predictions, torch.stack(expected))
     assert corrupted.versions == [("gaussian_noise", 1), ("gaussian_noise", 5), ("fog", 1), ("fog", 5)]

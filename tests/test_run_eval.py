@@ -1,5 +1,6 @@
 """The script as a user runs it, on small models and tiles: figures, tables, cards, processes, leaks, refusals."""
 
+import dataclasses
 import json
 import os
 import re
@@ -27,8 +28,18 @@ from transformers import (
 )
 
 import run_eval
-from modeling_can import CANForPreTraining, evaluation, visualization
-from modeling_can.encoders import Preprocessor
+from modeling_can import CANForPreTraining
+from modeling_can.evaluation import command, few_shot, knn, report
+from modeling_can.evaluation.encoders import Preprocessor, load_encoder, pooled
+from modeling_can.evaluation.entries import load
+from modeling_can.evaluation.features import Extractor
+from modeling_can.evaluation.finetuning import FineTuning
+from modeling_can.evaluation.linear import LinearProbe
+from modeling_can.evaluation.overlap import seen_in_pretraining
+from modeling_can.evaluation.protocol import Setup
+from modeling_can.evaluation.retrieval import retrieval_sheet
+from modeling_can.evaluation.robustness import class_order, compare_corruption
+from modeling_can.evaluation.settings import Settings, parse, prefixed
 
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +140,7 @@ def test_models_and_baselines_stand_side_by_side(measured, capsys):
     assert results["data"]["num_train"] == 90 and results["data"]["num_test"] == 31
     assert results["data"]["class_names"] == NAMES
     assert {"command", "versions", "git_commit", "machine", "seed", "seconds", "total_seconds"} <= results.keys()
-    table = run_eval.table(results["results"])
+    table = report.table(results["results"])
     lines = table.splitlines()
     assert (
         lines[0].split("  ")[0] == "" and "untrained (dinov2)" in lines[0] and len({len(line) for line in lines}) == 1
@@ -148,7 +159,7 @@ def test_the_card_keeps_what_it_had_and_says_each_result_once(measured):
     elsewhere = [r for r in card.data.eval_results if r.dataset_name == "elsewhere"]
     assert [r.metric_value for r in elsewhere] == [0.5]
     ours = {r.metric_name: r for r in card.data.eval_results if r.dataset_name == "colours"}
-    assert len(ours) == len(card.data.eval_results) - 1 == len(run_eval.measures(results["results"]["can"]))
+    assert len(ours) == len(card.data.eval_results) - 1 == len(report.measures(results["results"]["can"]))
     assert ours["linear probe"].metric_value == round(results["results"]["can"]["linear_probe"]["accuracy"], 4)
     assert ours["linear probe"].dataset_split == "test"
     few = results["results"]["can"]["few_shot"]["5"]  # its interval, not its spread
@@ -181,20 +192,19 @@ def test_pictures_are_decoded_as_in_pretraining(models, colours, tmp_path):
         path = str(shutil.copytree(models["can"], tmp_path / "can", dirs_exist_ok=True))
         size = {"height": 32, "width": 32}
         Preprocessor(ViTImageProcessorPil(size=size, **trained)).save_pretrained(path)
-        settings = run_eval.parse(options({"can": path}, colours, tmp_path, "can", **flags))[0]
-        preprocessor = run_eval.load(path, settings).preprocessor
+        settings = parse(options({"can": path}, colours, tmp_path, "can", **flags))[0]
+        preprocessor = load(path, settings).preprocessor
         preprocessor.save_pretrained(tmp_path / "again")  # beside what is fine-tuned or exported
         assert Preprocessor(ViTImageProcessorPil.from_pretrained(tmp_path / "again")).decoding == preprocessor.decoding
         means.append(preprocessor.decode((tmp_path / "12.png").read_bytes()).float().mean())
     assert means[0] < 10 and means[1] == means[2] and 120 < means[1] < 135
     with pytest.raises(ValueError, match="high_bit_depth='strech' is not one of full_range, stretch, skip"):
-        run_eval.parse(options(models, colours, tmp_path, "can", high_bit_depth="strech"))
+        parse(options(models, colours, tmp_path, "can", high_bit_depth="strech"))
 
 
 def test_a_second_run_takes_the_features_from_the_cache(measured, monkeypatch):
     out, argv, results = measured
-    monkeypatch.setattr(evaluation, "extract", None)
-    monkeypatch.setattr(run_eval, "extract", None)  # nothing is extracted
+    monkeypatch.setattr(Extractor, "__call__", None)  # nothing is extracted
     assert run_eval.main(argv)["results"] == results["results"]
     (weights,) = [path for path in (out / "can").glob("*.safetensors")]
     tensors = __import__("safetensors.torch").torch.load_file(weights)
@@ -207,13 +217,13 @@ def test_a_second_run_takes_the_features_from_the_cache(measured, monkeypatch):
 @pytest.mark.parametrize("pooling, width", [("cls", 32), ("both", 64)])
 def test_features_are_pooled_as_asked(models, colours, tmp_path, monkeypatch, pooling, width):
     widths = []
-    original = run_eval.knn_predictions
+    original = knn.knn_predictions
 
     def spy(train, *arguments, **options):
         widths.append(train.shape[1])
         return original(train, *arguments, **options)
 
-    monkeypatch.setattr(run_eval, "knn_predictions", spy)
+    monkeypatch.setattr(knn, "knn_predictions", spy)
     argv = options(models, colours, tmp_path, "can", task="knn", pooling=pooling)
     results = run_eval.main(argv)
     assert widths == [3 * 32 * 32, width, width] and results["pooling"] == pooling
@@ -227,7 +237,7 @@ def test_a_pooling_is_named_where_features_were_pooled():
         "retrieval": {"precision": 0.5, "interval": [0.4, 0.6], "neighbours": 7},
         "robustness": {**of, "clean": of, "head": "own classifier"},
     }  # fmt: skip
-    poolings = {heading: measure.pooling for heading, measure in run_eval.measures(figures, "cls").items()}
+    poolings = {heading: measure.pooling for heading, measure in report.measures(figures, "cls").items()}
     frozen = ("k-NN, k = 20", "linear probe", "5 a class", "of 7 neighbours right")
     trained = ("fine-tuned", "exported classifier", "corrupted", "clean, same classifier")
     assert poolings == {**dict.fromkeys(frozen, "cls"), **dict.fromkeys(trained, "mean"), "linear probe, SGD": "both"}
@@ -235,13 +245,11 @@ def test_a_pooling_is_named_where_features_were_pooled():
 
 def test_a_model_has_one_colour_and_names_are_shown_as_they_are(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(
-        visualization, "_save", lambda figure, path: (figure.savefig(path), seen.update(figure=figure))
-    )
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: (figure.savefig(path), seen.update(figure=figure)))
     of = {"accuracy": 0.5, "interval": [0.4, 0.6]}
     mine = {"knn": {"1": of, "5": of}, "robustness": {"by_severity": {"1": of, "2": of}}}
     results = {"pixels": {"knn": mine["knn"]}, "$a_$x_$": mine, "reference": {"robustness": mine["robustness"]}}
-    assert visualization.evaluation_figure(results, tmp_path / "figure.png")
+    assert report.evaluation_figure(results, tmp_path / "figure.png")
     first, second = seen["figure"].axes
     drawn = [[line.get_color() for line in axis.lines if len(line.get_xdata())] for axis in (first, second)]
     assert drawn == [["C0", "C1"], ["C1", "C2"]]
@@ -249,7 +257,7 @@ def test_a_model_has_one_colour_and_names_are_shown_as_they_are(tmp_path, monkey
     assert [handle.get_color() for handle in handles] == ["C0", "C1", "C2"]
     assert labels == ["pixels", r"\$a_\$x_\$", "reference"]
     picture, right = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), np.ones((1, 1), bool)
-    visualization.retrieval_sheet(picture, picture[:, None], right, ["$100%$"], tmp_path / "sheet.png")
+    retrieval_sheet(picture, picture[:, None], right, ["$100%$"], tmp_path / "sheet.png")
 
 
 def test_another_batch_size_and_loader_workers_change_nothing(models, colours, tmp_path):
@@ -282,14 +290,14 @@ def robust(models, colours, tmp_path_factory):
     argv = options(paths, colours, out, "can", "classifier", "other", task="robustness", corruptions="noise",
                    reference_model="untrained", baselines="none", further_sets=out / "sets.yaml")  # fmt: skip
     predictions = {}
-    original = run_eval.Evaluation.score
+    original = Setup.score
 
     def spy(self, predicted, labels=None):
         predictions.setdefault(len(predicted), set()).update(np.asarray(predicted).tolist())
         return original(self, predicted, labels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_eval.Evaluation, "score", spy)
+        patch.setattr(Setup, "score", spy)
         results = run_eval.main(argv)["results"]
     return results, predictions
 
@@ -329,12 +337,12 @@ def test_further_sets_are_judged_among_their_own_classes(robust):
 
 
 def test_a_classifier_is_used_for_its_own_classes_alone():
-    assert run_eval.class_order({0: "LABEL_0", 1: "LABEL_1"}, NAMES) is None
-    assert run_eval.class_order({0: "blue", 1: "other", 2: "red", 3: "green"}, NAMES) == [2, 3, 0]
-    assert run_eval.class_order({0: "red", 1: "green", 2: "red", 3: "blue"}, NAMES) is None  # which red?
+    assert class_order({0: "LABEL_0", 1: "LABEL_1"}, NAMES) is None
+    assert class_order({0: "blue", 1: "other", 2: "red", 3: "green"}, NAMES) == [2, 3, 0]
+    assert class_order({0: "red", 1: "green", 2: "red", 3: "blue"}, NAMES) is None  # which red?
     birds = [f"bird {index}" for index in range(98)]
     theirs = dict(enumerate([*birds, "crane", "crane"]))
-    assert run_eval.class_order(theirs, [*birds, "crane", "crane 2"]) == list(range(100))
+    assert class_order(theirs, [*birds, "crane", "crane 2"]) == list(range(100))
 
 
 def test_reconstruction_is_in_decibels_below_the_full_range(models, colours, tmp_path):
@@ -367,16 +375,16 @@ def test_nothing_that_is_learnt_or_chosen_depends_on_the_test_labels(models, col
     rows = test.remove_columns("label").add_column("label", wrong).cast_column("label", ClassLabel(names=NAMES))
     rows.to_parquet(planted / "test-00000-of-00001.parquet")
     predictions = {}
-    original = run_eval.Evaluation.score
+    original = Setup.score
 
     def spy(self, predicted, labels=None):
         made.append((np.asarray(predicted).tolist(), self.data.test.labels.tolist()))
         return original(self, predicted, labels)
 
-    monkeypatch.setattr(run_eval.Evaluation, "score", spy)
-    few = run_eval.few_shot_predictions
+    monkeypatch.setattr(Setup, "score", spy)
+    few = few_shot.few_shot_predictions
     monkeypatch.setattr(
-        run_eval, "few_shot_predictions", lambda *a: [made.append((p.tolist(), [])) or p for p in few(*a)]
+        few_shot, "few_shot_predictions", lambda *a: [made.append((p.tolist(), [])) or p for p in few(*a)]
     )
     for name, folder in {"true": colours, "planted": str(planted)}.items():
         made = []
@@ -477,13 +485,13 @@ def test_embeddings_are_those_of_the_model(models, colours, tmp_path):
     assert results["embed"]["num_images"] == 31 and results["embed"]["done"]
     rows = load_dataset("parquet", data_files=f"{tmp_path}/part-*.parquet")["train"].with_format("numpy")
     assert rows.column_names == ["id", "label", "embedding"] and rows["embedding"][:].shape == (31, 64)
-    encoder = run_eval.load_encoder(models["can"])
+    encoder = load_encoder(models["can"])
     test = load_dataset("parquet", data_files=f"{colours}/test-*.parquet")["train"].cast_column(
         "image", Image(decode=False)
     )
     with torch.no_grad():
         prepared = torch.stack([encoder.preprocessor.decode(row["image"]["bytes"]) for row in test])
-        expected = run_eval.pooled(encoder(encoder.preprocessor.normalise(prepared)), "both", "can")
+        expected = pooled(encoder(encoder.preprocessor.normalise(prepared)), "both", "can")
     order = np.argsort([int(name.split(":")[1]) for name in rows["id"][:]])
     np.testing.assert_allclose(rows["embedding"][:][order], expected, atol=1e-5)
     assert rows["label"][:][order].tolist() == test["label"][:]
@@ -519,7 +527,7 @@ def test_what_the_user_can_mend_is_said_with_the_fix(models, colours, tmp_path, 
 
 
 def test_more_shots_than_images_are_refused_before_anything_takes_time(models, colours, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_eval.Evaluation, "entries", None)
+    monkeypatch.setattr(command, "make_entries", None)
     with pytest.raises(ValueError, match="shots=31 wants 31 images of class red, which has 30"):
         run_eval.main(options(models, colours, tmp_path, "can", task="few_shot", shots="5,31"))
 
@@ -535,7 +543,7 @@ def test_more_shots_than_images_are_refused_before_anything_takes_time(models, c
 def test_what_a_later_task_would_refuse_is_refused_at_once(
     models, colours, tmp_path, monkeypatch, task, name, message
 ):
-    monkeypatch.setattr(run_eval.Evaluation, "features", None)
+    monkeypatch.setattr(Setup, "features", None)
     (tmp_path / "finetuned" / "can").mkdir(parents=True)
     (tmp_path / "finetuned" / "can" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
@@ -546,7 +554,7 @@ def test_a_fault_costs_the_task_that_it_meets(models, colours, tmp_path, monkeyp
     def fail(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(run_eval.Evaluation, "linear_probe", fail)
+    monkeypatch.setattr(LinearProbe, "run", fail)
     with pytest.raises(OSError, match="the disk is full"):
         run_eval.main(options(models, colours, tmp_path, "can", baselines="none"))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -562,14 +570,14 @@ def test_a_model_named_twice_is_measured_once(models, colours, tmp_path):
 def test_a_reference_without_errors_is_told_and_costs_nothing(capsys):
     perfect = {"fog": {"1": 1.0}}
     results = {name: {"robustness": {"by_corruption": perfect}} for name in ("a", "b")}
-    run_eval.compare_corruption(results, "a")
+    compare_corruption(results, "a")
     assert "no corruption errors: reference_model makes no error under fog" in capsys.readouterr().out
     assert "corruption_error" not in results["b"]["robustness"]
 
 
 def test_processes_that_do_not_know_each_other_are_refused(models, colours, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(run_eval, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(command, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ValueError, match="2 processes were launched, and each .* ACCELERATE_USE_CPU=true"):
         run_eval.main(options(models, colours, tmp_path, "can"))
 
@@ -592,8 +600,8 @@ def test_every_flag_is_told_by_help(capsys):
         run_eval.main(["--help"])
     text = capsys.readouterr().out
     for field in (
-        *run_eval.dataclasses.fields(run_eval.Settings),
-        *run_eval.prefixed(run_eval.FineTuning, "finetune"),
+        *dataclasses.fields(Settings),
+        *prefixed(FineTuning, "finetune"),
     ):
         assert f"--{field.name} " in text
 
@@ -730,8 +738,8 @@ def test_test_images_that_pretraining_saw_are_mentioned(models, colours, tmp_pat
     if "data_dir" in recipe or "dataset_name" in recipe:
         Path(recipe.get("data_dir") or recipe["dataset_name"]).mkdir(parents=True, exist_ok=True)
     (path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
-    settings = run_eval.parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
-    assert run_eval.seen_in_pretraining(str(path), settings) is is_seen
+    settings = parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
+    assert seen_in_pretraining(str(path), settings) is is_seen
 
 
 def test_remarks_say_what_was_seen_and_what_is_no_better_than_nothing():
@@ -746,7 +754,7 @@ def test_remarks_say_what_was_seen_and_what_is_no_better_than_nothing():
         },
         "results": {"untrained (mine)": probe(0.5), "mine": probe(0.5), "other": probe(0.6), "pixels": probe(0.9)},
     }
-    seen, useless, open_question = run_eval.remarks(results)
+    seen, useless, open_question = report.remarks(results)
     assert seen == "mine was pre-trained on test images too, without their labels"
     assert open_question == "third was pre-trained on a part of this set; whether on test images, is not known"
     assert useless.startswith("mine is no better than untrained (mine) in the linear probe: 50.0 against 50.0 %")

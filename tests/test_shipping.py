@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, Trainer
 import modeling_can
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel
 from modeling_can.conversion import warm_start
-from modeling_can.encoders import load_encoder, load_model
+from modeling_can.evaluation.encoders import load_encoder, load_model
 
 
 PACKAGE = Path(modeling_can.__file__).parent

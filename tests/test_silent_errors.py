@@ -32,22 +32,20 @@ from transformers import ViTImageProcessorPil
 
 import run_eval
 import run_pretraining
-from modeling_can import finetuning, training
+from modeling_can import training
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data.augmentations import Augmentation
 from modeling_can.data.crops import RandomCrops, random_box
 from modeling_can.data.decoding import BadImage, decode
 from modeling_can.diagnostics import embedding_spread
-from modeling_can.embedding import embed
-from modeling_can.encoders import Preprocessor, pooled
-from modeling_can.evaluation import (
-    LinearClassifier,
-    Probe,
-    draw_shots,
-    few_shot_predictions,
-    linear_probe,
-    mean_and_std,
-)
+from modeling_can.evaluation import command, entries, few_shot, finetuning, linear, linear_sgd, protocol, robustness
+from modeling_can.evaluation.embed import embed
+from modeling_can.evaluation.encoders import Preprocessor, pooled
+from modeling_can.evaluation.export import on_class_token_and_mean
+from modeling_can.evaluation.features import Extractor
+from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
+from modeling_can.evaluation.linear import LinearClassifier, linear_probe, mean_and_std
+from modeling_can.evaluation.probe import Probe
 from modeling_can.modeling_can import CANDropPath, CANModel, resize_positions, sincos_positions
 from modeling_can.pretraining import builders, feed, probing
 from modeling_can.pretraining import step as a_step
@@ -262,8 +260,8 @@ def test_few_shots_are_standardised_by_all_training_images():
 
 
 def test_other_preprocessing_or_precision_makes_other_features(models, colours, tmp_path, monkeypatch):
-    made, counts, extract = [], [], run_eval.extract
-    monkeypatch.setattr(run_eval, "extract", lambda *a: made.append(1) or extract(*a))
+    made, counts, extract = [], [], Extractor.__call__
+    monkeypatch.setattr(Extractor, "__call__", lambda *a: made.append(1) or extract(*a))
     for flags in ({}, {}, {"image_size": 48}, {"mixed_precision": "bf16"}):
         AcceleratorState._reset_state(True)
         run_eval.main(options(models, colours, tmp_path, "can", task="knn", baselines="none", **flags))
@@ -297,7 +295,7 @@ def test_a_probe_reads_as_a_layer_what_it_was_fitted_on(pooling):
     features = {"cls": torch.randn(5, 4), "mean": torch.randn(5, 4)}
     read = pooled(features, pooling, "a model")
     probe = LinearClassifier(np.random.randn(3, read.shape[1]).astype(np.float32), np.ones(3, np.float32), 1.0, None)
-    head = run_eval.on_class_token_and_mean(probe, pooling)
+    head = on_class_token_and_mean(probe, pooling)
     expected = read @ torch.from_numpy(probe.weight).T + torch.from_numpy(probe.bias)
     torch.testing.assert_close(head(torch.cat([features["cls"], features["mean"]], 1)), expected)
 
@@ -307,13 +305,14 @@ def test_the_seed_reaches_what_is_trained(models, colours, tmp_path, monkeypatch
         pass
 
     seeds = []
-    for task, function in (("finetune", run_eval.finetune), ("linear_probe_sgd", run_eval.linear_probe_sgd)):
+    for task, module in (("finetune", finetuning), ("linear_probe_sgd", linear_sgd)):
+        function = getattr(module, task)
 
         def spy(*arguments, function=function, **keywords):
             seeds.append(inspect.signature(function).bind(*arguments, **keywords).arguments["seed"])
             raise Enough
 
-        monkeypatch.setattr(run_eval, task, spy)
+        monkeypatch.setattr(module, task, spy)
         with pytest.raises(Enough):
             run_eval.main(options(models, colours, tmp_path, "can", task=task, seed=7))
     assert seeds == [7, 7]
@@ -471,8 +470,10 @@ def test_every_generator_of_random_numbers_is_kept_apart():
 def test_the_seed_reaches_all_that_is_drawn(models, colours, tmp_path, monkeypatch):
     pytest.importorskip("imagecorruptions")
     seeds = {}
-    for name in ("load_labelled", "few_shot_predictions", "linear_probe", "bootstrap_interval", "untrained"):
-        function = getattr(run_eval, name)
+    where = {"load_labelled": command, "few_shot_predictions": few_shot, "linear_probe": linear,
+             "bootstrap_interval": protocol, "untrained": entries}  # fmt: skip
+    for name, module in where.items():
+        function = getattr(module, name)
 
         def spy(*arguments, name=name, function=function, **keywords):
             bound = inspect.signature(function).bind(*arguments, **keywords)
@@ -480,15 +481,15 @@ def test_the_seed_reaches_all_that_is_drawn(models, colours, tmp_path, monkeypat
             seeds.setdefault(name, set()).add(bound.arguments["seed"])
             return function(*arguments, **keywords)
 
-        monkeypatch.setattr(run_eval, name, spy)
+        monkeypatch.setattr(module, name, spy)
     corrupted = []
 
-    class Spied(run_eval.Corrupted):
+    class Spied(robustness.Corrupted):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             corrupted.append(self.seed)
 
-    monkeypatch.setattr(run_eval, "Corrupted", Spied)
+    monkeypatch.setattr(robustness, "Corrupted", Spied)
     run_eval.main(options(models, colours, tmp_path, "can", task="few_shot,linear_probe,robustness", shots=2, seed=7,
                           num_draws=2, test_size=0.3, corruptions="noise", baselines="untrained"))  # fmt: skip
     assert len(seeds) == 5 and all(values == {7} for values in seeds.values()), seeds

@@ -21,7 +21,7 @@ from test_data import add_to_tar, identity, picture, read
 
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data.crops import RandomCrops
-from modeling_can.evaluation import load_labelled, load_split
+from modeling_can.evaluation.sets import load_labelled, load_split
 
 
 ROOT = Path(__file__).parent.parent
@@ -284,7 +284,7 @@ def test_relative_paths_in_a_labelled_set_begin_at_its_folder(tmp_path):
 def test_a_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, variable):
     write_images(tmp_path / "train.parquet", 8)
     script = (
-        "from modeling_can.data import ImageSource\nfrom modeling_can.evaluation import load_split\n"
+        "from modeling_can.data import ImageSource\nfrom modeling_can.evaluation.sets import load_split\n"
         f"for attempt in (lambda: ImageSource(data_files={str(tmp_path / 'train.parquet')!r}),\n"
         f"                lambda: ImageSource(data_files={str(tmp_path / 'train.parquet')!r}, streaming=False),\n"
         f"                lambda: load_split({str(tmp_path)!r})):\n"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from ..encoders import quiet
 from ..hub import EXPORTS
 from ..modeling_can import CANForImageClassification
+from ..progress import quiet
 from .export import convert
 from .importing import has_classifier
 from .processors import preprocessing

@@ -20,8 +20,8 @@ from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel, ViTMAEF
 from transformers.utils import cached_file
 
 from ..configuration_can import CANConfig
-from ..encoders import quiet
 from ..modeling_can import CANForPreTraining, CANModel
+from ..progress import quiet
 from .names import (
     CAN,
     DINOV2,

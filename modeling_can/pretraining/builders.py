@@ -18,8 +18,8 @@ from ..conversion import normalisation, warm_start
 from ..data import ImageSource
 from ..data.augmentations import Augmentation
 from ..data.crops import RandomCrops
-from ..encoders import Preprocessor
-from ..evaluation import Probe
+from ..evaluation.encoders import Preprocessor
+from ..evaluation.probe import Probe
 from ..modeling_can import CANForPreTraining
 from ..progress import tell
 from ..recipe import Recipe

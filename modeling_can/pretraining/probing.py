@@ -3,7 +3,8 @@
 import torch
 from accelerate import Accelerator
 
-from ..evaluation import Probe, raw_pixels
+from ..evaluation.features import raw_pixels
+from ..evaluation.probe import Probe
 from ..training import interlude
 from .builders import Trained
 

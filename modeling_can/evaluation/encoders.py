@@ -1,6 +1,5 @@
 """Any vision encoder that transformers can load, as a function from encoded pictures to pooled features."""
 
-import contextlib
 import copy
 import hashlib
 import inspect
@@ -21,11 +20,16 @@ from transformers import (
     AutoModelForImageClassification,
     ViTForImageClassification,
 )
-from transformers.utils import logging as transformers_logging
 
-from . import __version__
-from .data.decoding import DECODING, decode
+from .. import __version__
+from ..data.decoding import DECODING, decode
+from ..progress import quiet
 
+
+__all__ = [
+    "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "load_config", "load_encoder", "load_model",
+    "load_preprocessor", "pooled", "untrained",
+]  # fmt: skip
 
 # Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -381,17 +385,3 @@ def untrained(encoder: Encoder, seed: int) -> Encoder:
             {k: v for k, v in encoder.model.state_dict().items() if k.endswith("position_embeddings")}, strict=False
         )
     return Encoder(model, encoder.preprocessor, f"untrained {type(model).__name__}")
-
-
-@contextlib.contextmanager
-def quiet():
-    """No words of transformers about a torchvision that this project does without, or weights that are not used."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -5,6 +5,7 @@ arXiv 1903.12261) and on further labelled sets with some of its classes.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +13,29 @@ import numpy as np
 import torch
 import yaml
 
-from .evaluation import ALONE, Pictures, Processes, Split, extract, load_split
-from .recipe import INSTALL, load_yaml
+from ..progress import tell
+from ..recipe import INSTALL, load_yaml
+from .encoders import classifier_class, load_model, pooled
+from .features import Extractor, Pictures
+from .linear import fit_probe
+from .protocol import Entry, Features, Measure, Panel, Protocol, Setup
+from .sets import Split, load_split
 
+
+__all__ = [
+    "Corrupted",
+    "FurtherSet",
+    "GROUPS",
+    "Robustness",
+    "SEVERITIES",
+    "accuracy_by_corruption",
+    "class_order",
+    "compare_corruption",
+    "corrupted_predictions",
+    "corruption_error",
+    "corruptions_by_group",
+    "load_further_sets",
+]
 
 SEVERITIES = (1, 2, 3, 4, 5)
 GROUPS = ("noise", "blur", "weather", "digital")
@@ -81,10 +102,8 @@ def corrupted_predictions(
     classify: Callable[[torch.Tensor], torch.Tensor],
     split: Split,
     corrupted: Corrupted,
-    batch_size: int,
-    num_workers: int = 0,
-    processes: Processes = ALONE,
-    progress=iter,
+    extractor: Extractor = Extractor(),  # noqa: B008  frozen
+    description: str = "",
 ) -> np.ndarray | None:
     """
     What `classify` (uint8 pictures `(B, C, H, W)` -> logits) says of all versions of all pictures, `(N, versions)`; on
@@ -92,11 +111,11 @@ def corrupted_predictions(
     """
 
     def predict(versions):  # (pictures, versions, C, H, W)
-        logits = torch.cat([classify(part) for part in versions.flatten(0, 1).split(batch_size)])
+        logits = torch.cat([classify(part) for part in versions.flatten(0, 1).split(extractor.batch_size)])
         return {"predictions": logits.argmax(dim=1).unflatten(0, versions.shape[:2])}
 
-    pictures = Pictures(split, corrupted)
-    made = extract(predict, pictures, max(1, batch_size // len(corrupted.versions)), num_workers, processes, progress)
+    at_once = max(1, extractor.batch_size // len(corrupted.versions))
+    made = replace(extractor, batch_size=at_once)(predict, Pictures(split, corrupted), description)
     return None if made is None else made["predictions"].astype(np.int64)
 
 
@@ -196,3 +215,154 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
         raise ValueError(f"further set {name}: class_map leaves all rows out")
     split = Split(split.name, split.pictures, classes[split.labels], split.folder).select(kept)
     return FurtherSet(split, np.unique(classes[classes >= 0]))
+
+
+# --- The protocol ----------------------------------------------------------------------------------------------------
+
+
+class Robustness(Protocol):
+    """Accuracy under corruptions and on further sets, of a model's own classifier of these classes, or of a probe."""
+
+    name, rank = "robustness", 2
+    panel = Panel("corrupted", "severity", key="by_severity")
+
+    def prepare(self, setup: Setup) -> dict[str, FurtherSet]:
+        path = setup.settings.further_sets
+        with setup.accelerator.local_main_process_first():
+            return load_further_sets(path, setup.data.class_names) if path else {}
+
+    def check(self, setup: Setup, entry: Entry):
+        names = [name for names in corruptions_by_group(setup.settings.corruptions).values() for name in names]
+        Corrupted(entry.preprocessor, names)
+
+    def needs_features(self, setup: Setup, entry: Entry) -> bool:
+        return _own_classes(setup, entry) is None
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
+        settings, test = setup.settings, setup.data.test
+        groups = corruptions_by_group(settings.corruptions)
+        classify, head = _classifier(setup, entry, features.train)
+        clean = _logits(setup, entry, classify, test)
+        corrupted = Corrupted(entry.preprocessor, [name for names in groups.values() for name in names], SEVERITIES,
+                              settings.seed)  # fmt: skip
+        predictions = corrupted_predictions(classify, test, corrupted, setup.extractor, f"{entry.name}: corrupted")
+        further = {
+            name: (_logits(setup, entry, classify, other.split), other)
+            for name, other in setup.prepared[self.name].items()
+        }
+        if not setup.is_main:
+            return None
+        right = predictions == test.labels[:, None]
+        on_clean = setup.score(clean.argmax(axis=1))
+        figures = {"head": head, "clean": on_clean, **self._corrupted(setup, right, corrupted.versions, groups)}
+        figures["relative_drop"] = 1 - figures["accuracy"] / on_clean["accuracy"] if on_clean["accuracy"] else None
+        if further:
+            figures["further_sets"] = {
+                name: {
+                    **setup.score(other.classes[theirs[:, other.classes].argmax(axis=1)], other.split.labels),
+                    "num_images": len(other.split),
+                    "num_classes": len(other.classes),
+                }
+                for name, (theirs, other) in further.items()
+            }
+        return figures
+
+    @staticmethod
+    def _corrupted(setup: Setup, right: np.ndarray, versions: list[tuple[str, int]], groups: dict) -> dict:
+        """Accuracy over everything, and by severity, group and corruption, of `right`, `(N, versions)` booleans."""
+        table, severities = accuracy_by_corruption(right, versions), np.array([s for _, s in versions])
+
+        def mean(where) -> dict:
+            return {"accuracy": float(right[:, where].mean()), "interval": setup.interval(right[:, where].mean(1))}
+
+        return {
+            **mean(slice(None)),
+            "by_severity": {str(severity): mean(severities == severity) for severity in SEVERITIES},
+            "by_group": {
+                group: float(np.mean([list(table[name].values()) for name in names]))
+                for group, names in groups.items()
+            },
+            "by_corruption": table,
+        }
+
+    def compare(self, results: dict[str, dict], reference: str):
+        compare_corruption(results, reference)
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        of = {"pooling": pooling if figures["head"] == "linear probe" else "mean"}
+        clean = figures["clean"]
+        rows = {
+            "corrupted": Measure(figures["accuracy"], figures["interval"], **of),
+            "clean, same classifier": Measure(clean["accuracy"], clean["interval"], **of),
+        }
+        if "corruption_error" in figures:
+            rows["mean corruption error"] = Measure(figures["corruption_error"]["mean"], None, "mce", **of)
+        for name, other in figures.get("further_sets", {}).items():
+            rows[name] = Measure(other["accuracy"], other["interval"], **of)
+        return rows
+
+
+def compare_corruption(results: dict[str, dict], reference: str):
+    """Adds the corruption errors relative to the reference; says why, where there can be none."""
+    theirs = results[reference]["robustness"]["by_corruption"]
+    for figures in results.values():
+        if "robustness" in figures:
+            try:
+                errors = corruption_error(figures["robustness"]["by_corruption"], theirs)
+            except ValueError as error:
+                tell(f"no corruption errors: {error}")
+                return
+            figures["robustness"]["corruption_error"] = {"reference": reference, **errors}
+
+
+def class_order(id2label: dict[int, str], class_names: list[str]) -> list[int] | None:
+    """
+    For each of our classes the model's own index: by name, or as they are if nearly all names agree one by one (in
+    ImageNet there are two cranes); `None` if its classes are others.
+    """
+    theirs = [id2label[index] for index in sorted(id2label)]
+    if len(theirs) == len(class_names) and np.mean([a == b for a, b in zip(theirs, class_names, strict=True)]) > 0.95:
+        return list(range(len(theirs)))
+    if len(set(theirs)) == len(theirs) and set(class_names) <= set(theirs):
+        return [theirs.index(name) for name in class_names]
+    return None
+
+
+def _own_classes(setup: Setup, entry: Entry) -> list[int] | None:
+    """Of a model that was saved with a classifier of our classes, its index of each."""
+    if entry.path is None:
+        return None
+    config = entry.encoder.model.config
+    if not any("ForImageClassification" in name for name in config.architectures or []):
+        return None
+    return class_order(config.id2label, setup.data.class_names)
+
+
+def _classifier(setup: Setup, entry: Entry, train: np.ndarray | None) -> tuple[Callable, str]:
+    """Pictures -> logits `(B, num_classes)`, of the model's own classifier of these classes, or a linear probe."""
+    order = _own_classes(setup, entry)
+    if order is not None:
+        trust = setup.settings.trust_remote_code
+        model = load_model(entry.path, classifier_class(entry.path, trust), trust).eval().to(setup.device)
+        order = torch.tensor(order, device=setup.device)
+
+        def classify(pictures):
+            with setup.accelerator.autocast():
+                pixels = entry.preprocessor.normalise(pictures.to(setup.device))
+                return model(pixel_values=pixels, **entry.encoder.options).logits.float()[:, order]
+
+        return classify, "its own classifier"
+    probe = setup.processes.gather([fit_probe(setup, train) if setup.is_main else None])[0]
+    weight, bias = (torch.from_numpy(x).to(setup.device) for x in (probe.weight, probe.bias))
+    pooling = setup.pooling(entry)
+
+    def classify(pictures):
+        return pooled(entry.encode(pictures), pooling, entry.name).float().to(setup.device) @ weight.T + bias
+
+    return classify, "linear probe"
+
+
+def _logits(setup: Setup, entry: Entry, classify: Callable, split: Split) -> np.ndarray | None:
+    pictures = Pictures(split, entry.preprocessor.decode)
+    made = setup.extractor(lambda batch: {"logits": classify(batch)}, pictures, f"{entry.name}: {split.name}")
+    return None if made is None else made["logits"]

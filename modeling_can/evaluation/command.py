@@ -1,0 +1,211 @@
+"""The order of an evaluation: processes, data, models, checks; then the tasks of each model; then what is shown."""
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from ..files import write
+from ..hub import update_card
+from ..progress import tell
+from ..provenance import run_facts
+from ..rendezvous import INIT_METHOD
+from ..training import mixed_precision
+from .embed import embed_task
+from .entries import is_listed, make_entries, named_reference, planned
+from .export import NUM_EXAMPLES, check_export, export, is_exported
+from .finetuning import FineTuning
+from .overlap import seen_in_pretraining
+from .protocol import Entry, Features, Setup
+from .report import CAPTION, card_results, evaluation_figure, remarks, table
+from .sets import load_labelled
+from .settings import Settings
+from .tasks import EMBED, PROTOCOLS
+
+
+__all__ = ["run"]
+
+
+def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict:
+    """
+    Runs the tasks; returns what `results.json` holds. Called by every process. Raises ValueError for what the user can
+    mend.
+
+    Args:
+        command (`list[str]`): To be kept with the results.
+    """
+    started = time.perf_counter()
+    accelerator = _processes(settings)
+    results = {
+        "command": command,
+        **run_facts(
+            accelerator.device, ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "evaluate")
+        ),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "seed": settings.seed,
+    }
+    output_dir = Path(settings.output_dir)
+    if (output_dir / "recipe.yaml").exists():
+        raise ValueError(
+            f"output_dir={output_dir} holds a pre-training run, whose results.json this would replace; give another"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if EMBED in settings.task:
+        return embed_task(settings, accelerator, results)
+
+    setup = _setup(settings, fine_tuning, accelerator)
+    entries = make_entries(setup)
+    reference = named_reference(entries, settings.reference_model)
+    plan = {entry.name: planned(entry, settings, reference) for entry in entries}
+    for entry in entries:
+        _check(setup, entry, plan[entry.name])
+    results |= _subject(setup, entries)
+    if setup.is_main:
+        data = setup.data
+        tell(
+            f"{len(data.train):,} images of {len(np.unique(data.train.labels))} classes to learn from, "
+            f"{len(data.test):,} to be tested on ({settings.dataset_name}); "
+            f"{', '.join(name for name in plan if plan[name])}; {accelerator.num_processes} process(es), "
+            f"{accelerator.device}"
+        )
+    for entry in entries:
+        _measure(setup, entry, plan[entry.name], results, started)
+    if setup.is_main:
+        _finish(setup, entries, reference, results, started)
+    accelerator.end_training()
+    return results
+
+
+def _processes(settings: Settings) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision(settings.mixed_precision),
+        kwargs_handlers=[InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(days=30))],  # they wait
+    )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, and each takes itself for the only one; on a CPU "
+            "set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator) -> Setup:
+    """The labelled set, and what the protocols make of it before a model is loaded."""
+    with accelerator.local_main_process_first():
+        data = load_labelled(
+            settings.dataset_name,
+            settings.dataset_config_name,
+            settings.train_split,
+            settings.test_split,
+            settings.image_column,
+            settings.label_column or "label",
+            settings.test_size,
+            settings.seed,
+        )
+    setup = Setup(settings, fine_tuning, accelerator, data)
+    for name, protocol in PROTOCOLS.items():
+        if name in settings.task:
+            setup.prepared[name] = protocol.prepare(setup)
+    return setup
+
+
+def _check(setup: Setup, entry: Entry, tasks: list[str]):
+    """Raises ValueError for what a task would refuse, before anything takes time."""
+    settings = setup.settings
+    for name, protocol in PROTOCOLS.items():
+        if name in tasks:
+            protocol.check(setup, entry)
+    if settings.export_classifier and is_exported(setup, entry):
+        check_export(setup, entry)
+    if settings.update_card and entry.path and is_listed(entry.path, settings) and not Path(entry.path).is_dir():
+        raise ValueError(
+            f"update_card: {entry.path} is no folder; download the model (hf download {entry.path} --local-dir "
+            "FOLDER), measure that, and upload its README.md"
+        )
+
+
+def _subject(setup: Setup, entries: list[Entry]) -> dict:
+    """What the results are about."""
+    settings, data = setup.settings, setup.data
+    held_out = f"{settings.test_size:g} of {settings.train_split}"
+    return {
+        "data": {
+            "dataset_name": settings.dataset_name,
+            "config_name": settings.dataset_config_name,
+            "train_split": settings.train_split,
+            "test_split": held_out if settings.test_size else settings.test_split,
+            "num_train": len(data.train),
+            "num_test": len(data.test),
+            "class_names": data.class_names,
+        },
+        "models": {
+            entry.name: {
+                "path": entry.path,
+                "sha256": entry.digest,
+                "test_images_seen_without_labels": seen_in_pretraining(entry.path, settings),
+            }
+            for entry in entries
+            if entry.path
+        },
+        "pooling": settings.pooling,
+        "results": {},
+        "seconds": {},
+    }
+
+
+def _measure(setup: Setup, entry: Entry, tasks: list[str], results: dict, started: float):
+    """Runs the tasks of an entry; what each found is written at once, so that a fault costs one task."""
+    features, seconds, data = Features(), {}, setup.data
+    if any(PROTOCOLS[task].needs_features(setup, entry) for task in tasks):
+        began = time.perf_counter()
+        features = Features(*(setup.features(entry, split) for split in (data.train, data.test)))
+        seconds["features"] = time.perf_counter() - began
+    for task in tasks:
+        protocol, began = PROTOCOLS[task], time.perf_counter()
+        figures = protocol.run(setup, entry, features) if setup.is_main or not protocol.on_features else None
+        seconds[task] = time.perf_counter() - began
+        if setup.is_main:
+            tell(f"{entry.name}: {task} in {seconds[task]:.1f} s")
+            results["results"].setdefault(entry.name, {})[task] = figures
+            results["seconds"][entry.name] = seconds
+            _write(setup, results, started)
+
+
+def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: dict, started: float):
+    """What needs the figures of all: classifier, comparison, table, figure, remarks, cards."""
+    settings, output_dir = setup.settings, setup.output_dir
+    if settings.export_classifier:
+        (entry,) = (entry for entry in entries if is_exported(setup, entry))
+        results["results"][entry.name]["exported"] = export(setup, entry, results)
+    if reference:
+        for task in settings.task:
+            PROTOCOLS[task].compare(results["results"], reference)
+    _write(setup, results, started)
+    drawn = evaluation_figure(results["results"], output_dir / "figures" / "evaluation.png")
+    tell(f"\n{CAPTION}\n\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
+        f", {output_dir}/figures/evaluation.png" if drawn else ""
+    ))  # fmt: skip
+    for line in remarks(results):
+        tell(f"Note: {line}")
+    if settings.export_classifier:
+        folder = settings.export_classifier
+        tell(
+            f"A classifier for the image-classification pipeline: {folder}. Of the test images, {folder}/examples "
+            f"holds up to {NUM_EXAMPLES}: remove those that are not yours to show before you publish it"
+        )
+    if settings.update_card:
+        for name, model in results["models"].items():
+            if not is_listed(model["path"], settings):  # no more than the reference
+                continue
+            update_card(model["path"], card_results(results, results["results"][name], name))
+            tell(f"Updated: {model['path']}/README.md")
+
+
+def _write(setup: Setup, results: dict, started: float):
+    results["total_seconds"] = time.perf_counter() - started
+    write(setup.output_dir / "results.json", json.dumps(results, indent=2) + "\n")

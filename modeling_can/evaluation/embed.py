@@ -1,0 +1,364 @@
+"""The task that writes embeddings of any images, on any number of processes. It needs no labels, and stands alone."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import ClassLabel, Value
+from PIL import Image
+from tqdm import tqdm
+
+from ..data import ImageSource, append_line, ledger_line, refuse_bad
+from ..data.decoding import BadImage
+from ..data.loading import Patient, handed_over, worker_options
+from ..files import write
+from ..progress import tell
+from .encoders import pooled
+from .entries import load
+from .part_files import LEDGER, Unit, begin, part_files, read_ledger, schema_of, totals, unit_of
+
+
+__all__ = ["Batch", "embed", "embed_task", "end_with"]
+
+LINE_SECONDS = 30  # between lines of progress where stderr is no terminal
+
+
+# --- The task --------------------------------------------------------------------------------------------------------
+
+
+def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
+    """The task that writes embeddings; each process does its share, and waits for no other."""
+    with accelerator.local_main_process_first():
+        encoder = load(settings.model_name_or_path[0], settings)
+    digest = encoder.digest()
+    encoder.to(accelerator.device)
+
+    @torch.no_grad()
+    def encode(pictures):
+        with accelerator.autocast():
+            pixels = encoder.preprocessor.normalise(pictures.to(accelerator.device, non_blocking=True))
+            return pooled(encoder(pixels), settings.pooling, encoder.name)
+
+    def source_with(label_column: str | None) -> ImageSource:
+        return ImageSource(
+            settings.dataset_name,
+            settings.data_dir,
+            settings.data_files,
+            settings.dataset_split,
+            settings.image_column,
+            settings.streaming,
+            extra_columns=tuple(filter(None, (settings.id_column, label_column))),
+            config_name=settings.dataset_config_name,
+        )
+
+    label_column, source = settings.label_column, source_with(settings.label_column)
+    if label_column is None and isinstance(source.features.get("label"), Value | ClassLabel):
+        label_column, source = "label", source_with("label")
+    if source.left_out_line and accelerator.is_main_process:
+        tell(source.left_out_line)
+    facts = {
+        "weights": digest,
+        "pooling": settings.pooling,
+        "preprocessing": encoder.preprocessor.facts(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    figures = embed(
+        source,
+        encoder.preprocessor.decode,
+        encode,
+        settings.output_dir,
+        facts,
+        batch_size=min(settings.batch_size, settings.rows_per_file),
+        num_workers=settings.dataloader_num_workers,
+        dtype=settings.embedding_dtype,
+        rows_per_file=settings.rows_per_file,
+        id_column=settings.id_column,
+        label_column=label_column,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        max_bad_fraction=settings.max_bad_fraction,
+    )
+    own = gather_object([(figures["new_images"], figures["images_per_second"])])
+    new_images, speed = map(sum, zip(*own, strict=True))
+    results["model"] = {"path": settings.model_name_or_path[0], "sha256": digest}
+    results["left_out"] = source.left_out
+    results["embed"] = {**totals(settings.output_dir), "new_images": new_images, "images_per_second": speed}
+    if accelerator.is_main_process:
+        write(Path(settings.output_dir) / "results.json", json.dumps(results, indent=2) + "\n")
+        bad = ", ".join(f"{count} {reason}" for reason, count in results["embed"]["bad"].items())
+        of = f" of split {source.split}" if settings.dataset_name else ""
+        tell(
+            f"{results['embed']['num_images']:,} embeddings{of} in {results['embed']['files']} files, "
+            f"{new_images:,} of them new at {speed:.0f} images/s; bad images: {bad or 'none'}. "
+            f"results.json, and for load_dataset('parquet', data_files=...): {settings.output_dir}/part-*.parquet"
+        )
+    accelerator.end_training()
+    return results
+
+
+# --- The share of a process ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def embed(
+    source,
+    prepare,
+    encode,
+    output_dir,
+    facts,
+    *,
+    batch_size=256,
+    num_workers=0,
+    dtype="float16",
+    rows_per_file=100_000,
+    id_column=None,
+    label_column=None,
+    process_index=0,
+    num_processes=1,
+    max_bad_fraction=0.01,
+) -> dict:
+    """
+    One process's share of the work, from where it stands in the folder; to be called by all, now or one after another.
+    A run that is killed loses what waits to be written, and is started again as it was or with another number of
+    processes or workers, once its own processes have ended.
+
+    The files, `datasets.load_dataset("parquet", data_files=f"{folder}/part-*.parquet")`, have the columns `id`
+    (string), `label` (if asked for, of its column's type) and `embedding` (list of fixed length). Bad images are in
+    the ledger `bad_samples.jsonl`, as the trainer's, each with its `row`, `"{shard}:{row in shard}"`.
+
+    Args:
+        source (`ImageSource`): With the columns named here among its `extra_columns`.
+        prepare (callable): Encoded bytes -> tensor; raises `BadImage`. Runs in the loader's workers.
+        encode (callable): Those of a batch, stacked (pinned, if there is a GPU) -> features `(B, D)` on any device.
+        output_dir (`str` or `Path`): The folder.
+        facts (`dict`): Whatever the embeddings depend on besides (weights, pooling, preprocessing); kept in
+            `embedding.json`, so that a folder holds embeddings of one kind.
+        dtype (`str`): `"float16"` or `"float32"`.
+        rows_per_file (`int`): At most; so many wait in memory for each worker.
+        id_column (`str`, *optional*):
+            Column of the ids. By default it is the path, for a folder of images, or else `"{shard}:{row in shard}"`.
+        label_column (`str`, *optional*): Column of single values.
+        process_index, num_processes (`int`): This process among those that share the work.
+        max_bad_fraction (`float`): Share of bad images above which the process gives up.
+
+    Returns:
+        `totals` of the folder; `new_images` and `images_per_second` of this call.
+
+    Raises:
+        ValueError: for what cannot be kept; if the folder was begun otherwise; if a feature is not finite; when more
+            than `max_bad_fraction` of the process's images are bad, once it has passed 1,000 or come to its end.
+        OSError: when a shard cannot be read, as in `ViewStream`.
+    """
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype={dtype!r}; embeddings are kept as 'float16' or 'float32'")
+    if not 0 < batch_size <= rows_per_file:
+        raise ValueError(f"batch_size={batch_size} must be from 1 to rows_per_file={rows_per_file}")
+    _check_column(source, "id_column", id_column)
+    _check_column(source, "label_column", label_column)
+    folder, num_shards = Path(output_dir), source.num_shards
+    settings = {
+        "source": source.name,
+        "source_split": source.split,
+        "source_fingerprint": source.fingerprint,
+        "source_shards": num_shards,
+        "embedding_dtype": dtype,
+        "id_column": id_column,
+        "label_column": label_column,
+    }
+    assert not facts.keys() & settings.keys(), "a fact has the name of a setting"
+    num_parts = begin(folder, {**facts, **settings}, num_processes * max(1, num_workers), process_index)
+    num_units, files = num_shards * num_parts, part_files(folder)
+    units = {index: Unit(folder, index, files[index]) for index in range(process_index, num_units, num_processes)}
+    for path in folder.glob("part-*.partial"):  # of a run that was killed
+        if unit_of(path) in units:
+            path.unlink()
+    known_bad, last = read_ledger(folder / LEDGER, units, num_parts)
+
+    todo = [(index, unit.next_row) for index, unit in units.items() if not unit.done]
+    batches = _Batches(source, prepare, todo, num_parts, known_bad, batch_size, id_column, label_column)
+    loader = _loader(batches, min(num_workers, len(todo)))
+    num_before = num_good = sum(unit.num_images for unit in units.values())
+    num_bad = sum(unit.bad.total() for unit in units.values())
+    num_images = source.num_images() if process_index == 0 else None
+    schema, start = None, time.monotonic()
+    with _progress_bar(num_images and num_images * len(units) // num_units, num_good + num_bad, process_index) as bar:
+        for batch in Patient(loader):
+            unit, ids = units[batch.unit], batch.ids
+            embeddings = _to_numpy(encode(batch.images), ids, dtype) if ids else None
+            if schema is None and (ids or batch.done):
+                size = embeddings.shape[1] if ids else _embedding_size(prepare, encode)
+                schema = schema_of(source, label_column, dtype, size)
+            for last in batch.lines:  # not by the workers, which may outlive a process that was killed
+                append_line(folder / LEDGER, last)
+            unit.add(batch, embeddings, schema, rows_per_file)
+            num_good, num_bad = num_good + len(ids), num_bad + len(batch.reasons)
+            bar.update(len(ids) + len(batch.reasons))
+            if num_good + num_bad >= 1000:
+                refuse_bad(source.name, num_bad, num_good + num_bad, max_bad_fraction, last, folder / LEDGER)
+    refuse_bad(source.name, num_bad, num_good + num_bad, max_bad_fraction, last, folder / LEDGER)
+    new_images, seconds = num_good - num_before, time.monotonic() - start
+    return {**totals(folder), "new_images": new_images, "images_per_second": new_images / seconds}
+
+
+def _check_column(source, field: str, name: str | None):
+    if name is None:
+        return
+    if name not in source.extra_columns:
+        raise ValueError(f"{field}={name!r} is not among the extra_columns={source.extra_columns} of the source")
+    if not isinstance(source.dataset.features[name], datasets.Value | datasets.ClassLabel):
+        raise ValueError(
+            f"{field}={name!r} of {source.name} is {source.dataset.features[name]}; choose a column of single values"
+        )
+
+
+def _to_numpy(features: torch.Tensor, ids: list[str], dtype: str) -> np.ndarray:
+    """`(B, D)` as it will be written; `ValueError` if not all of it is finite."""
+    assert features.shape[:-1] == (len(ids),), f"encode made {tuple(features.shape)} of {len(ids)} images"
+    kept = features.to(getattr(torch, dtype))
+    finite = kept.isfinite().all(dim=1)
+    if not finite.all():
+        worst = int(finite.int().argmin())
+        if features[worst].isfinite().all():
+            raise ValueError(
+                f"the embedding of {ids[worst]} has a {features[worst].abs().max():g}, and dtype='float16' ends at "
+                "65504; set dtype to float32"
+            )
+        raise ValueError(f"the embedding of {ids[worst]} is not finite; compute in fp32, without mixed precision")
+    return kept.cpu().numpy()
+
+
+def _embedding_size(prepare, encode) -> int:
+    """D, where a unit has not one good image to tell it: that of a grey picture."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (512, 512), "grey").save(buffer, "PNG")
+    return encode(prepare(buffer.getvalue())[None]).shape[1]
+
+
+def _progress_bar(total: int | None, initial: int, process_index: int) -> tqdm:
+    """Images, images a second and the time left; of the first process alone."""
+    options = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt} images, {rate_noinv_fmt}, {remaining} left"
+        options = {"file": _Lines(), "bar_format": line, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
+    return tqdm(desc="embedding", total=total, initial=initial, unit=" images", disable=process_index != 0, **options)
+
+
+class _Lines:
+    """A file for tqdm: what it would write over and over becomes a line each time."""
+
+    def write(self, text: str):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+# --- Reading: in the loader's workers --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Batch:
+    """
+    The images of a unit's rows from `first_row` up to `next_row`, stacked, with their ids and labels; of the bad ones
+    the reasons, and the ledger's lines on those that it lacks. The last batch of a unit, perhaps empty, is `done`.
+    """
+
+    unit: int
+    first_row: int
+    next_row: int = 0
+    done: bool = False
+    images: list | torch.Tensor = dataclasses.field(default_factory=list)
+    ids: list[str] = dataclasses.field(default_factory=list)
+    labels: list = dataclasses.field(default_factory=list)
+    reasons: list[str] = dataclasses.field(default_factory=list)
+    lines: list[str] = dataclasses.field(default_factory=list)
+
+    def close(self, next_row: int, done: bool = False):
+        self.next_row, self.done = next_row, done
+        if self.images:
+            self.images = handed_over(torch.stack(self.images))
+        return self
+
+    def pin_memory(self):  # called by the loader
+        if self.ids:
+            self.images = self.images.pin_memory()
+        return self
+
+
+class _Batches(torch.utils.data.IterableDataset):
+    """The batches of the units in `todo`, `(index, first row)`, unit by unit; they are dealt to the workers."""
+
+    def __init__(self, source, prepare, todo, num_parts, known_bad, batch_size, id_column, label_column):
+        self.source, self.prepare, self.todo, self.num_parts = source, prepare, todo, num_parts
+        self.known_bad, self.batch_size = known_bad, batch_size
+        self.id_column, self.label_column = id_column, label_column
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        for unit, first_row in self.todo[worker.id :: worker.num_workers] if worker else self.todo:
+            yield from self._read(unit, first_row)
+
+    def _read(self, unit: int, first_row: int):
+        shard, part = divmod(unit, self.num_parts)
+        batch, row = Batch(unit, first_row), 0
+        for block, _ in self.source.blocks(self.source.shard(shard), block_size=self.batch_size):
+            images = self.source.images(block)
+            ids, labels = (block.get(name, [None] * len(images)) for name in (self.id_column, self.label_column))
+            for image, own_id, label in zip(images, ids, labels, strict=True):
+                if row >= first_row and row % self.num_parts == part:
+                    self._add(batch, f"{shard}:{row}", image, own_id, label)
+                    if self.batch_size in (len(batch.ids), len(batch.reasons)):
+                        yield batch.close(row + 1)
+                        batch = Batch(unit, row + 1)
+                row += 1
+        yield batch.close(row, done=True)
+
+    def _add(self, batch: Batch, place: str, image: dict | None, own_id, label):
+        if self.id_column and own_id is None:
+            raise ValueError(f"id_column={self.id_column!r} of {self.source.name} is null in {place}; choose another")
+        if place in self.known_bad:
+            batch.reasons.append(self.known_bad[place])
+            return
+        try:
+            batch.images.append(self.prepare(self.source.fetch(image)))
+        except BadImage as error:
+            own = {"id": str(own_id)} if self.id_column else {}
+            batch.reasons.append(error.reason)
+            batch.lines.append(ledger_line(self.source.name, image, error, row=place, **own))
+        else:
+            batch.ids.append(str(own_id) if self.id_column else image["path"] if self.source.is_folder else place)
+            batch.labels.append(label)
+
+
+def _loader(batches: _Batches, num_workers: int) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        batches,
+        batch_size=None,
+        **worker_options(num_workers),
+        in_order=False,  # of the workers: none waits for one whose connection has failed
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=functools.partial(end_with, os.getpid()),
+    )
+
+
+def end_with(parent: int, worker_id: int):
+    """In a loader's worker: end within a second of the process, however it ended and whatever is waited for here."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

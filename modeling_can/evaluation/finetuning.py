@@ -1,0 +1,282 @@
+"""
+Fine-tuning of the whole encoder, by MAE's recipe (arXiv 2111.06377, table 9) or with LoRA (arXiv 2106.09685). It is
+given no test images: those are for `class_predictions`, once everything is chosen.
+"""
+
+import contextlib
+import math
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.utils import is_peft_available
+
+from ..progress import tell
+from ..recipe import INSTALL, option
+from ..training import MetricAverage, NonFiniteGuard, interlude, learning_rate
+from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
+from .encoders import Preprocessor
+from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
+from .sets import Split
+from .training_images import STEP, Augmentation, Share, crop_loader, epochs, fitting_batch_size, mix
+
+
+__all__ = ["FineTune", "tuned_folder", "FineTuned", "FineTuning", "finetune"]
+
+# MAE's for ViT-B; and with adapters, by the quickstart's CAN at rank 8 on a held-out fifth of sample_data: 68.2, 74.1,
+# 79.3, 44.1 % at 1.5e-3, 5e-3, 1.5e-2, 5e-2 (10 epochs, batch 128), 79.3 and 80.4 % at the first two (40, batch 1024)
+FULL, LORA = {"base_learning_rate": 5e-4, "layer_decay": 0.65}, {"base_learning_rate": 5e-3, "layer_decay": 1.0}
+LOG_STEPS = 10  # between looks at the loss, which wait for the device
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """The recipe of `finetune`; the defaults are MAE's for ViT-B on ImageNet."""
+
+    num_epochs: int = option(100, "passes over the training images")
+    batch_size: int = option(1024, "images of one step, of all processes together")
+    gradient_accumulation_steps: int = option(1, "parts of a step's batch, one after the other")
+    base_learning_rate: float | None = option(None, "for 256 images a step; 5e-4 if none, with LoRA 5e-3")
+    layer_decay: float | None = option(None, "learning rate of a layer by that of the next; 0.65 if none, no LoRA")
+    warmup_ratio: float = option(0.05, "share of the steps with linear warm-up")
+    weight_decay: float = option(0.05, "AdamW, on matrices only")
+    drop_path_rate: float = option(0.1, "stochastic depth of the last layer, where the model has it")
+    label_smoothing: float = option(0.1, "share of the target that goes to all classes alike")
+    mixup_alpha: float = option(0.8, "mixing of two images: Beta(alpha, alpha); 0 is off")
+    cutmix_alpha: float = option(1.0, "a box of one image in another: Beta(alpha, alpha); 0 is off")
+    flip_probability: float = option(0.5, "of a horizontal flip")
+    randaugment_magnitude: float = option(9.0, "level of RandAugment, of 10; 0 is off")
+    random_erasing_probability: float = option(0.25, "of a box of noise")
+    lora_rank: int = option(0, "of adapters, which are then trained instead of the encoder; 0 is off")
+
+    def __post_init__(self):
+        if self.lora_rank and self.layer_decay not in (None, 1):
+            raise ValueError(
+                f"layer_decay={self.layer_decay} with lora_rank={self.lora_rank}: adapters have one learning rate; "
+                "leave out one of the two"
+            )
+        for name, default in (LORA if self.lora_rank else FULL).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "base_learning_rate", "layer_decay"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and greater than 0")
+        for name in ("weight_decay", "mixup_alpha", "cutmix_alpha", "lora_rank"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
+        for name in ("drop_path_rate", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
+        for name in ["warmup_ratio", *(f.name for f in fields(self) if f.name.endswith("_probability"))]:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
+        if self.layer_decay > 1:
+            raise ValueError(f"layer_decay={self.layer_decay} is above 1, where all layers learn at the same rate")
+        if not 0 <= self.randaugment_magnitude <= 10:
+            raise ValueError(f"randaugment_magnitude={self.randaugment_magnitude} is outside [0, 10]; 0 is off")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+
+class FineTuned(NamedTuple):
+    """The model as it was saved, in evaluation mode, on every process; and what there is to tell of its training."""
+
+    model: nn.Module
+    facts: dict
+
+
+@interlude()
+def finetune(
+    name: str,
+    train: Split,
+    class_names: list[str],
+    preprocessor: Preprocessor,
+    accelerator,
+    output_dir: Path,
+    recipe: FineTuning = FineTuning(),  # noqa: B008  frozen
+    seed: int = 0,
+    num_workers: int = 0,
+    trust_remote_code: bool = False,
+) -> FineTuned:
+    """
+    Trains a classifier, all of it or adapters, and saves it with its processor in a folder that transformers'
+    image-classification pipeline (of pictures in colour) and `encoders.load_encoder` read; of a LoRA run the merged
+    model, and the adapter under `adapter/`. Called by every process; DDP. Nothing is chosen: the model is the one
+    after the last step.
+
+    On N processes the weights are those of one, up to rounding, but for random erasing and drop path, which draw on
+    each process.
+
+    Args:
+        name (`str`): Folder or Hub id of the encoder.
+        class_names (`list[str]`): The labels of `train` are indices of it.
+        accelerator (`accelerate.Accelerator`): The processes, device and precision.
+        output_dir (`Path`): A folder that does not exist yet, or is empty; it is there when it is complete.
+
+    Raises:
+        ValueError: for what the user can mend.
+        FloatingPointError: on all processes, if the gradient is not finite; no such update is made.
+    """
+    output_dir, device = Path(output_dir), accelerator.device
+    index, count, num_parts = (
+        accelerator.process_index, accelerator.num_processes, recipe.gradient_accumulation_steps
+    )  # fmt: skip
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(f"output_dir={output_dir} is not empty; give another one, or remove it")
+    pairs, why = (2, " x 2, as images are mixed in pairs") if recipe.mixes else (1, "")
+    unit, why = count * num_parts * pairs, f"processes x gradient_accumulation_steps{why}"
+    batch_size = fitting_batch_size(len(train), recipe.batch_size, unit, why)
+    share, size = batch_size // count, batch_size // count // num_parts
+    augment = Augmentation(
+        preprocessor, batch_size, seed,
+        recipe.flip_probability, recipe.randaugment_magnitude, recipe.random_erasing_probability,
+    )  # fmt: skip
+
+    torch.manual_seed(seed)
+    model, optimizer = _model_and_optimizer(name, class_names, preprocessor, accelerator, recipe, trust_remote_code)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    steps = (len(train), batch_size, recipe.num_epochs, seed)
+    num_steps = recipe.num_epochs * (len(train) // batch_size)
+    warmup_steps, peak = round(recipe.warmup_ratio * num_steps), recipe.base_learning_rate * batch_size / 256
+    mine = slice(index * share, (index + 1) * share)
+    loader = crop_loader(train, preprocessor, Share(mine, *steps), seed, num_workers)
+    average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
+    guard = NonFiniteGuard(optimizer.optimizer, count)
+    report = _Report(num_steps, batch_size, accelerator.is_main_process)
+    model.train()
+    for step, ((epoch, rows), crops) in enumerate(zip(epochs(*steps), loader, strict=True)):
+        torch.manual_seed(int(np.random.default_rng((seed, step, STEP, index)).integers(2**63)))  # erasing, drop path
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr_scale"] * learning_rate(step, num_steps, warmup_steps, peak)
+        crops = crops[:, 0].to(device, non_blocking=True)
+        labels = torch.from_numpy(train.labels[rows[mine]]).to(device, non_blocking=True)
+        step_loss = 0.0
+        for part in range(num_parts):
+            here, first = slice(part * size, (part + 1) * size), mine.start + part * size
+            pixel_values = augment(crops[here], step, first)
+            targets = nn.functional.one_hot(labels[here], len(class_names)).float()
+            if recipe.mixes:
+                pixel_values, targets = mix(
+                    pixel_values, targets, recipe.mixup_alpha, recipe.cutmix_alpha, seed, step, first // 2
+                )
+            with accelerator.no_sync(model) if part + 1 < num_parts else contextlib.nullcontext():
+                logits = model(pixel_values=pixel_values).logits.float()
+                loss = nn.functional.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+                accelerator.backward(loss / num_parts)
+            step_loss = step_loss + loss.detach() / num_parts
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        where = f"in rows {', '.join(map(str, rows[mine]))}"
+        average.update({"loss": step_loss}, guard.check(step, norm, {"loss": step_loss}, [where]))
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % LOG_STEPS == 0 or step + 1 == num_steps:  # waits for the device, and the processes
+            for sentence in guard.report():
+                raise FloatingPointError(f"{sentence}. Lower base_learning_rate, or look at the images")
+            report(step + 1, epoch, average.compute()["loss"])
+    facts = {
+        **asdict(recipe),
+        "batch_size": batch_size,
+        "learning_rate": peak,
+        "num_steps": num_steps,
+        "num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **report.facts(),
+    }
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    model = save(model, preprocessor, output_dir, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return FineTuned(model, facts)
+
+
+def _model_and_optimizer(
+    name: str,
+    class_names: list[str],
+    preprocessor: Preprocessor,
+    accelerator,
+    recipe: FineTuning,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The classifier, or one with adapters, on the device; and AdamW with a learning rate for each of its layers."""
+    device = accelerator.device
+    with accelerator.local_main_process_first():  # which downloads it
+        model = new_classifier(
+            name, class_names, preprocessor.image_size, recipe.drop_path_rate, trust_remote_code
+        ).to(device)  # fmt: skip
+    freeze_unused(model, torch.zeros(2, preprocessor.num_channels, *preprocessor.image_size, device=device))
+    if recipe.lora_rank:
+        model = with_adapters(model, recipe.lora_rank)
+    groups = layer_groups(model, recipe.weight_decay, recipe.layer_decay)
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+class _Report:
+    """Loss and speed while training: a bar, or where there is no terminal a line every half minute."""
+
+    def __init__(self, num_steps: int, batch_size: int, is_main: bool):
+        self.num_steps, self.batch_size, self.is_main, self.loss, self.seconds = num_steps, batch_size, is_main, 0, 0
+        self.began = self.told = time.perf_counter()
+        self.bar = tqdm(total=num_steps, desc="fine-tuning", dynamic_ncols=True, disable=None if is_main else True)
+
+    def __call__(self, step: int, epoch: int, loss: float):
+        now = time.perf_counter()
+        self.loss, self.seconds = loss, now - self.began
+        text = f"loss {loss:.3f}, {step * self.batch_size / self.seconds:.0f} images/s"
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(text)
+        if self.is_main and self.bar.disable and (now - self.told > 30 or step == self.num_steps):
+            self.told = now
+            tell(f"fine-tuning, epoch {epoch + 1}, step {step} of {self.num_steps}: {text}")
+        if step == self.num_steps:
+            self.bar.close()
+
+    def facts(self) -> dict:
+        speed = self.num_steps * self.batch_size / self.seconds
+        return {"final_loss": self.loss, "train_seconds": self.seconds, "images_per_second": speed}
+
+
+class FineTune(Protocol):
+    """The whole encoder, fine-tuned; leaves the model in a folder of its own."""
+
+    name, rank = "finetune", 0
+
+    def check(self, setup: Setup, entry: Entry):
+        folder = tuned_folder(setup, entry)
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty; give another --output_dir, or remove it")
+        if setup.fine_tuning.lora_rank and not is_peft_available():
+            raise ValueError(f"lora_rank needs a package that is not installed: {INSTALL.format('lora')}")
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
+        settings, folder = setup.settings, tuned_folder(setup, entry)
+        model, facts = finetune(
+            entry.path,
+            setup.data.train,
+            setup.data.class_names,
+            entry.preprocessor,
+            setup.accelerator,
+            folder,
+            setup.fine_tuning,
+            settings.seed,
+            settings.dataloader_num_workers,
+            settings.trust_remote_code,
+        )
+        with setup.accelerator.autocast():
+            predictions = class_predictions(
+                model, entry.preprocessor, setup.data.test, setup.extractor, f"{entry.name}: fine-tuned"
+            )
+        return None if predictions is None else {**setup.score(predictions), "folder": str(folder), **facts}
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        return {"fine-tuned": Measure(figures["accuracy"], figures["interval"])}
+
+
+def tuned_folder(setup: Setup, entry: Entry) -> Path:
+    """Where the fine-tuned model goes."""
+    return setup.output_dir / "finetuned" / file_name(entry.name)

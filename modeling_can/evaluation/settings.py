@@ -1,0 +1,154 @@
+"""What an evaluation is asked for: every setting is a flag."""
+
+import argparse
+import dataclasses
+import re
+from dataclasses import dataclass
+
+from huggingface_hub.constants import HF_HOME
+
+from ..data.decoding import DECODING, check_decoding
+from ..data.folders import expand_user
+from ..recipe import option, parse_value, read_flags
+from .encoders import POOLINGS
+from .entries import BASELINES
+from .few_shot import SHOTS
+from .finetuning import FineTuning
+from .linear_sgd import BASE_LEARNING_RATES
+from .robustness import GROUPS
+from .tasks import TASKS
+
+
+__all__ = ["Settings", "parse", "prefixed"]
+
+PATHS = ("model_name_or_path", "output_dir", "dataset_name", "processor_name_or_path", "feature_cache",
+         "export_classifier", "reference_model", "further_sets", "data_dir", "data_files")  # fmt: skip
+
+
+@dataclass
+class Settings:
+    """Everything but the settings of the two tasks that train, which have a class of their own."""
+
+    model_name_or_path: tuple[str, ...] = option((), "folders or Hub ids of the models to measure, side by side")
+    task: tuple[str, ...] = option(("knn", "linear_probe"), f"any of {', '.join(TASKS)}")
+    output_dir: str = option("out/eval", "folder for results.json, figures and fine-tuned models")
+
+    # Data
+    dataset_name: str | None = option(None, "labelled set: a Hub id, a folder of parquet shards or of class folders")
+    dataset_config_name: str | None = option(None, "its configuration, where it has several")
+    train_split: str = option("train", "split to learn from, or a slice: train[:80%]")
+    test_split: str = option("test", "split to be tested on")
+    test_size: float = option(0.0, "without a test split, the share of the training split to hold out")
+    image_column: str = option("image", "column that holds the images")
+    label_column: str | None = option(None, "column that holds the classes (label); of embed, one to carry along")
+
+    # Models
+    processor_name_or_path: str | None = option(None, "where the image processor is, if not with the model")
+    image_size: tuple[int, ...] | None = option(None, "height,width of the model's input, instead of the processor's")
+    transparent_background: str | None = option(None, "colour behind transparent pixels; by default as pre-trained")
+    high_bit_depth: str | None = option(None, "16-bit greyscale to 8: full_range, stretch, skip; as pre-trained")
+    pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both")
+    baselines: tuple[str, ...] | None = option(BASELINES, "to compare with: pixels, untrained; or none")
+    trust_remote_code: bool = option(False, "run code that comes with a model from the Hub")
+
+    # Work
+    batch_size: int = option(256, "images at a time on one process")
+    dataloader_num_workers: int = option(0, "loader processes for each process")
+    mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
+    feature_cache: str | None = option(f"{HF_HOME}/modeling-can/features", "folder of extracted features, or none")
+    seed: int = option(0, "of splits, draws, intervals, noise and training")
+    export_classifier: str | None = option(None, "new folder for the probe or fine-tuned model, to classify with")
+    update_card: bool = option(False, "merge the results into the README.md of each model folder")
+
+    # linear_probe_sgd
+    sgd_num_epochs: int = option(10, "linear_probe_sgd: passes over the training images")
+    sgd_batch_size: int = option(256, "linear_probe_sgd: images of one step, of all processes together")
+    sgd_base_learning_rates: tuple[float, ...] = option(BASE_LEARNING_RATES, "linear_probe_sgd: for 256 images a step")
+    sgd_layers: tuple[int, ...] = option((1, 4), "linear_probe_sgd: how many of the last blocks, side by side")
+
+    # few_shot, robustness
+    shots: tuple[str, ...] = option(SHOTS, "labelled images of every class, or their share")
+    num_draws: int = option(5, "draws of the labelled images, for mean and spread")
+    corruptions: tuple[str, ...] = option(GROUPS, "groups of common corruptions")
+    reference_model: str | None = option(None, "model or baseline that corruption errors are relative to")
+    further_sets: str | None = option(None, "YAML of further labelled sets with some of the classes; see README")
+
+    # embed: the source is dataset_name, data_dir or data_files
+    data_dir: str | None = option(None, "embed: any folder of images")
+    data_files: str | None = option(None, "embed: paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
+    dataset_split: str = option("train", "embed: split of dataset_name")
+    streaming: bool = option(True, "embed: read while embedding; false: download all of it first")
+    id_column: str | None = option(None, "embed: column of unique ids; else the path or shard:row")
+    embedding_dtype: str = option("float16", "embed: float16 or float32")
+    rows_per_file: int = option(100_000, "embed: most rows of a file, which is what a kill can cost a process")
+    max_bad_fraction: float = option(0.01, "embed: share of bad images above which it stops")
+
+    def __post_init__(self):
+        for name in PATHS:
+            setattr(self, name, expand_user(getattr(self, name)))
+        if not self.model_name_or_path:
+            raise ValueError("give --model_name_or_path: folders or Hub ids")
+        known = {"task": TASKS, "baselines": BASELINES, "corruptions": GROUPS}
+        for name, choices in known.items():
+            for value in getattr(self, name) or ():
+                if value not in choices:
+                    raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+        for name, choices in {"pooling": POOLINGS, "embedding_dtype": ("float16", "float32")}.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        for name in ("batch_size", "num_draws", "rows_per_file", "sgd_num_epochs", "sgd_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_decoding(**self.decoding)
+        if not 0 <= self.test_size < 1:
+            raise ValueError(f"test_size={self.test_size} is outside [0, 1)")
+        if not self.sgd_layers or min(self.sgd_layers) < 1:
+            raise ValueError(f"sgd_layers={self.sgd_layers} must be numbers of blocks, at least 1")
+        if self.image_size is not None and len(self.image_size) not in (1, 2):
+            raise ValueError(f"image_size={self.image_size} must be one number, or height,width")
+        for shots in self.shots:
+            if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?%", shots):
+                raise ValueError(f"shots={shots!r} must be a number of images, such as 5, or a share, such as 10%")
+        if "embed" in self.task:
+            if len(self.task) > 1 or len(self.model_name_or_path) > 1:
+                raise ValueError(f"embed stands alone, with one model; got task={','.join(self.task)}")
+        if self.export_classifier:
+            if not {"linear_probe", "finetune"} & set(self.task):
+                raise ValueError(f"export_classifier needs --task linear_probe or finetune; got {','.join(self.task)}")
+            if len(self.model_name_or_path) > 1:
+                raise ValueError("export_classifier takes one model; give one --model_name_or_path")
+        if "embed" not in self.task and not self.dataset_name:
+            raise ValueError("give --dataset_name: Hub id, folder of parquet shards or class folders, or sample_data")
+
+    @property
+    def decoding(self) -> dict:
+        """What `views.decode` is told other than the model's processor says."""
+        return {name: getattr(self, name) for name in DECODING if getattr(self, name)}
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        return self.image_size and (self.image_size[0], self.image_size[-1])
+
+
+def prefixed(kind: type, prefix: str) -> list[dataclasses.Field]:
+    """The fields of a class of settings, under the names of their flags."""
+    renamed = []
+    for f in dataclasses.fields(kind):
+        copy = dataclasses.field(default=f.default, metadata=f.metadata)
+        copy.name, copy.type = f"{prefix}_{f.name}", f.type
+        renamed.append(copy)
+    return renamed
+
+
+def parse(argv: list[str] | None, description: str | None = None) -> tuple[Settings, FineTuning]:
+    """The settings of a command line."""
+    groups = {"evaluation": list(dataclasses.fields(Settings)), "finetune": prefixed(FineTuning, "finetune")}
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _, values = read_flags(parser, groups, argv)
+    types = {f.name: f.type for fields in groups.values() for f in fields}
+    values = {name: parse_value(name, value, types[name]) for name, value in values.items()}
+    training = {name.removeprefix("finetune_"): v for name, v in values.items() if name.startswith("finetune_")}
+    settings = {name: value for name, value in values.items() if not name.startswith("finetune_")}
+    return Settings(**settings), FineTuning(**training)
