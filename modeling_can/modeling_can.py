@@ -180,6 +180,22 @@ def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
+class CANPatchLinear(nn.Module):
+    """
+    A linear layer from or to the P values of a patch. Of a class of its own, so that quantizers, which look for
+    `nn.Linear`, leave it in full precision, as they do the convolution of other ViTs: P need not fit their blocks.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        linear = nn.Linear(in_features, out_features)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(patches, self.weight, self.bias)
+
+
 class CANEmbeddings(nn.Module):
     """Pixels -> class token and visible patch tokens with their positions. Hidden patches are never embedded."""
 
@@ -187,8 +203,8 @@ class CANEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        # A linear layer instead of the usual convolution, because it can be applied to some of the patches.
-        self.patch_embeddings = nn.Linear(config.pixels_per_patch, config.hidden_size)
+        # Not the usual convolution, because it can be applied to some of the patches.
+        self.patch_embeddings = CANPatchLinear(config.pixels_per_patch, config.hidden_size)
         # A buffer, because transformers 5 gives loaded parameters their gradient back; a saved one, because a warm
         # start may bring a learnt table.
         positions = sincos_positions(config.grid_shape, config.hidden_size)
@@ -413,7 +429,7 @@ class CANNoiseLevelEmbedding(nn.Module):
         return self.fc2(nn.functional.relu(hidden))
 
 
-class CANNoiseHead(nn.Linear):
+class CANNoiseHead(CANPatchLinear):
     """
     Decoder tokens of visible patches -> the noise e in them. Starts at zero, and N at the loss of predicting no noise.
 
@@ -446,7 +462,7 @@ class CANDecoder(nn.Module):
             for _ in range(config.decoder_num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, config.pixels_per_patch)
+        self.head = CANPatchLinear(width, config.pixels_per_patch)
         self.noise_head = CANNoiseHead(width, config.pixels_per_patch) if config.has_noise_head else None
 
     def forward(
@@ -506,7 +522,7 @@ class CANPreTrainedModel(PreTrainedModel):
         if isinstance(module, CANNoiseHead):
             initialization.zeros_(module.weight)
             initialization.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | CANPatchLinear):
             initialization.xavier_uniform_(module.weight)
             if module.bias is not None:
                 initialization.zeros_(module.bias)

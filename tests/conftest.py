@@ -15,7 +15,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from modeling_can import CANConfig, CANForPreTraining  # noqa: E402
 
 
-KEPT = Path(__file__).parent.parent / "model_cards" / "can-toy-patch8-32-cifar10"
+KEPT = Path(__file__).parent.parent / "model_cards" / "can-toy-patch4-32-cifar10"
 TINY = dict(
     hidden_size=32,
     num_hidden_layers=2,

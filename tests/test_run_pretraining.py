@@ -109,7 +109,7 @@ def test_the_readmes_snippet_runs(finished, monkeypatch, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     scope = {}
-    exec(snippet.replace('"model_cards/can-toy-patch8-32-cifar10"', repr(str(finished[0]))), scope)
+    exec(snippet.replace('"model_cards/can-toy-patch4-32-cifar10"', repr(str(finished[0]))), scope)
     assert scope["embedding"].shape == (1, 32)
 
 
