@@ -277,6 +277,7 @@ def test_a_link_to_nowhere_is_a_missing_image_and_no_crash(tmp_path):
     assert ImageSource(data_dir=str(tmp_path)).num_images() == 2
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_left_open_ends_quietly_with_python(tmp_path):
     fill(tmp_path, "1.jpg")
     lines = [

@@ -419,6 +419,7 @@ def launch(argv: list[str], num_processes: int) -> dict:
     return json.loads((Path(out) / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(models, colours, tmp_path):
     pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
     results = []

@@ -53,6 +53,7 @@ def test_a_folder_is_for_one_run(tmp_path):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_refuses_the_folder_of_another_one(tmp_path):
     kept = lock(tmp_path)
     command = [sys.executable, str(ROOT / "run_pretraining.py"), *RUN, "--output_dir", str(tmp_path)]
@@ -93,6 +94,7 @@ def test_a_model_is_saved_whole_or_elsewhere(tmp_path, monkeypatch):
         save_model(out, model.save_pretrained, processor)
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_the_log_ends_no_run(tmp_path):
     command = [sys.executable, str(ROOT / "run_pretraining.py"), *RUN, "--output_dir", str(tmp_path)]
     with open("/dev/full", "w") as full:

@@ -280,6 +280,7 @@ def test_relative_paths_in_a_labelled_set_begin_at_its_folder(tmp_path):
 # --- Caches ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["HF_HOME", "HF_DATASETS_CACHE"])
 def test_a_cache_that_cannot_be_written_is_named_with_its_variable(tmp_path, variable):
     write_images(tmp_path / "train.parquet", 8)
