@@ -79,13 +79,13 @@ def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
     TopologicalSorter(siblings).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("path", [ROOT / "run_eval.py", *(PACKAGE / "evaluation").glob("*.py")], ids=lambda p: p.stem)
-def test_files_and_functions_fit_their_reader(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 600
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno + 1 <= 100, node.name
+def test_files_and_functions_fit_their_reader():
+    for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "demo").glob("*.py")]:
+        text = path.read_text()
+        assert len(text.splitlines()) <= (900 if path.name == "modeling_can.py" else 600), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno + 1 <= 100, (path, node.name)
 
 
 def test_importing_needs_torch_and_transformers_alone():

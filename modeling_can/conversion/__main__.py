@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..hub import EXPORTS
 from ..modeling_can import CANForImageClassification
-from ..progress import quiet
+from ..progress import quiet, tell
 from .export import convert
 from .importing import has_classifier
 from .processors import preprocessing
@@ -47,16 +47,16 @@ def main(argv: list[str] | None = None):
     except (ValueError, OSError) as error:
         sys.exit(f"modeling_can.conversion: {error}")
     config, kind = model.config, type(model).__name__
-    print(
+    tell(
         f"{arguments.source} -> {arguments.folder} ({arguments.target}): {kind}, {config.num_hidden_layers} layers of "
         f"width {config.hidden_size} with {config.num_attention_heads} heads, {model.num_parameters() / 1e6:.2f} M "
         f"parameters; {', '.join(sorted(path.name for path in arguments.folder.iterdir()))}"
     )
     had_classifier = not Path(arguments.source).is_file() and _source_has_classifier(arguments.source)
     if had_classifier and (arguments.target == "vit" or not isinstance(model, CANForImageClassification)):
-        print("its classifier is left out: only CAN's own goes along, and not to vit")
+        tell("its classifier is left out: only CAN's own goes along, and not to vit")
     if not preprocessing(arguments.source):
-        print("no image processor came with it: normalise pictures as those that it was trained on")
+        tell("no image processor came with it: normalise pictures as those that it was trained on")
 
 
 def _source_has_classifier(name_or_path: str) -> bool:
