@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -287,3 +288,14 @@ def test_a_stream_that_is_left_open_ends_quietly_with_python(tmp_path):
     ]
     answer = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert answer.returncode == 0 and "in blocks" not in answer.stderr, answer.stderr
+
+
+@pytest.mark.parametrize("pattern", ["a_*.tar", "*.parquet", "none.tar", "**/*.jsonl"])
+def test_data_files_that_match_nothing_are_refused_by_name(tmp_path, monkeypatch, pattern):
+    with pytest.raises(
+        ValueError, match=rf"data_files={re.escape(f'{tmp_path}/{pattern}')} is no file, and matches none"
+    ):
+        ImageSource(data_files=f"{tmp_path}/{pattern}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"it begins at the working directory, {tmp_path}"):
+        ImageSource(data_files=[pattern])

@@ -79,6 +79,13 @@ def refuse_braces(files: list[str]):
             raise ValueError(f"data_files={file} has braces, which are not expanded; write *: {advice}")
 
 
+def refuse_missing(files: list[str]):
+    for file in files:
+        if "://" not in file and not glob.glob(literal_pattern(file), recursive=True):
+            where = "" if os.path.isabs(file) else f"; it begins at the working directory, {os.getcwd()}"
+            raise ValueError(f"data_files={file} is no file, and matches none{where}")
+
+
 def suffix_of(file: str) -> str:
     """Of a path, or of the path in a URL."""
     return Path(file.split("?")[0] if "://" in file else file).suffix

@@ -33,6 +33,7 @@ from .folders import (
     load_arguments,
     refuse_braces,
     refuse_misread_folders,
+    refuse_missing,
     resolve_name,
     split_names,
     suffix_of,
@@ -157,6 +158,7 @@ class ImageSource:
                 raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(FORMATS)}")
             files = [data_files] if isinstance(data_files, str) else data_files
             refuse_braces(files)
+            refuse_missing(files)
             arguments = {"path": FORMATS[suffix], "data_files": list(map(literal_pattern, files))}
             if str(first).startswith(("http://", "https://")):
                 import aiohttp  # slow, and only this needs it
