@@ -165,4 +165,5 @@ def test_a_full_shared_memory_is_named(tmp_path, size):
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("needs the right to mount a file system")
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("run_pretraining.py: /dev/shm is full")
+    # Among what torchdata prints of a loader that could not be built
+    assert any(line.startswith("run_pretraining.py: /dev/shm is full") for line in done.stderr.splitlines())

@@ -20,6 +20,7 @@ from conftest import TINY, inputs, tiny_config
 from transformers.models.auto import modeling_auto
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel
+from modeling_can.modeling_can import CANPatchLinear
 
 
 SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
@@ -112,7 +113,7 @@ class CommonTests(common("test_modeling_common").ModelTesterMixin):
         """As theirs, but for a linear layer: an image has no vocabulary."""
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
-            self.assertIsInstance(model.get_input_embeddings(), torch.nn.Linear)
+            self.assertIsInstance(model.get_input_embeddings(), CANPatchLinear)
             other = torch.nn.Linear(10, 10)
             model.set_input_embeddings(other)
             self.assertIs(model.get_input_embeddings(), other)
