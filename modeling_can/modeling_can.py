@@ -663,6 +663,8 @@ class CANForPreTraining(CANPreTrainedModel):
             ValueError: for a wrong number of axes, views, channels or pixels, or a batch without negatives.
         """
         self._check_views(pixel_values)
+        if unknown := [term for term in terms if term not in TERMS]:
+            raise ValueError(f"terms={terms} names {unknown[0]!r}, which is not one of {', '.join(TERMS)}")
         noise, noise_level = self._draw_noise(pixel_values, pixel_noise, noise_level)  # sigma * e, sigma (B, V)
         noised = pixel_values if noise is None else pixel_values + noise
         encoded = self._encode(noised, masking_scores, interpolate_pos_encoding, **kwargs)

@@ -299,3 +299,9 @@ def test_data_files_that_match_nothing_are_refused_by_name(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"it begins at the working directory, {tmp_path}"):
         ImageSource(data_files=[pattern])
+
+
+def test_a_signature_of_a_url_changes_no_fingerprint():
+    signed = [f"https://host/a.parquet?token={token}" for token in "xy"]
+    first, second = (folders.fingerprint([url]) for url in signed)
+    assert first == second != folders.fingerprint(["https://host/b.parquet"])

@@ -559,3 +559,20 @@ def test_classes_carry_the_public_signatures():
     assert list(forward)[1:6] == [
         "pixel_values", "pixel_noise", "noise_level", "masking_scores", "interpolate_pos_encoding",
     ]  # fmt: skip
+
+
+def test_terms_are_the_losses_to_be_computed():
+    model = tiny_model()
+    batch = inputs(model.config, 4)
+    whole = model(**batch)
+    none = model(**batch, terms=())
+    assert none.loss is None and none.logits is None and torch.equal(none.image_embeds, whole.image_embeds)
+    for name in ("contrastive", "reconstruction", "denoising"):
+        one = model(**batch, terms=(name,))
+        assert torch.equal(one[f"{name}_loss"], whole[f"{name}_loss"])
+        assert one.loss == model.config.loss_weights[f"{name}_loss"] * one[f"{name}_loss"]
+        assert (
+            sum(one.get(f"{other}_loss") is not None for other in ("contrastive", "reconstruction", "denoising")) == 1
+        )
+    with pytest.raises(ValueError, match="names 'reconstuction', which is not one of contrastive, reconstruction"):
+        model(**batch, terms=("reconstuction",))

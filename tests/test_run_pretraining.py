@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import run_pretraining
+from modeling_can.pretraining import loop
 from modeling_can.pretraining.plan import _number_of_steps as number_of_steps
 from modeling_can.pretraining.run_log import refuse_non_finite
 from modeling_can.recipe import Recipe
@@ -311,3 +312,10 @@ def test_the_quickstart_learns_as_promised(tmp_path):
     assert trained["knn"] >= untrained["knn"] + 0.06
     assert trained["linear_probe"] >= untrained["linear_probe"] + 0.06
     assert trained["linear_probe"] >= pixels["linear_probe"] + 0.25
+
+
+def test_machine_and_commit_are_those_of_the_start(tmp_path, monkeypatch):
+    train, known = loop.train, []
+    monkeypatch.setattr(loop, "train", lambda run, first_step: known.append(dict(run.facts)) or train(run, first_step))
+    results = run_pretraining.main([*TOY, f"--output_dir={tmp_path}"])
+    assert known[0]["git_commit"] == results["git_commit"] and known[0]["machine"] == results["machine"]

@@ -105,9 +105,12 @@ def fingerprint(files: list[str], folder: str = "") -> str:
 
     def identity(file: str):
         if "://" in file:
-            return file
+            return file.split("?")[0]  # a signature, which is another one each time
         name = file.removeprefix(start) if start and file.startswith(start) else os.path.basename(file)
-        return [name, os.path.getsize(file) if os.path.exists(file) else None]  # a link may lead nowhere
+        try:
+            return [name, os.stat(file).st_size]
+        except OSError:  # of a link that leads nowhere
+            return [name, None]
 
     return hash_of([identity(file) for file in files])
 

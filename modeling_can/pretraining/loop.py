@@ -15,6 +15,7 @@ from transformers import ViTImageProcessor
 from ..data import ImageSource, ViewStream, mean_and_std
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
+from ..provenance import run_facts
 from ..recipe import Recipe
 from ..training import StoppedWaiting, StopSignals, rng_state, set_rng_state
 from . import results
@@ -60,6 +61,7 @@ class Run:
     processor: ViTImageProcessor
     stop: StopSignals
     push: Push | None  # on the main process
+    facts: dict  # machine, versions and commit, as they are when the run begins
 
     @property
     def is_main(self) -> bool:
@@ -143,6 +145,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         processor=image_processor(recipe),
         stop=StopSignals(_sum_over(accelerator), accelerator.device),
         push=push,
+        facts=run_facts(accelerator.device, ("torch", "transformers", "accelerate", "datasets")),
     )
     first_step = progress.get("step", 0)
     results.tell_plan(parts)

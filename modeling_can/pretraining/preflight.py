@@ -101,6 +101,7 @@ class Preflight:
         """By name, `None` or what is wrong."""
         recipe, model = self.recipe, self.trained.bare
         batch_bytes = num_images // recipe.gradient_accumulation_steps * pixel_values[0].numel()  # uint8
+        num_workers = 0 if self.feed.resident else self.feed.loader.num_workers  # else only boxes are handed over
         num_checkpoints = recipe.save_total_limit + bool(recipe.probe_every)
         checks = {
             "pixels are normalised, views differ": check_pixels(pixel_values),
@@ -110,7 +111,7 @@ class Preflight:
             "the disk has room for checkpoints": check_disk(
                 Path(recipe.output_dir), num_checkpoints, model.parameters()
             ),
-            "shared memory has room for batches": check_shared_memory(recipe.dataloader_num_workers, batch_bytes),
+            "shared memory has room for batches": check_shared_memory(num_workers, batch_bytes),
         }
         if recipe.config.contrastive_loss_weight > 0:
             checks["positives are matched, on all processes"] = check_positives(

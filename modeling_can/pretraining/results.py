@@ -15,7 +15,6 @@ from ..files import write
 from ..hub import write_card
 from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
 from ..progress import tell
-from ..provenance import run_facts
 from ..recipe import Recipe
 from ..training import StopSignals
 from ..visualization import curves
@@ -110,7 +109,7 @@ def _facts(run: "Run") -> dict:
         "learning_rate": plan.peak_learning_rate,
         "mixed_precision": run.accelerator.mixed_precision,
         "compiled": run.compiled,
-        **run_facts(run.accelerator.device, ("torch", "transformers", "accelerate", "datasets")),
+        **run.facts,
     }
 
 

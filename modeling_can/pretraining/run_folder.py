@@ -1,5 +1,6 @@
 """The folder of a run: refusals, a lock, preparation, and the weights in it, or elsewhere where it is full."""
 
+import contextlib
 import errno
 import json
 import os
@@ -93,13 +94,12 @@ def lock(folder: Path):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            owner = json.loads(file.read() or "{}")
             raise ValueError(
-                f"another run is using output_dir={folder} (process {owner.get('process')} on {owner.get('host')}); "
-                "wait for its end, or give another --output_dir"
+                f"another run is using output_dir={folder} ({file.read()}); wait for its end, or give another "
+                "--output_dir"
             ) from error
     file.truncate(0)  # from here on ours; or the file system knows no locks
-    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
 
@@ -151,3 +151,5 @@ def _save(folder: Path, parts):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
