@@ -3,9 +3,9 @@ The figures of README.md and CONTRIBUTING.md, from the JSONs that the benchmarks
 
     python benchmarks/evidence.py
 
-rewrites what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; tests/test_evidence.py checks that
-nothing would change. `facts` and `save` are for the benchmarks: command, seed, machine, versions and commit go into
-every JSON.
+rewrites what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; a test
+checks that nothing would change. `facts` and `save` are for the benchmarks: command, seed, machine, versions and
+commit go into every JSON.
 """
 
 import argparse

@@ -3,7 +3,8 @@ CAN as one writes it down: the yardstick of the benchmarks, not for use.
 
 Textbook blocks with attention as softmax(q k^T) v; all patches embedded by a convolution and then masked, as in MAE; a
 pass of encoder and decoder for each view; a loss after the other. Layers, sizes and losses are those of
-`CANForPreTraining`, so that what differs is how they are computed (tests/test_benchmarks.py holds the two equal).
+`CANForPreTraining`, so that what differs is how they are computed
+(tests/benchmarks/test_benchmarks.py holds the two equal).
 """
 
 from types import SimpleNamespace

@@ -28,7 +28,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         # Every process's loss depends on this process's rows, so the gradients are summed. Keeping only the local one,
-        # as many gathers do, is wrong: tests/test_distributed.py then fails.
+        # as many gathers do, is wrong: tests/distributed/test_distributed.py then fails.
         grad = grad.contiguous()
         torch.distributed.all_reduce(grad)
         return grad.narrow(0, torch.distributed.get_rank() * ctx.num_rows, ctx.num_rows)

@@ -408,7 +408,7 @@ class CANNoiseLevelEmbedding(nn.Module):
 
     Deviation: the authors' release feeds sigma itself, 0.05 say, into frequencies made for diffusion steps up to
     1,000, which moves the embedding by about 1 %. Here sigma / noise_std_max is stretched to [0, 1000], so that the
-    level can be read (tests/test_modeling.py measures it).
+    level can be read (tests/model/test_modeling.py measures it).
     """
 
     def __init__(self, config: CANConfig):

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAE, SIMCLR, tiny_model
 from gradio.components import Component
 from huggingface_hub import metadata_load
 from PIL import Image
+from testing_utils import MAE, ROOT, SIMCLR, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from demo.app import QUICKSTART, Demo, build, enlarged, main, write_examples
@@ -26,7 +26,6 @@ from modeling_can.data.decoding import BadImage
 from modeling_can.visualization import reconstruct, true_colours
 
 
-ROOT = Path(__file__).parent.parent
 DENOISER = dict(reconstruction_loss_weight=0, denoising_loss_weight=1)
 
 

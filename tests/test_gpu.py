@@ -13,8 +13,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import free_port, inputs, tiny_model
 from safetensors.torch import load_file
+from testing_utils import free_port, inputs, tiny_model
 from torch.utils._pytree import tree_map
 
 from modeling_can import CANForPreTraining, CANModel

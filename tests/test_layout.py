@@ -80,12 +80,21 @@ def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
 
 
 def test_files_and_functions_fit_their_reader():
-    for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "demo").glob("*.py")]:
+    folders = (PACKAGE, ROOT / "demo", ROOT / "tests")
+    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]:
         text = path.read_text()
         assert len(text.splitlines()) <= (900 if path.name == "modeling_can.py" else 600), path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno + 1 <= 100, (path, node.name)
+
+
+def test_no_test_imports_another():
+    tests = [*(ROOT / "tests").rglob("*.py")]
+    names = {path.stem for path in tests if path.stem.startswith("test_")} | {"conftest"}
+    for path in tests:
+        assert not names & imports(path), path
+    assert len({path.name for path in tests if path.stem in names - {"conftest"}}) == len(names) - 1  # each once
 
 
 def test_importing_needs_torch_and_transformers_alone():

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import free_port
 from datasets import load_dataset
 from PIL import Image
-from test_run_eval import colours, models  # noqa: F401
+from testing_utils import ROOT, free_port
 
 
-ROOT = Path(__file__).parent.parent
 SECTIONS = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
 WALK = next(section for section in SECTIONS if section.startswith("From a folder of pictures to a classifier"))
 DOORS = next(section for section in SECTIONS if section.startswith("One set of weights, every door"))
@@ -45,7 +43,7 @@ def test_there_are_commands():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "pip install" not in command])
 def test_every_command_runs_at_toy_size(command, tmp_path):
-    """But the quickstart's, which tests/test_run_pretraining.py runs in full."""
+    """But the quickstart's, which tests/pretraining/test_loop.py runs in full."""
     (tmp_path / "images").mkdir()
     for index in range(16):
         Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{index}.png")

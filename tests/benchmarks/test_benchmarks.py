@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import TINY, inputs, tiny_model
+from testing_utils import ROOT, TINY, inputs, tiny_model
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
 from modeling_can.recipe import Recipe
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import claims  # noqa: E402
 import evidence  # noqa: E402
 import profile_step  # noqa: E402

@@ -3,12 +3,11 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from testing_utils import ROOT
 
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import claims  # noqa: E402
 import evidence  # noqa: E402

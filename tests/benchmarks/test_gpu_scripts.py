@@ -13,12 +13,12 @@ from xml.etree import ElementTree
 import psutil
 import pytest
 import torch
+from testing_utils import ROOT
 from transformers import AutoImageProcessor, AutoModel
 
 import modeling_can  # noqa: F401
 
 
-ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789" * 4
 RESULTS = {"ceilings.json", "tests.xml", "train_step-base.json", "train_step-large.json", "train_step-tiny256.json",
            "train_step-tiny1024.json", "profile_step-large.json"}  # fmt: skip

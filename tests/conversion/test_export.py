@@ -12,9 +12,10 @@ import onnxruntime
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from other_encoders import OTHER_SIZES, SQUARE, can, equal, features, pixels_of, randomised, tokens, vit
 from PIL import Image
 from safetensors.torch import load_file
-from test_conversion import SQUARE, can, pixels_of, randomised, tokens, vit
+from testing_utils import ROOT
 from torch import nn
 from transformers import (
     AutoModel,
@@ -31,31 +32,8 @@ from transformers import (
 )
 
 from modeling_can import CANConfig, CANForImageClassification, CANModel, conversion
-from modeling_can.conversion import (
-    convert,
-    export,
-    join_qkv,
-    processors,
-    to_can,
-    to_dinov2,
-    to_onnx,
-    to_timm,
-    to_vit,
-)
+from modeling_can.conversion import convert, export, join_qkv, processors, to_can, to_dinov2, to_onnx, to_timm, to_vit
 from modeling_can.conversion.__main__ import main
-
-
-ROOT = Path(__file__).parent.parent
-OTHER_SIZES = ((32, 32), (48, 48), (40, 64), (16, 64))
-
-
-def equal(a: torch.Tensor, b: torch.Tensor):
-    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def features(model, pixels: torch.Tensor) -> torch.Tensor:
-    return model.base_model(pixels, interpolate_pos_encoding=True).last_hidden_state
 
 
 # --- To transformers' classes ----------------------------------------------------------------------------------------

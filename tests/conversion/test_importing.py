@@ -7,12 +7,11 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from conftest import MAE, TINY, inputs, tiny_model, without_noise
+from other_encoders import DECODER_SIZES, SQUARE, VIT_SIZES, can, dinov2, pixels_of, tokens, vit, vit_mae
+from testing_utils import MAE, TINY, inputs, tiny_model, without_noise
 from transformers import (
     BertConfig,
-    Dinov2Config,
     Dinov2ForImageClassification,
-    Dinov2Model,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -24,60 +23,6 @@ from transformers import (
 from modeling_can import CANForImageClassification, CANForPreTraining, CANModel
 from modeling_can.conversion import DINOV2, DINOV2_LAYER_SCALE, VIT, VIT_MAE, their_name, warm_start
 from modeling_can.recipe import Recipe
-
-
-SQUARE = dict(image_size=32, patch_size=8)
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, layer_norm_eps=1e-6, **SQUARE)
-VIT_SIZES = dict(**SIZES, intermediate_size=64)
-DECODER_SIZES = dict(
-    decoder_hidden_size=16,
-    decoder_num_hidden_layers=2,
-    decoder_num_attention_heads=2,
-    decoder_intermediate_size=32,
-)
-
-
-def randomised(model):
-    """Numbers everywhere, positions, biases, norms and layer scale included, so that none can be forgotten unseen."""
-    generator = torch.Generator().manual_seed(3)
-    for name, tensor in model.state_dict().items():
-        around_one = "norm" in name and name.endswith("weight") or "lambda" in name
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2 + around_one)
-    return model.eval()
-
-
-def vit(model_class=ViTModel, **changes):
-    return randomised(model_class(ViTConfig(**{**VIT_SIZES, **changes})))
-
-
-def vit_mae(model_class=ViTMAEForPreTraining, **changes):
-    return randomised(model_class(ViTMAEConfig(**{**VIT_SIZES, **DECODER_SIZES, **changes})))
-
-
-def dinov2(model_class=Dinov2Model, **changes):
-    return randomised(model_class(Dinov2Config(**{**SIZES, "mlp_ratio": 2, **changes})))
-
-
-def can(model_class=None, **changes):
-    model = tiny_model(**changes)
-    return randomised(model if model_class is None else model_class(model.config))
-
-
-def tokens(source, pixels: torch.Tensor) -> torch.Tensor:
-    """The last hidden state of any of the sources, whatever its head and the size of the pixels."""
-    encoder, arguments = source.base_model, {"interpolate_pos_encoding": True}
-    if encoder.config.model_type == "dinov2":
-        arguments = {}  # it always interpolates
-    if encoder.config.model_type == "vit_mae":
-        encoder.config.mask_ratio = 0.0
-        patches = (pixels.shape[2] // 8) * (pixels.shape[3] // 8)
-        arguments["noise"] = torch.arange(patches).expand(len(pixels), -1)  # keeps the order
-    with torch.no_grad():
-        return encoder(pixels, **arguments).last_hidden_state
-
-
-def pixels_of(height: int, width: int) -> torch.Tensor:
-    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(4))
 
 
 def state_of(model) -> dict:

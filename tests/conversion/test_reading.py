@@ -6,10 +6,21 @@ import os
 
 import pytest
 import torch
-from conftest import inputs, tiny_model
+from other_encoders import (
+    OTHER_SIZES,
+    SQUARE,
+    can,
+    dinov2,
+    equal,
+    features,
+    pixels_of,
+    randomised,
+    tokens,
+    vit,
+    vit_mae,
+)
 from safetensors.torch import save_file
-from test_conversion import SQUARE, can, dinov2, pixels_of, randomised, tokens, vit, vit_mae
-from test_export import OTHER_SIZES, equal, features
+from testing_utils import inputs, tiny_model
 from torch import nn
 
 from modeling_can.conversion import convert, join_qkv, split_qkv, to_can, to_dinov2, to_timm, to_vit, warm_start

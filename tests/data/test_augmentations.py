@@ -5,17 +5,21 @@ follows its distributions. kornia is a dependency of the tests only.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from kornia import enhance
 from kornia.augmentation import RandomErasing
 from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
+from PIL import Image
 from scipy.stats import ks_2samp
+from testing_utils import OFF
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modeling_can.data import augmentations
+from modeling_can.data import ImageSource, ViewStream, augmentations, mean_and_std
 from modeling_can.data.augmentations import Augmentation, blur_with_convolutions, blur_with_products, random_boxes
+from modeling_can.data.crops import RandomCrops
 
 
 ALL_ON = dict(
@@ -276,3 +280,80 @@ def test_boxes_are_distributed_as_those_of_kornia():
         }  # fmt: skip
     for name, values in sides["ours"].items():
         assert ks_2samp(values, sides["theirs"][name]).pvalue > 1e-3, name
+
+
+def test_augmentation_normalises_and_leaves_its_input_alone():
+    views = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)
+    before = views.clone()
+    augment = Augmentation(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), **OFF)
+    expected = (views / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
+        :, None, None
+    ]
+    torch.testing.assert_close(augment(views), expected)
+    assert torch.equal(views, before)
+
+
+@pytest.mark.parametrize("step", list(OFF))
+def test_each_step_changes_each_view_by_itself(step):
+    torch.manual_seed(0)
+    views = torch.randint(0, 256, (1, 1, 3, 16, 16), dtype=torch.uint8).expand(64, 2, -1, -1, -1)
+    plain = Augmentation(**OFF)(views)
+    augmented = Augmentation(**{**OFF, step: 0.5}, blur_kernel_size=3)(views)
+    changed = (augmented != plain).flatten(2).any(-1)
+    assert 0.35 < changed.float().mean() < 0.65  # probability 0.5 on 128 views
+    assert (changed[:, 0] != changed[:, 1]).any()
+    torch.manual_seed(0)
+    first = Augmentation()(views)
+    torch.manual_seed(0)
+    assert torch.equal(first, Augmentation()(views)) and first.dtype == torch.float32
+
+
+def test_augmentation_makes_no_device_wait():
+    """On the meta device there are no values that the host could ask for."""
+    views = torch.zeros(4, 2, 3, 16, 16, dtype=torch.uint8, device="meta")
+    augment = Augmentation(solarize_probability=0.5, blur_kernel_size=5).to("meta")
+    assert augment(views).shape == views.shape
+
+
+def test_colour_steps_are_left_out_with_a_message_where_there_is_no_colour(caplog):
+    views = torch.randint(0, 256, (4, 2, 1, 16, 16), dtype=torch.uint8)
+    augment = Augmentation(mean=(0.5,), std=(0.2,), flip_probability=0, blur_probability=0)
+    torch.testing.assert_close(augment(views), (views / 255 - 0.5) / 0.2)
+    assert "they need 3 channels, these images have 1" in caplog.text
+
+
+def test_solarisation_inverts_what_is_bright():
+    views = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)
+    augment = Augmentation(mean=(0,) * 3, std=(1,) * 3, **{**OFF, "solarize_probability": 1.0})
+    torch.testing.assert_close(augment(views), torch.where(views > 127, 255 - views, views) / 255)
+
+
+def test_mean_and_std_are_those_of_the_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.normal((50, 100, 150), (10, 20, 30), (40, 40, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    make = RandomCrops((40, 40), scale=(1, 1), ratio=(1, 1))
+    mean, std = mean_and_std(ViewStream(ImageSource(data_dir=str(tmp_path)), make))
+    np.testing.assert_allclose(np.array(mean) * 255, (49.5, 99.5, 149.5), atol=0.7)
+    np.testing.assert_allclose(np.array(std) * 255, (10, 20, 30), atol=0.7)
+    (tmp_path / "flat").mkdir()
+    pixels[:, :, 2] = 0
+    Image.fromarray(pixels).save(tmp_path / "flat" / "no blue.png")
+    with pytest.raises(ValueError, match="channel 2 is the same everywhere"):
+        mean_and_std(ViewStream(ImageSource(data_dir=str(tmp_path / "flat")), make))
+
+
+def test_jitter_and_blur_are_as_strong_as_asked():
+    torch.manual_seed(0)
+    views = torch.randint(60, 190, (16, 2, 3, 16, 16), dtype=torch.uint8)
+
+    def change(**options):
+        augment = Augmentation(mean=(0,) * 3, std=(1,) * 3, blur_kernel_size=5, **{**OFF, **options})
+        return (augment(views) - views / 255).abs().mean().item()
+
+    for name, probability, weak, strong in (
+        ("color_jitter", "color_jitter_probability", (0.01, 0, 0, 0), (0.6, 0, 0, 0)),
+        ("blur_sigma", "blur_probability", (0.1, 0.11), (2.0, 2.1)),
+    ):
+        assert change(**{name: weak, probability: 1.0}) < 0.01 < 0.05 < change(**{name: strong, probability: 1.0})

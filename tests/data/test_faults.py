@@ -17,14 +17,13 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from test_data import add_to_tar, identity, picture, read
+from testing_utils import ROOT, add_to_tar, identity, picture, read
 
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data.crops import RandomCrops
 from modeling_can.evaluation.sets import load_labelled, load_split
 
 
-ROOT = Path(__file__).parent.parent
 PICTURES = [picture(color=(i * 20, 200, 100)) for i in range(8)]
 IMAGES = Features({"image": ImageFeature()})
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
-from test_data import identity, picture, read
-from test_run_pretraining import TOY
+from testing_utils import TOY, identity, picture, read
 
 import run_pretraining
 from modeling_can.data import ImageSource, ViewStream, folders

@@ -7,7 +7,7 @@ import struct
 import zipfile
 
 import pytest
-from test_data import PHOTO
+from testing_utils import PHOTO
 
 from modeling_can.data.decoding import BadImage, decode
 from modeling_can.data.formats import describe

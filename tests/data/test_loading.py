@@ -5,17 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from testing_utils import ROOT
 
 from modeling_can.data import ImageSource, ViewStream, loading
 from modeling_can.data.loading import Patient, view_loader, worker_options
 
 
-ROOT = Path(__file__).parent.parent
 TINY = (
     "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --intermediate_size 64 --decoder_hidden_size 16 "
     "--decoder_num_hidden_layers 1 --decoder_num_attention_heads 2 --decoder_intermediate_size 32 --image_size 32 "

@@ -8,10 +8,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 from PIL import Image
 from safetensors.torch import load_file
-from test_data import picture
+from testing_utils import TINY, picture
 
 import run_pretraining
 from modeling_can.data import ImageSource, ViewStream, resident, resume, view_loader

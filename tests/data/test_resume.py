@@ -6,16 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, interleave_datasets
-from datasets import Image as ImageFeature
+from datasets import Dataset, interleave_datasets
 from PIL import Image
-from test_data import add_to_tar, identity, picture
+from testing_utils import ROOT, identity
 
 from modeling_can.data import ImageSource, ViewStream, resume, view_loader
 
@@ -24,7 +20,7 @@ NUM_IMAGES, BATCH_SIZE = 120, 4
 PROCESS = """
 import json, os, sys
 import torch
-from test_data import identity
+from testing_utils import identity
 from modeling_can.data import ImageSource, ViewStream, resume, view_loader
 
 source, rank, state_path, num_batches = sys.argv[1:]
@@ -42,37 +38,9 @@ for index, batch in enumerate(loader):
 """
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """The same 120 pictures in five parquet shards (of two row groups), five tar shards and a folder."""
-    folder = tmp_path_factory.mktemp("sources")
-    pictures = [picture(color=(i, 255 - i, i // 2), format="PNG") for i in range(NUM_IMAGES)]
-    (folder / "images").mkdir()
-    for i, encoded in enumerate(pictures):
-        (folder / "images" / f"{i}.png").write_bytes(encoded)
-    for shard in range(5):
-        part = range(shard * 24, shard * 24 + 24)
-        rows = Dataset.from_dict(
-            {"image": [{"bytes": pictures[i], "path": None} for i in part]},
-            features=Features({"image": ImageFeature()}),
-        )
-        rows.to_parquet(folder / f"{shard}.parquet", batch_size=12)
-        with tarfile.open(folder / f"{shard}.tar", "w") as archive:
-            for i in part:
-                add_to_tar(archive, f"{i:03}.png", pictures[i])
-    return {
-        "parquet": {"data_files": f"{folder}/*.parquet"},
-        "one parquet shard": {"data_files": f"{folder}/0.parquet"},
-        "tar": {"data_files": f"{folder}/*.tar"},
-        "folder": {"data_dir": f"{folder}/images"},
-        "crcs": sorted(map(zlib.crc32, pictures)),
-    }
-
-
 def run_until_killed(source, state_paths, num_batches) -> list[list[list[int]]]:
     """Two processes with two workers each read on from their states; killed at some moment after so many batches."""
-    here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, json.dumps(source), str(rank), str(state_path), str(num_batches[rank])],

@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 from fsspec.implementations.zip import ZipFileSystem
-from test_data import identity, picture, read
+from testing_utils import identity, picture, read
 
 from modeling_can.data import ImageSource, ViewStream, reading
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MAE, SIMCLR, inputs, tiny_model, without_noise
+from testing_utils import MAE, SIMCLR, inputs, run_processes, tiny_model, without_noise
 
 
 def step(model, batch):
@@ -33,7 +33,7 @@ def half_a_step(rank, world_size):
 
 
 @pytest.fixture(scope="module")
-def two_processes(run_processes):
+def two_processes():
     return run_processes(half_a_step, 2)
 
 

@@ -16,8 +16,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import free_port, tiny_model
-from test_checkpoints import ROOT, RUN, kill_rank_1
+from testing_utils import ROOT, RUN, free_port, kill_rank_1, tiny_model
 from torch.distributed import TCPStore
 
 from modeling_can.modeling_can import CANLayer

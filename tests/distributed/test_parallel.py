@@ -7,21 +7,23 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import free_port, inputs, tiny_model
 from safetensors.torch import load_file
+from testing_utils import ROOT, TOY, free_port, inputs, no_sync, run_processes, shard, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 import run_pretraining
-from modeling_can.pretraining.builders import keep_sharding_exact
 from modeling_can.pretraining.step import total_norm
-from modeling_can.training import accumulated_backward, cached_backward, learning_rate, parameter_groups
+from modeling_can.training import (
+    accumulated_backward,
+    cached_backward,
+    learning_rate,
+    parameter_groups,
+)
 
 
-ROOT = Path(__file__).parent.parent
 STEPS, BATCH = 20, 8
 
 
@@ -57,35 +59,6 @@ def train(wrap, rank=0, num_processes=1, num_micro_batches=1) -> dict[str, list[
     return record
 
 
-def shard(model):
-    """By accelerate's own code, which its `prepare` does not call on a CPU: there it falls back to DDP silently."""
-    from accelerate.utils import FullyShardedDataParallelPlugin
-    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-    from torch.distributed.tensor import DTensor
-
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
-    )
-    plugin.set_mixed_precision("bf16")
-    keep_sharding_exact(plugin)
-    state = SimpleNamespace(fsdp_plugin=plugin)
-    model = fsdp2_prepare_model(
-        SimpleNamespace(state=state, mixed_precision="no", is_main_process=False, device=torch.device("cpu")), model
-    )
-    assert all(isinstance(p, DTensor) for p in model.parameters())
-    return model
-
-
-@contextlib.contextmanager
-def no_sync(model):
-    """As `Accelerator.no_sync` of a sharded model."""
-    model.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        model.set_requires_gradient_sync(True)
-
-
 def _process(rank, world_size):
     ddp = train(lambda model: (lambda ddp: (ddp, ddp.no_sync))(DistributedDataParallel(model)), rank, world_size)
     fsdp = train(lambda model: (lambda fsdp: (fsdp, partial(no_sync, fsdp)))(shard(model)), rank, world_size)
@@ -93,7 +66,7 @@ def _process(rank, world_size):
 
 
 @pytest.fixture(scope="module")
-def records(run_processes):
+def records():
     alone = lambda model: (model, contextlib.nullcontext)  # noqa: E731
     first, second = run_processes(_process, 2)
     assert first == second
@@ -112,7 +85,7 @@ SHARDED = """
 import sys
 import run_pretraining
 from modeling_can.pretraining import builders
-from test_parallel import no_sync, shard
+from testing_utils import no_sync, shard
 
 class Sharding(builders.Accelerator):
     def prepare(self, model, optimizer):
@@ -174,3 +147,36 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     assert "1 processes began it and 2 go on: weights and optimiser are exact, the order of the data" in output
     steps = [json.loads(line)["step"] for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4] and results["num_processes"] == 2
+
+
+SEEDS = """
+import os, sys, torch, run_pretraining
+from modeling_can.data.augmentations import Augmentation
+from modeling_can.training import MetricAverage
+
+forward = Augmentation.forward
+def told(self, views):
+    os.write(1, f"\\ndraws {torch.get_rng_state().sum().item()}\\n".encode())  # in one piece
+    return forward(self, views)
+Augmentation.forward = told
+compute = MetricAverage.compute
+def averaged(self):
+    averages = compute(self)
+    os.write(1, f"\\nmeans {averages['reconstruction_loss']}\\n".encode())
+    return averages
+MetricAverage.compute = averaged
+run_pretraining.main(sys.argv[1:])
+"""
+
+
+def test_processes_draw_other_noise_and_masks_and_log_their_mean(tmp_path):
+    (tmp_path / "seeds.py").write_text(SEEDS)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", str(free_port()), str(tmp_path / "seeds.py"), *TOY, "--max_steps=1",
+               f"--output_dir={tmp_path / 'out'}", "--probe_dataset_name=none"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    drawn, means = ([x for x in answer.stdout.splitlines() if x.startswith(word)] for word in ("draws", "means"))
+    assert len(drawn) == 2 and drawn[0] != drawn[1], answer.stderr[-2000:]
+    assert len(means) == 2 and means[0] == means[1]

@@ -20,14 +20,16 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
-from test_data import add_to_tar, picture
-from test_remote import FaultyServer, impatient  # noqa: F401
+from faulty_server import FaultyServer
+from testing_utils import ROOT, add_to_tar, picture
 from tqdm import tqdm
 
 from modeling_can.data import ImageSource
 from modeling_can.data.decoding import BadImage, decode
 from modeling_can.evaluation import embed as embedding
-from modeling_can.evaluation import part_files
+from modeling_can.evaluation import (
+    part_files,
+)
 from modeling_can.evaluation.embed import embed, end_with
 
 
@@ -282,7 +284,7 @@ def test_no_worker_outlives_its_process(places, tmp_path, number):
         "source = ImageSource(data_files=f'{places}/shard-*.parquet')\n"
         "embed(source, prepare, encode, f'{place}/out', FACTS, num_workers=2)"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent.parent}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, str(places), str(tmp_path)]
     process = subprocess.Popen(command, cwd=Path(__file__).parent, env=environment, start_new_session=True)
     while (
@@ -542,3 +544,19 @@ def test_extra_columns_that_are_not_there_are_refused_by_name(places):
         ImageSource(data_files=f"{places}/one.parquet", extra_columns=("label", "name"))
     with pytest.raises(ValueError, match=r"images has no column 'label', only \['image'\]"):
         ImageSource(data_dir=f"{places}/images", extra_columns=("label",))
+
+
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_bad_row_of_an_earlier_run_stays_bad_wherever_it_is(tmp_path, bad):
+    write_parquet(tmp_path / "one.parquet", [picture(color=color, format="PNG") for color in COLORS])
+
+    def prepare_then(encoded):
+        if encoded == picture(color=COLORS[bad], format="PNG"):
+            raise BadImage("missing", "a server refuses, and later no more")
+        return prepare(encoded)
+
+    source = ImageSource(data_files=f"{tmp_path}/one.parquet")
+    options = {"rows_per_file": 6, "max_bad_fraction": 0.5}
+    embed_until_killed(source, tmp_path, 6, prepare_then, **options)
+    result = embed(source, prepare, encode, tmp_path, FACTS, batch_size=6, **options)
+    assert [record["row"] for record in ledger(tmp_path)] == [f"0:{bad}"] and result["bad"] == {"missing": 1}

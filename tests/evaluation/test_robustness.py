@@ -2,22 +2,31 @@
 
 import io
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Picture
-from transformers import ViTImageProcessorPil
+from testing_utils import NAMES, options
+from transformers import (
+    ViTImageProcessorPil,
+)
 
+import run_eval
 from modeling_can.evaluation.encoders import Preprocessor
 from modeling_can.evaluation.features import Extractor
+from modeling_can.evaluation.protocol import Setup
 from modeling_can.evaluation.robustness import (
     GROUPS,
     SEVERITIES,
     Corrupted,
     accuracy_by_corruption,
+    class_order,
     corrupted_predictions,
     corruption_error,
     corruptions_by_group,
@@ -196,3 +205,117 @@ def test_files_of_further_sets_that_cannot_be_read_are_refused(tmp_path):
         further(tmp_path, [0, 1], ClassLabel(names=["x", "y"]), class_map="list.yaml")
     with pytest.raises(ValueError, match="must map names to dataset_name"):
         load_further_sets(str(tmp_path / "list.yaml"), CLASSES)
+
+
+@pytest.fixture(scope="module")
+def robust(models, colours, tmp_path_factory):
+    pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
+    out = tmp_path_factory.mktemp("robust")
+    (out / "sets.yaml").write_text(
+        f"two colours:\n  dataset_name: {colours}\n  class_map: {{red: red, green: 1, blue: null}}\n"
+        f"all of them:\n  dataset_name: {colours}\n"
+    )
+    shutil.copytree(models["classifier"], out / "other classes")
+    config = json.loads((out / "other classes" / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    (out / "other classes" / "config.json").write_text(json.dumps(config))
+    paths = {**models, "other": str(out / "other classes")}
+    argv = options(paths, colours, out, "can", "classifier", "other", task="robustness", corruptions="noise",
+                   reference_model="untrained", baselines="none", further_sets=out / "sets.yaml")  # fmt: skip
+    predictions = {}
+    original = Setup.score
+
+    def spy(self, predicted, labels=None):
+        predictions.setdefault(len(predicted), set()).update(np.asarray(predicted).tolist())
+        return original(self, predicted, labels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Setup, "score", spy)
+        results = run_eval.main(argv)["results"]
+    return results, predictions
+
+
+def test_robustness_compares_corrupted_with_clean(robust):
+    robust, _ = robust
+    assert list(robust) == [
+        "untrained (can)",
+        "can",
+        "classifier",
+        "other classes",
+    ]  # the reference, though no baseline
+    for figures in (entry["robustness"] for entry in robust.values()):
+        assert set(figures["by_corruption"]) == {"gaussian_noise", "shot_noise", "impulse_noise"}
+        cells = [x for severities in figures["by_corruption"].values() for x in severities.values()]
+        assert figures["accuracy"] == pytest.approx(np.mean(cells)) and len(cells) == 15
+        assert figures["by_group"]["noise"] == pytest.approx(np.mean(cells))
+        assert figures["relative_drop"] == pytest.approx(1 - figures["accuracy"] / figures["clean"]["accuracy"])
+        assert np.mean([score["accuracy"] for score in figures["by_severity"].values()]) == pytest.approx(
+            np.mean(cells)
+        )
+    assert robust["untrained (can)"]["robustness"]["corruption_error"]["mean"] == pytest.approx(1)
+    assert robust["can"]["robustness"]["corruption_error"]["reference"] == "untrained (can)"
+    assert robust["can"]["robustness"]["head"] == "linear probe"
+    assert robust["classifier"]["robustness"]["head"] == "its own classifier"
+    assert robust["other classes"]["robustness"]["head"] == "linear probe"
+
+
+def test_further_sets_are_judged_among_their_own_classes(robust):
+    robust, predictions = robust
+    assert predictions[21] <= {0, 1} and predictions[31] == {0, 1, 2}
+    figures = robust["can"]["robustness"]["further_sets"]
+    assert (
+        figures["all of them"]["accuracy"] == robust["can"]["robustness"]["clean"]["accuracy"]
+    )  # the test set itself
+    assert figures["two colours"]["num_classes"] == 2 and figures["two colours"]["num_images"] == 21
+
+
+def test_a_classifier_is_used_for_its_own_classes_alone():
+    assert class_order({0: "LABEL_0", 1: "LABEL_1"}, NAMES) is None
+    assert class_order({0: "blue", 1: "other", 2: "red", 3: "green"}, NAMES) == [2, 3, 0]
+    assert class_order({0: "red", 1: "green", 2: "red", 3: "blue"}, NAMES) is None  # which red?
+    birds = [f"bird {index}" for index in range(98)]
+    theirs = dict(enumerate([*birds, "crane", "crane"]))
+    assert class_order(theirs, [*birds, "crane", "crane 2"]) == list(range(100))
+
+
+def test_reconstruction_is_in_decibels_below_the_full_range(models, colours, tmp_path):
+    argv = options(models, colours, tmp_path, "can", task="reconstruction")
+    results = run_eval.main(argv)
+    figures = results["results"]["can"]["reconstruction"]
+    assert set(results["results"]) == {"can"}
+    for name in ("hidden_patches", "plain", "noise_reduction"):
+        low, high = figures[name]["interval"]
+        assert low <= figures[name]["db"] <= high
+    # One colour a picture, whose noised mean stands in for the hidden patches; a fresh decoder is far from that.
+    assert figures["plain"]["db"] > 50 > figures["hidden_patches"]["db"]
+    assert figures["noise_reduction"]["db"] == 0  # a fresh noise head predicts none
+    assert Path(figures["picture"]).stat().st_size > 5000
+    again = run_eval.main([*argv, "--batch_size=5"])["results"]["can"]["reconstruction"]
+    assert again["hidden_patches"]["db"] == pytest.approx(figures["hidden_patches"]["db"], abs=1e-4)
+    with pytest.raises(ValueError, match="needs a CAN .* dinov2 is a dinov2"):
+        run_eval.main(options(models, colours, tmp_path, "dinov2", task="reconstruction"))
+
+
+def test_a_classifier_may_have_its_classes_in_another_order(models, colours, tmp_path):
+    pytest.importorskip("imagecorruptions")
+    other, order = shutil.copytree(models["classifier"], tmp_path / "other"), [2, 0, 1]
+    config, weights = (
+        json.loads((other / "config.json").read_text()),
+        safetensors.torch.load_file(other / "model.safetensors"),
+    )
+    names = [config["id2label"][str(index)] for index in order]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    (other / "config.json").write_text(json.dumps(config))
+    for key in ("classifier.weight", "classifier.bias"):
+        weights[key] = weights[key][order]
+    safetensors.torch.save_file(weights, other / "model.safetensors", {"format": "pt"})
+    argv = options({**models, "other": str(other)}, colours, tmp_path, "classifier", "other", task="robustness",
+                   corruptions="noise", baselines="none")  # fmt: skip
+    one, two = (figures["robustness"] for figures in run_eval.main(argv)["results"].values())
+    assert one["by_corruption"] == two["by_corruption"] and one["clean"] == two["clean"]
+    assert one["head"] == "its own classifier"
+
+
+def test_every_version_of_a_picture_draws_anew():
+    versions = Corrupted(preprocessor(), ["gaussian_noise"], (3, 3))(encoded(0), 0)
+    assert not torch.equal(versions[0], versions[1])

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import KEPT, MAE, SIMCLR, TINY, free_port
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from safetensors import safe_open
+from testing_utils import KEPT, MAE, ROOT, SIMCLR, TINY, free_port
 from transformers import AutoImageProcessor
 
 from modeling_can import CANConfig, CANForPreTraining, CANModel
@@ -29,7 +29,6 @@ from modeling_can.pretraining.builders import image_processor
 from modeling_can.recipe import Recipe, parse_arguments
 
 
-ROOT = Path(__file__).parent.parent
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/recipe.yaml"))
 UNTRAINED = [folder for folder in CARDS if not (folder / "results.json").exists()]
 
@@ -277,7 +276,7 @@ def shipped(folder: Path, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name, num_snippets", [("grey MAE", 2), ("SimCLR", 3)])
 def test_the_snippets_run(tmp_path, monkeypatch, name, num_snippets):
-    """Those of the default objective: tests/test_run_pretraining.py."""
+    """Those of the default objective: tests/pretraining/test_loop.py."""
     snippets, scope = shipped(tmp_path, name), {}
     monkeypatch.chdir(tmp_path)
     for snippet in snippets:

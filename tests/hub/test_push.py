@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from hub_server import Commit, HubServer, Repository
 from huggingface_hub import HfApi, snapshot_download
-from test_parallel import shard
+from testing_utils import ROOT, run_processes, shard, tiny_model
 
 import run_pretraining
 from modeling_can import CANForPreTraining
@@ -24,7 +23,6 @@ from modeling_can.pretraining.checkpoints import Checkpoints
 from modeling_can.recipe import Recipe, parse_arguments
 
 
-ROOT = Path(__file__).parent.parent
 RUN = ["--max_steps=6", "--save_steps=2", "--save_total_limit=9", "--per_device_train_batch_size=4",
        "--logging_steps=2", "--hidden_size=32", "--num_hidden_layers=1", "--num_attention_heads=2",
        "--intermediate_size=64", "--decoder_hidden_size=16", "--decoder_num_hidden_layers=1",
@@ -349,7 +347,7 @@ def save_in_part(rank, world_size, folder):
 
 
 @pytest.mark.slow
-def test_a_sharded_model_saves_all_but_its_weights(run_processes, tmp_path):
+def test_a_sharded_model_saves_all_but_its_weights(tmp_path):
     """On one process, which must not wait for the others."""
     run_processes(save_in_part, 2, tmp_path / "sharded")
     tiny_model().save_pretrained(tmp_path / "whole", state_dict={})

@@ -4,25 +4,13 @@ import contextlib
 
 import pytest
 import torch
-from conftest import inputs, tiny_config, tiny_model
+from testing_utils import inputs, run_processes, tiny_config, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_can.training import accumulated_backward, cached_backward
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(left: dict, right: dict, tolerance=1e-5):
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=tolerance, msg=name)
-
-
-def cut(batch: dict, num_parts: int) -> list[dict]:
-    size = len(batch["pixel_values"]) // num_parts
-    return [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(num_parts)]
+from modeling_can.training import (
+    accumulated_backward,
+    cached_backward,
+)
 
 
 def step(model, parts: list[dict], caching: bool, no_sync=contextlib.nullcontext):
@@ -130,6 +118,44 @@ def _process(rank, world_size, caching):
     return {name: gradient.numpy() for name, gradient in gradients(model.module).items()}
 
 
-def test_two_processes_that_accumulate_twice_are_one_process(whole, run_processes):
+def test_two_processes_that_accumulate_twice_are_one_process(whole):
     for result in run_processes(_process, 2, True):
         assert_same({name: torch.from_numpy(gradient) for name, gradient in result.items()}, whole[0])
+
+
+def test_plain_accumulation_gives_the_gradient_of_the_whole_batch():
+    """Of what are means over images."""
+    whole, parts = (tiny_model(contrastive_loss_weight=0) for _ in range(2))
+    batch = inputs(whole.config, 8)
+    whole(**batch).loss.backward()
+    step(parts, cut(batch, 4), caching=False)
+    assert_same(gradients(parts), gradients(whole))
+
+
+def accumulate_in_part(rank, world_size):
+    model = DistributedDataParallel(tiny_model(contrastive_loss_weight=0), find_unused_parameters=True)
+    step(model, cut(cut(inputs(model.module.config, 8), world_size)[rank], 2), False, model.no_sync)
+    return {name: gradient.numpy() for name, gradient in gradients(model.module).items()}
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_plainly_are_one_process():
+    whole = tiny_model(contrastive_loss_weight=0)
+    whole(**inputs(whole.config, 8)).loss.backward()
+    for result in run_processes(accumulate_in_part, 2):
+        assert_same({name: torch.from_numpy(gradient) for name, gradient in result.items()}, gradients(whole))
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(left: dict, right: dict, tolerance=1e-5):
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=tolerance, msg=name)
+
+
+def cut(batch: dict, num_parts: int) -> list[dict]:
+    size = len(batch["pixel_values"]) // num_parts
+    return [{name: value[i * size : (i + 1) * size] for name, value in batch.items()} for i in range(num_parts)]

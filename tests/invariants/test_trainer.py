@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MAE, inputs, tiny_model
+from testing_utils import MAE, inputs, tiny_model
 from transformers import Trainer, TrainingArguments
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import inputs, tiny_config, tiny_model
+from testing_utils import inputs, tiny_config, tiny_model
 from torch import nn
 
 from modeling_can import CANModel

@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from conftest import MAE, SIMCLR
+from testing_utils import MAE, SIMCLR
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.diagnostics import training_flops

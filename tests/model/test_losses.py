@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import inputs, tiny_model
+from testing_utils import inputs, tiny_model
 
 from modeling_can.losses import contrastive_loss
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from conftest import MAE, SIMCLR, inputs, tiny_config, tiny_model, without_noise
+from testing_utils import MAE, SIMCLR, inputs, tiny_config, tiny_model, without_noise
 from transformers import (
     AutoConfig,
     AutoModel,

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import inputs, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from testing_utils import inputs, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import run_pretraining
@@ -179,3 +179,13 @@ def test_the_widths_limit_what_can_be_removed(widths, gain):
 def test_an_unknown_head_is_refused():
     with pytest.raises(ValueError, match="noise_head='none' is not one of own, shared"):
         tiny_config(noise_head="none")
+
+
+def test_drawn_noise_is_normal_with_a_level_of_its_own_for_each_view():
+    model = tiny_model(noise_std_max=0.2)
+    noise, level = model._draw_noise(torch.zeros(400, 2, 3, 32, 48), None, None)
+    assert 0 <= level.min() < 0.01 and 0.19 < level.max() <= 0.2
+    assert level.mean().item() == pytest.approx(0.1, abs=0.01) and (level[:, 0] != level[:, 1]).any()
+    e = noise / level[:, :, None, None, None]
+    assert abs(e.mean()) < 0.01 and e.std().item() == pytest.approx(1, abs=0.01)
+    assert (e.abs() > 2).float().mean().item() == pytest.approx(0.0455, abs=0.002)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KEPT
+from testing_utils import KEPT
 from torch import nn
 from transformers import (
     AutoModel,
@@ -11,8 +11,6 @@ from transformers import (
     BitsAndBytesConfig,
     TorchAoConfig,
 )
-
-import modeling_can  # noqa: F401  registers CAN with the Auto classes
 
 
 LIBRARIES = ["bitsandbytes 4", "bitsandbytes 8", "torchao 4", "torchao 8"]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import inputs, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from testing_utils import inputs, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, Trainer, TrainingArguments
 
 import modeling_can

@@ -2,7 +2,7 @@
 transformers' own tests for all its models, on CAN. They come with its source distribution, which .ci/run fetches:
 
     pip download --no-deps --no-binary transformers transformers==VERSION
-    TRANSFORMERS_SOURCE=transformers-VERSION pytest -m slow tests/test_transformers_common.py
+    TRANSFORMERS_SOURCE=transformers-VERSION pytest -m slow tests/model/test_transformers_common.py
 """
 
 import importlib
@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import TINY, inputs, tiny_config
+from testing_utils import TINY, inputs, tiny_config
 from transformers.models.auto import modeling_auto
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel

@@ -13,18 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from testing_utils import ROOT, RUN, free_port, kill_rank_1
 
 import run_pretraining
 from modeling_can.evaluation.probe import Probe
 from modeling_can.pretraining.checkpoints import Checkpoints, describe_file
-
-
-ROOT = Path(__file__).parent.parent
-RUN = ["--max_steps=30", "--save_steps=5", "--per_device_train_batch_size=8", "--logging_steps=4", "--hidden_size=32",
-       "--num_hidden_layers=1", "--num_attention_heads=2", "--intermediate_size=64", "--probe_dataset_name=none",
-       "--warmup_ratio=0.1", "--dataloader_num_workers=1", "--shuffle_block_size=50"]  # fmt: skip
 
 
 def start(folder: Path, *options: str) -> subprocess.Popen:
@@ -129,14 +123,6 @@ def torchrun(folder: Path) -> subprocess.Popen:
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         start_new_session=True,
     )  # fmt: skip
-
-
-def kill_rank_1(launcher: subprocess.Popen, folder: Path):
-    while not list(folder.glob("checkpoints/step-*[0-9]")) and launcher.poll() is None:
-        time.sleep(0.01)
-    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
-            os.kill(int(child), signal.SIGKILL)
 
 
 @pytest.mark.slow

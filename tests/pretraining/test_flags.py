@@ -6,12 +6,13 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
 from datasets import Dataset
 from PIL import Image
+from testing_utils import tiny_model
 
 import run_pretraining
 from modeling_can import CANForPreTraining, training
+from modeling_can.pretraining import feed
 from modeling_can.recipe import Recipe, model_fields, training_fields
 from modeling_can.training import MetricAverage
 
@@ -208,3 +209,33 @@ def test_compiled_blocks_repeat_their_random_numbers(checkpointing):
     second.loss.backward()
     torch.testing.assert_close(second.image_embeds, first)
     assert not torch.allclose(model(pixels).image_embeds, first)
+
+
+def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
+    updates, temperatures, orders = [], set(), []
+
+    class Spied(torch.optim.AdamW):
+        def step(self, *arguments, **options):
+            norm = torch.nn.utils.get_total_norm([p.grad for g in self.param_groups for p in g["params"]])
+            updates.append(([(g["lr"], tuple(g["betas"]), g["weight_decay"]) for g in self.param_groups], norm.item()))
+            return super().step(*arguments, **options)
+
+    contrast, stream = training.contrastive_loss, feed.ViewStream
+    monkeypatch.setattr(torch.optim, "AdamW", Spied)
+    monkeypatch.setattr(
+        training,
+        "contrastive_loss",
+        lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
+    )
+    monkeypatch.setattr(feed, "ViewStream", lambda *a, **k: orders.append(a[2]) or stream(*a, **k))
+    settings = {"data_dir": "pictures", "max_steps": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.5,
+                "seed": 5, "base_learning_rate": 0.032, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9,
+                "max_grad_norm": 0.01, "temperature": 0.2, "patch_size": 8}  # fmt: skip
+    results = run(places, tmp_path, settings)
+    assert results["learning_rate"] == pytest.approx(0.001)  # 0.032 * 8 / 256
+    rates = [[group[0] for group in groups] for groups, _ in updates]
+    assert rates == [pytest.approx([rate, rate]) for rate in (0.001 / 3, 0.002 / 3, 0.001, 0.0005)]
+    for groups, norm in updates:
+        assert [group[1:] for group in groups] == [((0.8, 0.9), 0.1), ((0.8, 0.9), 0.0)]
+        assert norm == pytest.approx(0.01, rel=1e-3)  # clipped
+    assert temperatures == {0.2} and orders == [5]

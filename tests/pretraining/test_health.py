@@ -7,8 +7,8 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
 from PIL import Image
+from testing_utils import run_processes, tiny_config, tiny_model
 
 import run_pretraining
 from modeling_can import diagnostics, modeling_can
@@ -19,6 +19,7 @@ from modeling_can.diagnostics import (
     duration,
     effective_rank,
     embedding_health,
+    embedding_spread,
     findings,
     peak_memory,
     trivial_losses,
@@ -239,7 +240,7 @@ def _positives(rank, world_size):
 
 
 @pytest.mark.slow
-def test_positives_are_checked_over_processes(run_processes):
+def test_positives_are_checked_over_processes():
     for right, wrong in run_processes(_positives, 2):
         assert right is None and "not its own other view" in wrong
 
@@ -260,3 +261,9 @@ def test_peak_memory_is_bytes_of_this_process():
 
 def test_durations_are_read_by_people():
     assert [duration(s) for s in (40, 200, 7500, 280_000)] == ["40 s", "3 min", "2 h 5 min", "3 d 5 h"]
+
+
+def test_spread_is_1_everywhere_and_0_in_one_place():
+    everywhere = torch.nn.functional.normalize(torch.randn(2000, 2, 64), dim=-1)
+    assert embedding_spread(everywhere).item() == pytest.approx(1, abs=0.02)
+    assert embedding_spread(everywhere[:1, :1].expand(50, 2, 64)).item() == pytest.approx(0, abs=1e-6)

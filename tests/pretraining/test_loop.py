@@ -8,26 +8,20 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import MAE, SIMCLR, free_port
 from datasets import Dataset
 from PIL import Image
+from testing_utils import MAE, ROOT, SIMCLR, TOY, free_port
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import run_pretraining
-from modeling_can.pretraining import loop
+from modeling_can.pretraining import builders, loop, probing
 from modeling_can.pretraining.plan import _number_of_steps as number_of_steps
 from modeling_can.pretraining.run_log import refuse_non_finite
 from modeling_can.recipe import Recipe
-
-
-ROOT = Path(__file__).parent.parent
-TOY = ["--max_steps", "3", "--per_device_train_batch_size", "8", "--logging_steps", "2", "--hidden_size", "32",
-       "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "64"]  # fmt: skip
 
 
 def flags(settings: dict) -> list[str]:
@@ -79,7 +73,7 @@ def test_the_saved_model_is_the_full_trained_one(finished):
 
 
 def test_the_card_has_its_pictures_and_its_snippets_run(finished, monkeypatch, tmp_path, capsys):
-    """More on cards: tests/test_cards.py."""
+    """More on cards: tests/hub/test_card.py."""
     folder, results = finished
     card = (folder / "README.md").read_text()
     pictures = re.findall(r"\]\((figures/[^)]+)\)", card) + re.findall(r"src: (\S+)", card)
@@ -319,3 +313,47 @@ def test_machine_and_commit_are_those_of_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", lambda run, first_step: known.append(dict(run.facts)) or train(run, first_step))
     results = run_pretraining.main([*TOY, f"--output_dir={tmp_path}"])
     assert known[0]["git_commit"] == results["git_commit"] and known[0]["machine"] == results["machine"]
+
+
+def test_probes_meet_the_model_in_evaluation_and_leave_it_in_training(tmp_path, monkeypatch):
+    made, probed, trained = [], [], []
+
+    class Kept(builders.CANForPreTraining):
+        def __init__(self, config):
+            super().__init__(config)
+            made.append(self)
+
+    class Spied(torch.optim.AdamW):
+        def step(self, *arguments, **options):
+            trained.append(made[0].training)
+            return super().step(*arguments, **options)
+
+    def measure(self, embed, linear=True):
+        if embed is not probing.raw_pixels:
+            probed.append(made[0].training)
+        return {
+            "knn": 0.5,
+            "linear_probe": 0.5,
+            "num_test": 2,
+            "knn_interval": [0, 1],
+            "linear_probe_interval": [0, 1],
+        }
+
+    monkeypatch.setattr(builders, "CANForPreTraining", Kept)
+    monkeypatch.setattr(torch.optim, "AdamW", Spied)
+    monkeypatch.setattr(probing.Probe, "measure", measure)
+    run_pretraining.main([*TOY, "--probe_every=1", f"--output_dir={tmp_path}"])
+    assert trained == [True] * 3 and probed == [False] * 5  # before, after each step, at the end
+
+
+def test_a_resumed_run_cuts_its_ledger_back(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(16):
+        Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{i}.png")
+    argv = [*TOY, f"--data_dir={tmp_path / 'images'}", f"--output_dir={tmp_path / 'out'}", "--probe_dataset_name=none",
+            "--dataloader_num_workers=0"]  # fmt: skip
+    run_pretraining.main([*argv, "--max_steps=2", "--save_steps=1"])
+    ledger = tmp_path / "out" / "bad_samples.jsonl"
+    ledger.write_text(json.dumps({"reason": "missing"}) + "\n")  # as if written after the checkpoint
+    results = run_pretraining.main([*argv, "--max_steps=3", "--save_steps=9", "--resume_from_checkpoint=latest"])
+    assert results["bad_samples"] == {} and ledger.read_text() == ""

@@ -4,15 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port
 from safetensors.torch import load_file
+from testing_utils import ROOT, free_port
 
 
-ROOT = Path(__file__).parent.parent
 PLANT = """
 import os, sys, torch
 import run_pretraining

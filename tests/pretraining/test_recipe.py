@@ -1,14 +1,12 @@
 """Recipes: every key is a flag, every wrong one is refused with the right one."""
 
-from pathlib import Path
-
 import pytest
 import yaml
+from testing_utils import ROOT
 
 from modeling_can.recipe import Recipe, model_fields, parse_arguments, parse_value, training_fields
 
 
-ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "model_cards" / "can-quickstart" / "recipe.yaml"
 
 

@@ -7,17 +7,15 @@ import socket
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import TINY
+from testing_utils import ROOT, TINY
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.pretraining.checkpoints import Checkpoints
 from modeling_can.pretraining.run_folder import lock, save_model, unlock
 
 
-ROOT = Path(__file__).parent.parent
 RUN = [
     *(word for key, value in TINY.items() if key != "image_size" for word in (f"--{key}", str(value))),
     *"--image_size 32 --dataset_name sample_data --probe_dataset_name none --log_with none --save_steps 2".split(),

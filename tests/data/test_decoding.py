@@ -1,0 +1,81 @@
+"""Decoding: orientation, transparency, bit depth, sizes."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from testing_utils import image_file, picture
+
+from modeling_can.data import encoded
+from modeling_can.data.decoding import BadImage, decode
+
+
+def test_a_decoded_picture_keeps_its_transparency():
+    picture = Image.effect_noise((20, 10), 60).convert("P")
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", transparency=int(np.bincount(np.asarray(picture).flatten()).argmax()))
+    opened = Image.open(io.BytesIO(buffer.getvalue()))
+    assert opened.mode == "P" and "transparency" in opened.info
+    there, back = (
+        decode(file, transparent_background="red") for file in (buffer.getvalue(), encoded(opened)["bytes"])
+    )
+    assert np.array_equal(there, back) and (there == (255, 0, 0)).all(axis=2).any()
+
+
+WIDE_RANGE = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+
+
+def test_decoding_is_as_the_recipe_says():
+    transparent = decode(picture(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), transparent_background="#102030")
+    assert transparent[0, 0].tolist() == [16, 32, 48]
+    assert decode(picture(), num_channels=1).shape == (30, 40, 1)
+    full = decode(image_file(WIDE_RANGE, "PNG"), num_channels=1)
+    np.testing.assert_allclose(full.flatten(), np.linspace(0, 255, 1200), atol=1)
+    dim = image_file(
+        Image.fromarray((np.asarray(WIDE_RANGE) // 16 + 100).astype(np.uint16)), "PNG"
+    )  # a 12-bit detector
+    assert decode(dim, num_channels=1).max() == 16
+    stretched = decode(dim, num_channels=1, high_bit_depth="stretch")
+    assert stretched.min() == 0 and stretched.max() == 255
+    with pytest.raises(BadImage, match="high_bit_depth is 'skip'"):
+        decode(dim, high_bit_depth="skip")
+    floating = image_file(Image.new("F", (40, 30), 0.5), "TIFF")
+    with pytest.raises(BadImage, match="high_bit_depth='stretch'"):
+        decode(floating)
+    assert not decode(floating, high_bit_depth="stretch").any()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright_as_in_pillow(orientation, file_format):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = image_file(Image.effect_noise((40, 24), 80).convert("RGB"), file_format, exif=exif)
+    sizes = []
+    decode(encoded, shrink=lambda size: sizes.append(size) or 1)
+    assert sizes == [(40, 24) if orientation <= 4 else (24, 40)]
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    assert abs(decode(encoded).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_jpegs_decode_to_the_pixels_of_pillow():
+    for mode in ("RGB", "L"):
+        for options in ({"quality": 60}, {"quality": 95, "subsampling": 0}, {"progressive": True}):
+            encoded = image_file(Image.effect_noise((123, 77), 80).convert(mode), "JPEG", **options)
+            expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
+            assert abs(decode(encoded).astype(int) - expected).max() <= 1
+
+
+def test_broken_exif_does_no_harm():
+    exif = b"Exif\0\0" + b"II*\0\xff\xff\xff\xff"
+    assert decode(image_file(Image.new("RGB", (40, 30), (9, 9, 9)), "WEBP", exif=exif)).shape == (30, 40, 3)
+
+
+def test_the_least_size_is_height_and_width():
+    wide = picture(size=(40, 20))  # 20 high
+    assert decode(wide, min_size=(20, 40)).shape == (20, 40, 3)
+    with pytest.raises(BadImage, match="20 x 40 pixels, less than 21 x 8"):
+        decode(wide, min_size=(21, 8))
+    with pytest.raises(BadImage):
+        decode(wide, min_size=(8, 41))
