@@ -26,7 +26,7 @@ from modeling_can.diagnostics import duration
 from modeling_can.evaluation.knn import knn_predictions
 from modeling_can.hub import update_card, write_card
 from modeling_can.pretraining.builders import image_processor
-from modeling_can.recipe import Recipe, parse_arguments
+from modeling_can.pretraining.recipe import Recipe, parse_arguments
 
 
 ROOT = Path(__file__).parent.parent

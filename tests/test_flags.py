@@ -12,7 +12,7 @@ from PIL import Image
 
 import run_pretraining
 from modeling_can import CANForPreTraining, training
-from modeling_can.recipe import Recipe, model_fields, training_fields
+from modeling_can.pretraining.recipe import Recipe, model_fields, training_fields
 from modeling_can.training import MetricAverage
 
 

@@ -21,7 +21,7 @@ from modeling_can import CANForPreTraining
 from modeling_can.hub import push
 from modeling_can.hub.push import Push
 from modeling_can.pretraining.checkpoints import Checkpoints
-from modeling_can.recipe import Recipe, parse_arguments
+from modeling_can.pretraining.recipe import Recipe, parse_arguments
 
 
 ROOT = Path(__file__).parent.parent

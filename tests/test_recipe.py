@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modeling_can.recipe import Recipe, model_fields, parse_arguments, parse_value, training_fields
+from modeling_can.pretraining.recipe import Recipe, model_fields, parse_arguments, parse_value, training_fields
 
 
 ROOT = Path(__file__).parent.parent

@@ -21,8 +21,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 import run_pretraining
 from modeling_can.pretraining import loop
 from modeling_can.pretraining.plan import _number_of_steps as number_of_steps
+from modeling_can.pretraining.recipe import Recipe
 from modeling_can.pretraining.run_log import refuse_non_finite
-from modeling_can.recipe import Recipe
 
 
 ROOT = Path(__file__).parent.parent

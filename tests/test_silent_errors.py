@@ -49,7 +49,7 @@ from modeling_can.evaluation.probe import Probe
 from modeling_can.modeling_can import CANDropPath, CANModel, resize_positions, sincos_positions
 from modeling_can.pretraining import builders, feed, probing
 from modeling_can.pretraining import step as a_step
-from modeling_can.recipe import Recipe
+from modeling_can.pretraining.recipe import Recipe
 from modeling_can.training import MetricAverage, interlude, parameter_groups
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import is_peft_available
 
+from ..pretraining.recipe import INSTALL, option
 from ..progress import tell
-from ..recipe import INSTALL, option
 from ..training import MetricAverage, NonFiniteGuard, interlude, learning_rate
 from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
 from .encoders import Preprocessor

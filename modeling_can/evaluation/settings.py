@@ -9,7 +9,7 @@ from huggingface_hub.constants import HF_HOME
 
 from ..data.decoding import DECODING, check_decoding
 from ..data.folders import expand_user
-from ..recipe import option, parse_value, read_flags
+from ..pretraining.recipe import option, parse_value, read_flags
 from .encoders import POOLINGS
 from .entries import BASELINES
 from .few_shot import SHOTS

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from ..data.folders import SAMPLE_DATA, counts, load_arguments
 from ..diagnostics import duration
 from ..files import write
-from ..recipe import Recipe
+from ..pretraining.recipe import Recipe
 
 
 CARD_TEMPLATE, CLASSIFIER_TEMPLATE, EXPORT_TEMPLATE = (

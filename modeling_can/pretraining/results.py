@@ -15,11 +15,11 @@ from ..files import write
 from ..hub import write_card
 from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
 from ..progress import tell
-from ..recipe import Recipe
 from ..training import StopSignals
 from ..visualization import curves
 from .checkpoints import whole_state
 from .feed import reasons
+from .recipe import Recipe
 from .run_folder import save_model
 
 

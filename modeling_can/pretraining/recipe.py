@@ -18,9 +18,9 @@ from pathlib import Path
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .configuration_can import CANConfig
-from .data.decoding import DECODING, check_decoding
-from .data.folders import expand_user, literal_pattern
+from ..configuration_can import CANConfig
+from ..data.decoding import DECODING, check_decoding
+from ..data.folders import expand_user, literal_pattern
 
 
 INSTALL = 'pip install -e ".[{}]" -c constraints.txt'  # of an extra, from a checkout
