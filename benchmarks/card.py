@@ -63,7 +63,7 @@ def keep(run: Path, folder: Path, data: str):
     sheet = folder / "figures" / "reconstructions.png"
     reconstruction_sheet(model, pixels, recipe.image_mean, recipe.image_std, sheet)
 
-    write_card(folder, recipe, results)
+    write_card(folder, recipe.to_dict(), recipe.config, results)
     card = folder / "README.md"
     text = card.read_text().replace(", trust_remote_code=True", "")
     text = text.replace(

@@ -104,7 +104,7 @@ def made(folder: Path, settings: dict, changes: dict) -> tuple[ModelCard, Recipe
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     recipe = Recipe.from_dict({"max_steps": 5, **TINY, "image_size": [32, 48], **settings})
     results = {**copy.deepcopy(RESULTS), **copy.deepcopy(changes)}
-    write_card(folder, recipe, results)
+    write_card(folder, recipe.to_dict(), recipe.config, results, recipe.repo_id if recipe.push_to_hub else None)
     return ModelCard.load(folder / "README.md"), recipe, results
 
 

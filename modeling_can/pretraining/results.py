@@ -82,7 +82,8 @@ def finish(run: "Run", began: float) -> dict:
         results |= _outcome(run, began)
         log.draw(run.plan.max_steps, whole, run.feed.pixel_values)
         curves(log.lines, run.output_dir / "figures" / "curves.png")
-        write_card(run.output_dir, recipe, results)
+        repo_id = recipe.repo_id if recipe.push_to_hub else None
+        write_card(run.output_dir, recipe.to_dict(), recipe.config, results, repo_id)
         _write(run.output_dir, results)  # last: it marks the run as finished
         _tell_summary(run.output_dir, recipe, results)
     accelerator.wait_for_everyone()
