@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from modeling_can.pretraining.loop import run
+from modeling_can.pretraining.recipe import SOURCE, parse_arguments
 from modeling_can.progress import report_errors
-from modeling_can.recipe import SOURCE, parse_arguments
 
 
 QUICKSTART = Path(__file__).parent / "model_cards" / "can-quickstart" / "recipe.yaml"

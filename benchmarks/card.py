@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import run_eval  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
-from modeling_can.recipe import Recipe  # noqa: E402
+from modeling_can.pretraining.recipe import Recipe  # noqa: E402
 from modeling_can.visualization import curves, reconstruction_sheet  # noqa: E402
 
 
@@ -63,7 +63,7 @@ def keep(run: Path, folder: Path, data: str):
     sheet = folder / "figures" / "reconstructions.png"
     reconstruction_sheet(model, pixels, recipe.image_mean, recipe.image_std, sheet)
 
-    write_card(folder, recipe, results)
+    write_card(folder, recipe.to_dict(), recipe.config, results)
     card = folder / "README.md"
     text = card.read_text().replace(", trust_remote_code=True", "")
     text = text.replace(

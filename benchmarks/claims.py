@@ -517,7 +517,7 @@ def round_weights(weights: Path, recipe: Path, folder: Path):
 
     from modeling_can import CANForPreTraining
     from modeling_can.pretraining.builders import image_processor
-    from modeling_can.recipe import Recipe
+    from modeling_can.pretraining.recipe import Recipe
 
     recipe = Recipe.from_dict(yaml.safe_load(recipe.read_text()))
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}

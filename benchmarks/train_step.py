@@ -50,7 +50,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from modeling_can import CANForPreTraining
 from modeling_can.diagnostics import training_flops
 from modeling_can.modeling_can import sincos_positions
-from modeling_can.recipe import parse_arguments
+from modeling_can.pretraining.recipe import parse_arguments
 from modeling_can.training import compile_model, interlude, parameter_groups
 
 

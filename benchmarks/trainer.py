@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 import run_pretraining  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.pretraining.builders import augmentation  # noqa: E402
-from modeling_can.recipe import parse_arguments  # noqa: E402
+from modeling_can.pretraining.recipe import parse_arguments  # noqa: E402
 from modeling_can.training import compile_model, how_to_compile, parameter_groups  # noqa: E402
 
 

@@ -1,12 +1,29 @@
-"""Files and folders that are written whole or not at all."""
+"""Paths as users write them, and files and folders that are written whole or not at all."""
 
 import contextlib
+import glob
 import os
 import shutil
 from pathlib import Path
 
 
-__all__ = ["check_new_folder", "flush_to_disk", "new_folder", "write"]
+__all__ = ["check_new_folder", "expand_user", "flush_to_disk", "literal_pattern", "new_folder", "write"]
+
+
+def expand_user(value):
+    """A path, or several, with `~` as the home folder; None and names that are no paths stay as they are."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_user, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def literal_pattern(file: str) -> str:
+    """A pattern for `datasets`: what exists of a path is meant by its name, whatever characters are in it."""
+    if "://" in file or glob.escape(file) == file:
+        return file
+    path = Path(file)
+    known = next(place for place in (path, *path.parents) if os.path.exists(place))
+    return str(Path(glob.escape(str(known))) / path.relative_to(known))
 
 
 def write(path: Path, text: str):

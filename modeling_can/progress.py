@@ -8,7 +8,11 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 
-__all__ = ["Unfailing", "quiet", "report_errors", "tell"]
+__all__ = ["INSTALL", "Unfailing", "quiet", "report_errors", "tell"]
+
+INSTALL = (
+    'pip install -e ".[{}]" -c constraints.txt'  # of an extra, from a checkout: the fix where a package is missing
+)
 
 
 def tell(text: str = ""):

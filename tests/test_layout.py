@@ -79,6 +79,14 @@ def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
     TopologicalSorter(siblings).prepare()  # raises CycleError
 
 
+def test_settings_know_no_room():
+    assert {module for module in imports(PACKAGE / "fields.py") if module.startswith(".")} == {".files"}
+    assert not any(module.startswith(".") for module in imports(PACKAGE / "files.py"))
+    for path in PACKAGE.rglob("*.py"):  # cards and evaluation read a recipe's file; a Recipe is the trainer's alone
+        recipes = {module for module in imports(path) if module.split(".")[-1] == "recipe"}
+        assert not recipes or path.parent.name == "pretraining", path
+
+
 def test_files_and_functions_fit_their_reader():
     folders = (PACKAGE, ROOT / "demo", ROOT / "tests")
     for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..modeling_can import CANForImageClassification, CANPreTrainedModel
-from ..recipe import INSTALL
+from ..progress import INSTALL
 
 
 __all__ = ["to_onnx"]

@@ -34,15 +34,13 @@ HIGH_BIT_DEPTH = ("full_range", "stretch", "skip")
 DECODING = {"transparent_background": "white", "high_bit_depth": "full_range"}  # what decode does by default
 
 
-def check_decoding(transparent_background: str = "white", high_bit_depth: str = "full_range"):
-    """`ValueError` for what `decode` does not know."""
-    if high_bit_depth not in HIGH_BIT_DEPTH:
-        raise ValueError(f"high_bit_depth={high_bit_depth!r} is not one of {', '.join(HIGH_BIT_DEPTH)}")
+def check_color(transparent_background: str):
+    """`ValueError` for what is no color."""
     try:
         ImageColor.getrgb(transparent_background)
     except ValueError as error:
         raise ValueError(
-            f"transparent_background={transparent_background!r} is no colour; give a name or #rrggbb"
+            f"transparent_background={transparent_background!r} is no color; give a name or #rrggbb"
         ) from error
 
 

@@ -15,6 +15,8 @@ from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
 from huggingface_hub import metadata_load
 from PIL import Image
 
+from ..files import literal_pattern
+
 
 SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
 NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # containers and vector graphics
@@ -24,13 +26,6 @@ NUM_SHOWN = 8  # kinds, or folders, that a line names
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
-
-
-def expand_user(value):
-    """A path, or several, with `~` as the home folder; None and names that are no paths stay as they are."""
-    if isinstance(value, list | tuple):
-        return type(value)(map(expand_user, value))
-    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def resolve_name(name: str) -> str:
@@ -60,15 +55,6 @@ def has_configs(folder: Path) -> bool:
     """Whether the README.md of a data set says which files make its splits."""
     card = folder / "README.md"
     return card.is_file() and bool((metadata_load(card) or {}).get("configs"))
-
-
-def literal_pattern(file: str) -> str:
-    """A pattern for `datasets`: what exists of a path is meant by its name, whatever characters are in it."""
-    if "://" in file or glob.escape(file) == file:
-        return file
-    path = Path(file)
-    known = next(place for place in (path, *path.parents) if os.path.exists(place))
-    return str(Path(glob.escape(str(known))) / path.relative_to(known))
 
 
 def refuse_braces(files: list[str]):

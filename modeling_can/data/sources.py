@@ -15,6 +15,7 @@ import pyarrow.parquet
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from ..files import literal_pattern
 from .faults import (
     is_empty_tar,
     load,
@@ -29,7 +30,6 @@ from .folders import (
     hash_of,
     left_out_of_split,
     list_images,
-    literal_pattern,
     load_arguments,
     refuse_braces,
     refuse_misread_folders,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..modeling_can import resize_positions
-from ..recipe import INSTALL
+from ..progress import INSTALL
 from ..training import decays
 from .encoders import Preprocessor, classifier_class, load_config, load_model
 from .features import Extractor, Pictures

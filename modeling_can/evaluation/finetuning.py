@@ -4,9 +4,8 @@ given no test images: those are for `class_predictions`, once everything is chos
 """
 
 import contextlib
-import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import is_peft_available
 
-from ..progress import tell
-from ..recipe import INSTALL, option
+from ..fields import check, option
+from ..progress import INSTALL, tell
 from ..training import MetricAverage, NonFiniteGuard, interlude, learning_rate
 from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
 from .encoders import Preprocessor
@@ -38,21 +37,25 @@ LOG_STEPS = 10  # between looks at the loss, which wait for the device
 class FineTuning:
     """The recipe of `finetune`; the defaults are MAE's for ViT-B on ImageNet."""
 
-    num_epochs: int = option(100, "passes over the training images")
-    batch_size: int = option(1024, "images of one step, of all processes together")
-    gradient_accumulation_steps: int = option(1, "parts of a step's batch, one after the other")
-    base_learning_rate: float | None = option(None, "for 256 images a step; 5e-4 if none, with LoRA 5e-3")
-    layer_decay: float | None = option(None, "learning rate of a layer by that of the next; 0.65 if none, no LoRA")
-    warmup_ratio: float = option(0.05, "share of the steps with linear warm-up")
-    weight_decay: float = option(0.05, "AdamW, on matrices only")
-    drop_path_rate: float = option(0.1, "stochastic depth of the last layer, where the model has it")
-    label_smoothing: float = option(0.1, "share of the target that goes to all classes alike")
-    mixup_alpha: float = option(0.8, "mixing of two images: Beta(alpha, alpha); 0 is off")
-    cutmix_alpha: float = option(1.0, "a box of one image in another: Beta(alpha, alpha); 0 is off")
-    flip_probability: float = option(0.5, "of a horizontal flip")
-    randaugment_magnitude: float = option(9.0, "level of RandAugment, of 10; 0 is off")
-    random_erasing_probability: float = option(0.25, "of a box of noise")
-    lora_rank: int = option(0, "of adapters, which are then trained instead of the encoder; 0 is off")
+    num_epochs: int = option(100, "passes over the training images", minimum=1)
+    batch_size: int = option(1024, "images of one step, of all processes together", minimum=1)
+    gradient_accumulation_steps: int = option(1, "parts of a step's batch, one after the other", minimum=1)
+    base_learning_rate: float | None = option(None, "for 256 images a step; 5e-4 if none, with LoRA 5e-3", above=0)
+    layer_decay: float | None = option(
+        None, "learning rate of a layer relative to the next; 0.65 if none, with LoRA 1", above=0, maximum=1
+    )
+    warmup_ratio: float = option(0.05, "share of the steps with linear warm-up", minimum=0, maximum=1)
+    weight_decay: float = option(0.05, "AdamW, on matrices only", minimum=0)
+    drop_path_rate: float = option(
+        0.1, "stochastic depth of the last layer, where the model has it", minimum=0, below=1
+    )
+    label_smoothing: float = option(0.1, "share of the target that goes to all classes alike", minimum=0, below=1)
+    mixup_alpha: float = option(0.8, "mixing of two images: Beta(alpha, alpha); 0 is off", minimum=0)
+    cutmix_alpha: float = option(1.0, "a box of one image in another: Beta(alpha, alpha); 0 is off", minimum=0)
+    flip_probability: float = option(0.5, "of a horizontal flip", minimum=0, maximum=1)
+    randaugment_magnitude: float = option(9.0, "level of RandAugment, of 10; 0 is off", minimum=0, maximum=10)
+    random_erasing_probability: float = option(0.25, "of a box of noise", minimum=0, maximum=1)
+    lora_rank: int = option(0, "of adapters, which are then trained instead of the encoder; 0 is off", minimum=0)
 
     def __post_init__(self):
         if self.lora_rank and self.layer_decay not in (None, 1):
@@ -63,22 +66,7 @@ class FineTuning:
         for name, default in (LORA if self.lora_rank else FULL).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "base_learning_rate", "layer_decay"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and greater than 0")
-        for name in ("weight_decay", "mixup_alpha", "cutmix_alpha", "lora_rank"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and at least 0")
-        for name in ("drop_path_rate", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
-        for name in ["warmup_ratio", *(f.name for f in fields(self) if f.name.endswith("_probability"))]:
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1]")
-        if self.layer_decay > 1:
-            raise ValueError(f"layer_decay={self.layer_decay} is above 1, where all layers learn at the same rate")
-        if not 0 <= self.randaugment_magnitude <= 10:
-            raise ValueError(f"randaugment_magnitude={self.randaugment_magnitude} is outside [0, 10]; 0 is off")
+        check(self)
 
     @property
     def mixes(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import ReadInstruction, load_dataset
 
 from ..data.folders import load_arguments, resolve_name
-from ..recipe import load_yaml
+from ..fields import load_yaml
 
 
 __all__ = ["seen_in_pretraining"]

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import yaml
 
-from ..progress import tell
-from ..recipe import INSTALL, load_yaml
+from ..fields import load_yaml
+from ..progress import INSTALL, tell
 from .encoders import classifier_class, load_model, pooled
 from .features import Extractor, Pictures
 from .linear import fit_probe

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from huggingface_hub.constants import HF_HOME
 
-from ..data.decoding import DECODING, check_decoding
-from ..data.folders import expand_user
-from ..recipe import option, parse_value, read_flags
+from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
+from ..fields import check, expand_paths, option, parse_values, read_flags
 from .encoders import POOLINGS
 from .entries import BASELINES
 from .few_shot import SHOTS
@@ -21,91 +20,96 @@ from .tasks import TASKS
 
 __all__ = ["Settings", "parse", "prefixed"]
 
-PATHS = ("model_name_or_path", "output_dir", "dataset_name", "processor_name_or_path", "feature_cache",
-         "export_classifier", "reference_model", "further_sets", "data_dir", "data_files")  # fmt: skip
-
 
 @dataclass
 class Settings:
     """Everything but the settings of the two tasks that train, which have a class of their own."""
 
-    model_name_or_path: tuple[str, ...] = option((), "folders or Hub ids of the models to measure, side by side")
-    task: tuple[str, ...] = option(("knn", "linear_probe"), f"any of {', '.join(TASKS)}")
-    output_dir: str = option("out/eval", "folder for results.json, figures and fine-tuned models")
+    model_name_or_path: tuple[str, ...] = option(
+        (), "folders or Hub ids of the models to measure, side by side", required=True, path=True
+    )
+    task: tuple[str, ...] = option(("knn", "linear_probe"), f"any of {', '.join(TASKS)}", choices=TASKS)
+    output_dir: str = option("out/eval", "folder for results.json, figures and fine-tuned models", path=True)
 
     # Data
-    dataset_name: str | None = option(None, "labelled set: a Hub id, a folder of parquet shards or of class folders")
+    dataset_name: str | None = option(
+        None, "labelled set: a Hub id, a folder of parquet shards or of class folders", path=True
+    )
     dataset_config_name: str | None = option(None, "its configuration, where it has several")
     train_split: str = option("train", "split to learn from, or a slice: train[:80%]")
     test_split: str = option("test", "split to be tested on")
-    test_size: float = option(0.0, "without a test split, the share of the training split to hold out")
+    test_size: float = option(
+        0.0, "without a test split, the share of the training split to hold out", minimum=0, below=1
+    )
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column that holds the classes (label); of embed, one to carry along")
 
     # Models
-    processor_name_or_path: str | None = option(None, "where the image processor is, if not with the model")
-    image_size: tuple[int, ...] | None = option(None, "height,width of the model's input, instead of the processor's")
+    processor_name_or_path: str | None = option(None, "where the image processor is, if not with the model", path=True)
+    image_size: tuple[int, ...] | None = option(
+        None, "height,width of the model's input, instead of the processor's", num_values=(1, 2)
+    )
     transparent_background: str | None = option(None, "colour behind transparent pixels; by default as pre-trained")
-    high_bit_depth: str | None = option(None, "16-bit greyscale to 8: full_range, stretch, skip; as pre-trained")
-    pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both")
-    baselines: tuple[str, ...] | None = option(BASELINES, "to compare with: pixels, untrained; or none")
+    high_bit_depth: str | None = option(
+        None, "16-bit greyscale to 8: full_range, stretch, skip; as pre-trained", choices=HIGH_BIT_DEPTH
+    )
+    pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both", choices=POOLINGS)
+    baselines: tuple[str, ...] | None = option(
+        BASELINES, "to compare with: pixels, untrained; or none", choices=BASELINES
+    )
     trust_remote_code: bool = option(False, "run code that comes with a model from the Hub")
 
     # Work
-    batch_size: int = option(256, "images at a time on one process")
-    dataloader_num_workers: int = option(0, "loader processes for each process")
+    batch_size: int = option(256, "images at a time on one process", minimum=1)
+    dataloader_num_workers: int = option(
+        0, "loader processes for each process", minimum=0, aliases=("workers", "num_workers")
+    )
     mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
-    feature_cache: str | None = option(f"{HF_HOME}/modeling-can/features", "folder of extracted features, or none")
+    feature_cache: str | None = option(
+        f"{HF_HOME}/modeling-can/features", "folder of extracted features, or none", path=True
+    )
     seed: int = option(0, "of splits, draws, intervals, noise and training")
-    export_classifier: str | None = option(None, "new folder for the probe or fine-tuned model, to classify with")
+    export_classifier: str | None = option(
+        None, "new folder for the probe or fine-tuned model, to classify with", path=True
+    )
     update_card: bool = option(False, "merge the results into the README.md of each model folder")
 
     # linear_probe_sgd
-    sgd_num_epochs: int = option(10, "linear_probe_sgd: passes over the training images")
-    sgd_batch_size: int = option(256, "linear_probe_sgd: images of one step, of all processes together")
+    sgd_num_epochs: int = option(10, "linear_probe_sgd: passes over the training images", minimum=1)
+    sgd_batch_size: int = option(256, "linear_probe_sgd: images of one step, of all processes together", minimum=1)
     sgd_base_learning_rates: tuple[float, ...] = option(BASE_LEARNING_RATES, "linear_probe_sgd: for 256 images a step")
-    sgd_layers: tuple[int, ...] = option((1, 4), "linear_probe_sgd: how many of the last blocks, side by side")
+    sgd_layers: tuple[int, ...] = option(
+        (1, 4), "linear_probe_sgd: how many of the last blocks, side by side", minimum=1, required=True
+    )
 
     # few_shot, robustness
     shots: tuple[str, ...] = option(SHOTS, "labelled images of every class, or their share")
-    num_draws: int = option(5, "draws of the labelled images, for mean and spread")
-    corruptions: tuple[str, ...] = option(GROUPS, "groups of common corruptions")
-    reference_model: str | None = option(None, "model or baseline that corruption errors are relative to")
-    further_sets: str | None = option(None, "YAML of further labelled sets with some of the classes; see README")
+    num_draws: int = option(5, "draws of the labelled images, for mean and spread", minimum=1)
+    corruptions: tuple[str, ...] = option(GROUPS, "groups of common corruptions", choices=GROUPS)
+    reference_model: str | None = option(None, "model or baseline that corruption errors are relative to", path=True)
+    further_sets: str | None = option(
+        None, "YAML of further labelled sets with some of the classes; see README", path=True
+    )
 
     # embed: the source is dataset_name, data_dir or data_files
-    data_dir: str | None = option(None, "embed: any folder of images")
-    data_files: str | None = option(None, "embed: paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl")
+    data_dir: str | None = option(None, "embed: any folder of images", path=True)
+    data_files: str | None = option(
+        None, "embed: paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl", path=True
+    )
     dataset_split: str = option("train", "embed: split of dataset_name")
     streaming: bool = option(True, "embed: read while embedding; false: download all of it first")
     id_column: str | None = option(None, "embed: column of unique ids; else the path or shard:row")
-    embedding_dtype: str = option("float16", "embed: float16 or float32")
-    rows_per_file: int = option(100_000, "embed: most rows of a file, which is what a kill can cost a process")
-    max_bad_fraction: float = option(0.01, "embed: share of bad images above which it stops")
+    embedding_dtype: str = option("float16", "embed: float16 or float32", choices=("float16", "float32"))
+    rows_per_file: int = option(
+        100_000, "embed: most rows of a file, which is what a kill can cost a process", minimum=1
+    )
+    max_bad_fraction: float = option(0.01, "embed: share of bad images above which it stops", minimum=0, maximum=1)
 
     def __post_init__(self):
-        for name in PATHS:
-            setattr(self, name, expand_user(getattr(self, name)))
-        if not self.model_name_or_path:
-            raise ValueError("give --model_name_or_path: folders or Hub ids")
-        known = {"task": TASKS, "baselines": BASELINES, "corruptions": GROUPS}
-        for name, choices in known.items():
-            for value in getattr(self, name) or ():
-                if value not in choices:
-                    raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
-        for name, choices in {"pooling": POOLINGS, "embedding_dtype": ("float16", "float32")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
-        for name in ("batch_size", "num_draws", "rows_per_file", "sgd_num_epochs", "sgd_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        check_decoding(**self.decoding)
-        if not 0 <= self.test_size < 1:
-            raise ValueError(f"test_size={self.test_size} is outside [0, 1)")
-        if not self.sgd_layers or min(self.sgd_layers) < 1:
-            raise ValueError(f"sgd_layers={self.sgd_layers} must be numbers of blocks, at least 1")
-        if self.image_size is not None and len(self.image_size) not in (1, 2):
-            raise ValueError(f"image_size={self.image_size} must be one number, or height,width")
+        expand_paths(self)
+        check(self)
+        if self.transparent_background:
+            check_color(self.transparent_background)
         for shots in self.shots:
             if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?%", shots):
                 raise ValueError(f"shots={shots!r} must be a number of images, such as 5, or a share, such as 10%")
@@ -147,8 +151,7 @@ def parse(argv: list[str] | None, description: str | None = None) -> tuple[Setti
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _, values = read_flags(parser, groups, argv)
-    types = {f.name: f.type for fields in groups.values() for f in fields}
-    values = {name: parse_value(name, value, types[name]) for name, value in values.items()}
+    values = parse_values(values, [f for fields in groups.values() for f in fields])
     training = {name.removeprefix("finetune_"): v for name, v in values.items() if name.startswith("finetune_")}
     settings = {name: value for name, value in values.items() if not name.startswith("finetune_")}
     return Settings(**settings), FineTuning(**training)

@@ -16,7 +16,6 @@ from transformers import PreTrainedConfig
 from ..data.folders import SAMPLE_DATA, counts, load_arguments
 from ..diagnostics import duration
 from ..files import write
-from ..recipe import Recipe
 
 
 CARD_TEMPLATE, CLASSIFIER_TEMPLATE, EXPORT_TEMPLATE = (
@@ -82,18 +81,20 @@ def evaluation_table(results: list[EvalResult]) -> str:
     return "\n".join(lines)
 
 
-def write_card(folder: Path, recipe: Recipe, results: dict):
+def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: dict, repo_id: str | None = None):
     """
     README.md of an output folder, and the example pictures that it names; its figures must have been drawn.
 
     Args:
+        recipe (`dict`): As `Recipe.to_dict` gives it.
+        config (`CANConfig`): Of the model.
         results (`dict`): As in `results.json`, whose figures are the only ones in the card beside the recipe's.
+        repo_id (`str`, *optional*): The repository that the run is pushed to.
     """
-    repo_id = recipe.repo_id if recipe.push_to_hub else None
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
-    config, processes = recipe.config, results["num_processes"]
-    is_sample, is_probed = recipe.dataset_name == SAMPLE_DATA, "probe" in results
-    source = recipe.dataset_name or recipe.data_dir or recipe.data_files
+    processes = results["num_processes"]
+    is_sample, is_probed = recipe["dataset_name"] == SAMPLE_DATA, "probe" in results
+    source = recipe["dataset_name"] or recipe["data_dir"] or recipe["data_files"]
     source = ", ".join(source) if isinstance(source, list | tuple) else source
     named = f"`{source}`" if source else "a data set built in Python"
     count = f"{results['num_images']:,} images" if results["num_images"] else "images, whose number was not known,"
@@ -101,10 +102,10 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         # Of weights from other people's images or weights only their trainer can say under which licence they are.
-        license="apache-2.0" if is_sample and not recipe.model_name_or_path else None,
+        license="apache-2.0" if is_sample and not recipe["model_name_or_path"] else None,
         tags=["can", "self-supervised-learning", "masked-image-modeling", "contrastive-learning"],
-        datasets=None if is_sample else hub_id(recipe.dataset_name),
-        base_model=hub_id(recipe.model_name_or_path),
+        datasets=None if is_sample else hub_id(recipe["dataset_name"]),
+        base_model=hub_id(recipe["model_name_or_path"]),
         # Nobody else's pictures are shown. The Hub takes them where it has a widget for the pipeline tag.
         widget=write_examples(folder) if is_sample else None,
         model_name=name if is_probed else None,  # a word of model-index
@@ -121,11 +122,11 @@ def write_card(folder: Path, recipe: Recipe, results: dict):
         is_sample=is_sample,
         source=source,
         images=f"{count} of {named}",
-        start=f", from the weights of `{recipe.model_name_or_path}`," if recipe.model_name_or_path else "",
-        probe_name=short_name(recipe.probe_dataset_name) if is_probed else None,
+        start=f", from the weights of `{recipe['model_name_or_path']}`," if recipe["model_name_or_path"] else "",
+        probe_name=short_name(recipe["probe_dataset_name"]) if is_probed else None,
         probe_rows=probe_rows(results) if is_probed else None,
         evaluation=EVALUATION,
-        training_rows=training_rows(recipe, results, f"{count} of {named}").items(),
+        training_rows=training_rows(recipe, config, results, f"{count} of {named}").items(),
         command=shlex.join(results["command"]),
         launch=launcher(processes),
     )
@@ -176,15 +177,15 @@ def write_examples(folder: Path) -> list[dict]:
     return examples
 
 
-def probe_results(recipe: Recipe, results: dict) -> list[EvalResult]:
+def probe_results(recipe: dict, results: dict) -> list[EvalResult]:
     """The trained encoder's figures as entries of `model-index`."""
-    where, figures = short_name(recipe.probe_dataset_name), results["probe"]["CAN, pre-trained"]
+    where, figures = short_name(recipe["probe_dataset_name"]), results["probe"]["CAN, pre-trained"]
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=where,
             dataset_name=where,
-            dataset_split=recipe.probe_test_split,
+            dataset_split=recipe["probe_test_split"],
             metric_type="accuracy",
             metric_name=title,
             metric_value=round(figures[probe], 4),
@@ -207,9 +208,9 @@ def probe_rows(results: dict) -> list[list[str]]:
     return [[name, *(cell(figures, probe) for probe in PROBES)] for name, figures in results["probe"].items()]
 
 
-def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
+def training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images: str) -> dict[str, str]:
     """The facts of a run, by what they are."""
-    config, processes = recipe.config, results["num_processes"]
+    processes = results["num_processes"]
     bad = ", ".join(f"{count:,} {reason}" for reason, count in results["bad_samples"].items())
     weights = {
         "contrastive": config.contrastive_loss_weight,
@@ -241,7 +242,7 @@ def training_rows(recipe: Recipe, results: dict, images: str) -> dict[str, str]:
         f"{results['images_per_second']:.0f} images a second",
         "memory": f"{results['peak_memory'] / 1e9:.1f} GB at most, of the main process",
         "arithmetic": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "
-        f"for {'both views' if recipe.num_views == 2 else 'the one view'} of an image".replace("e+0", "e").replace(
+        f"for {'both views' if recipe['num_views'] == 2 else 'the one view'} of an image".replace("e+0", "e").replace(
             "e+", "e"
         ),
         "software": software + (f"; commit {results['git_commit']}" if results["git_commit"] else ""),

@@ -22,11 +22,11 @@ from ..evaluation.encoders import Preprocessor
 from ..evaluation.probe import Probe
 from ..modeling_can import CANForPreTraining
 from ..progress import tell
-from ..recipe import Recipe
 from ..rendezvous import INIT_METHOD
 from ..training import compile_model, how_to_compile, interlude, mixed_precision, parameter_groups
 from .checkpoints import whole_state
 from .plan import Plan
+from .recipe import Recipe
 
 
 __all__ = [

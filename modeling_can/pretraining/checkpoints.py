@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..configuration_can import EARLIER
 from ..files import flush_to_disk
-from ..recipe import Recipe, model_fields, training_fields
+from .recipe import Recipe, model_fields, training_fields
 
 
 __all__ = ["Checkpoints", "changed_fields", "describe_file", "restore", "whole_state"]

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from ..data import ImageSource, ViewStream, ledger_lines
 from ..data.loading import Patient, resume, view_loader
 from ..data.resident import ResidentLoader, resident_images
-from ..recipe import Recipe
 from ..training import DataWait, StopSignals
 from .builders import augmentation, view_maker
+from .recipe import Recipe
 
 
 __all__ = ["Feed", "reasons"]

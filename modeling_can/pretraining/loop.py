@@ -16,7 +16,6 @@ from ..data import ImageSource, ViewStream, mean_and_std
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
 from ..provenance import run_facts
-from ..recipe import Recipe
 from ..training import StoppedWaiting, StopSignals, rng_state, set_rng_state
 from . import results
 from .builders import (
@@ -34,6 +33,7 @@ from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
 from .probing import Probing
+from .recipe import Recipe
 from .run_folder import lock, prepare_folder, refuse_other_run, unlock
 from .run_log import RunLog
 from .step import TrainStep

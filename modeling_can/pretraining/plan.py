@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from ..recipe import Recipe
 from ..training import learning_rate
+from .recipe import Recipe
 
 
 __all__ = ["Plan"]

@@ -22,11 +22,11 @@ from ..diagnostics import (
 )
 from ..losses import contrastive_loss
 from ..progress import tell
-from ..recipe import Recipe
 from ..training import StopSignals, interlude
 from ..visualization import reconstruction_sheet
 from .builders import Trained
 from .feed import Feed
+from .recipe import Recipe
 from .step import TrainStep, total_norm
 
 

@@ -15,11 +15,11 @@ from ..files import write
 from ..hub import write_card
 from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
 from ..progress import tell
-from ..recipe import Recipe
 from ..training import StopSignals
 from ..visualization import curves
 from .checkpoints import whole_state
 from .feed import reasons
+from .recipe import Recipe
 from .run_folder import save_model
 
 
@@ -82,7 +82,8 @@ def finish(run: "Run", began: float) -> dict:
         results |= _outcome(run, began)
         log.draw(run.plan.max_steps, whole, run.feed.pixel_values)
         curves(log.lines, run.output_dir / "figures" / "curves.png")
-        write_card(run.output_dir, recipe, results)
+        repo_id = recipe.repo_id if recipe.push_to_hub else None
+        write_card(run.output_dir, recipe.to_dict(), recipe.config, results, repo_id)
         _write(run.output_dir, results)  # last: it marks the run as finished
         _tell_summary(run.output_dir, recipe, results)
     accelerator.wait_for_everyone()

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from ..progress import tell
-from ..recipe import LENGTH, Recipe
+from .recipe import LENGTH, Recipe
 
 
 __all__ = ["lock", "prepare_folder", "refuse_other_run", "save_model", "unlock"]

@@ -19,11 +19,11 @@ from ..diagnostics import TERMS, duration, embedding_health, findings, trivial_l
 from ..files import write
 from ..modeling_can import CANForPreTraining
 from ..progress import tell
-from ..recipe import Recipe
 from ..training import MetricAverage, NonFiniteGuard, interlude
 from ..visualization import reconstruction_sheet
 from .feed import Feed
 from .plan import Plan
+from .recipe import Recipe
 from .step import StepOutput, step_metrics
 
 

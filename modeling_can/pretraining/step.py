@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from ..configuration_can import CANConfig
 from ..diagnostics import embedding_spread
-from ..recipe import Recipe
 from ..training import NonFiniteGuard, accumulated_backward, cached_backward
 from .plan import Plan
+from .recipe import Recipe
 
 
 __all__ = ["StepOutput", "TrainStep", "step_metrics", "total_norm"]

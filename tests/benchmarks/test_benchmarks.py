@@ -14,7 +14,7 @@ from testing_utils import ROOT, TINY, inputs, tiny_model
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
-from modeling_can.recipe import Recipe
+from modeling_can.pretraining.recipe import Recipe
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

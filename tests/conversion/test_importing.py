@@ -22,7 +22,7 @@ from transformers import (
 
 from modeling_can import CANForImageClassification, CANForPreTraining, CANModel
 from modeling_can.conversion import DINOV2, DINOV2_LAYER_SCALE, VIT, VIT_MAE, their_name, warm_start
-from modeling_can.recipe import Recipe
+from modeling_can.pretraining.recipe import Recipe
 
 
 def state_of(model) -> dict:

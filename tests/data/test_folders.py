@@ -20,7 +20,8 @@ from modeling_can.data import ImageSource, ViewStream, folders
 from modeling_can.data.folders import image_extensions, load_arguments
 from modeling_can.evaluation.sets import load_labelled
 from modeling_can.evaluation.settings import parse
-from modeling_can.recipe import Recipe, parse_arguments, parse_value
+from modeling_can.fields import parse_value
+from modeling_can.pretraining.recipe import Recipe, parse_arguments
 
 
 def fill(folder: Path, *names: str, start: int = 0) -> list[int]:

@@ -26,7 +26,7 @@ from modeling_can.diagnostics import duration
 from modeling_can.evaluation.knn import knn_predictions
 from modeling_can.hub import update_card, write_card
 from modeling_can.pretraining.builders import image_processor
-from modeling_can.recipe import Recipe, parse_arguments
+from modeling_can.pretraining.recipe import Recipe, parse_arguments
 
 
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/recipe.yaml"))
@@ -103,7 +103,7 @@ def made(folder: Path, settings: dict, changes: dict) -> tuple[ModelCard, Recipe
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     recipe = Recipe.from_dict({"max_steps": 5, **TINY, "image_size": [32, 48], **settings})
     results = {**copy.deepcopy(RESULTS), **copy.deepcopy(changes)}
-    write_card(folder, recipe, results)
+    write_card(folder, recipe.to_dict(), recipe.config, results, recipe.repo_id if recipe.push_to_hub else None)
     return ModelCard.load(folder / "README.md"), recipe, results
 
 

@@ -20,7 +20,7 @@ from modeling_can import CANForPreTraining
 from modeling_can.hub import push
 from modeling_can.hub.push import Push
 from modeling_can.pretraining.checkpoints import Checkpoints
-from modeling_can.recipe import Recipe, parse_arguments
+from modeling_can.pretraining.recipe import Recipe, parse_arguments
 
 
 RUN = ["--max_steps=6", "--save_steps=2", "--save_total_limit=9", "--per_device_train_batch_size=4",

@@ -3,7 +3,7 @@
 import inspect
 
 from modeling_can.pretraining import builders
-from modeling_can.recipe import Recipe
+from modeling_can.pretraining.recipe import Recipe
 
 
 def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):

@@ -13,7 +13,7 @@ from testing_utils import tiny_model
 import run_pretraining
 from modeling_can import CANForPreTraining, training
 from modeling_can.pretraining import feed
-from modeling_can.recipe import Recipe, model_fields, training_fields
+from modeling_can.pretraining.recipe import Recipe, model_fields, training_fields
 from modeling_can.training import MetricAverage
 
 

@@ -20,8 +20,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 import run_pretraining
 from modeling_can.pretraining import builders, loop, probing
 from modeling_can.pretraining.plan import _number_of_steps as number_of_steps
+from modeling_can.pretraining.recipe import Recipe
 from modeling_can.pretraining.run_log import refuse_non_finite
-from modeling_can.recipe import Recipe
 
 
 def flags(settings: dict) -> list[str]:

@@ -1,0 +1,301 @@
+"""
+A recipe: one flat YAML of training fields and `CANConfig` fields, each of which is also a `--flag`.
+
+A `Recipe` is the exact input of a run. It is checked when it is made, so that a run fails in its first second.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..configuration_can import CANConfig
+from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
+from ..fields import check, expand_paths, load_yaml, option, parse_values, read_flags
+
+
+__all__ = ["LENGTH", "SOURCE", "Recipe", "model_fields", "parse_arguments", "training_fields"]
+
+SOURCE = ("dataset_name", "dataset_config_name", "data_dir", "data_files")
+LENGTH = ("max_steps", "num_train_epochs", "num_train_samples")  # the first that is set counts
+
+
+@dataclass
+class Recipe:
+    """The training half of a recipe; the fields of the model are those of `CANConfig`, in `config`."""
+
+    config: CANConfig
+
+    # Data: exactly one of the first three
+    dataset_name: str | None = option(
+        None, "Hub id, local folder that datasets.load_dataset reads, or sample_data", path=True
+    )
+    data_dir: str | None = option(None, "any folder of images, nested or flat", path=True)
+    data_files: str | list[str] | None = option(
+        None, "paths, globs or URLs of parquet, WebDataset tar, arrow, jsonl", path=True
+    )
+    streaming: bool = option(True, "read while training; false: download all of it first")
+    dataset_config_name: str | None = option(None, "configuration of dataset_name, where it has several")
+    dataset_split: str = option("train", "split of dataset_name; parts such as train[:10%] only with streaming: false")
+    image_column: str = option("image", "column that holds the images; else all columns of type Image")
+    max_bad_fraction: float = option(0.01, "share of bad images above which the run stops", minimum=0, maximum=1)
+    transparent_background: str = option("white", "colour behind transparent pixels: a name or #rrggbb")
+    high_bit_depth: str = option(
+        "full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip", choices=HIGH_BIT_DEPTH
+    )
+    probe_dataset_name: str | None = option(None, "labelled set with two splits, to measure the features", path=True)
+    probe_dataset_config_name: str | None = option(None, "its configuration, where it has several")
+    probe_train_split: str = option("train", "its split to learn from")
+    probe_test_split: str = option("test", "its split to be tested on")
+    probe_label_column: str = option("label", "its column of class indices")
+    probe_image_column: str | None = option(None, "its column of images; image_column if none")
+    probe_every: int = option(
+        0, "steps between k-NN tests on it; 0 measures before and after training only", minimum=0
+    )
+    dataloader_num_workers: int = option(
+        0, "loader processes for each training process", minimum=0, aliases=("workers", "num_workers")
+    )
+    shuffle_block_size: int = option(1024, "encoded images that a reader holds and shuffles at a time", minimum=1)
+
+    data_on_device: bool | str = option(
+        "auto", "decode all images once and keep them there; auto: if they fit a GPU", choices=("auto", True, False)
+    )
+
+    # Views
+    num_views: int = option(2, "random crops of an image; 1 only without contrastive term", choices=(1, 2))
+    crop_scale: tuple[float, ...] = option(
+        (0.2, 1.0), "range of a crop's share of the image area", above=0, maximum=1, num_values=(2,), ascending=True
+    )
+    crop_ratio: tuple[float, ...] = option(
+        (0.75, 4 / 3), "range of a crop's width / height", above=0, num_values=(2,), ascending=True
+    )
+    resample: str = option("bilinear", "bilinear or bicubic", choices=("bilinear", "bicubic"))
+    flip_probability: float = option(0.5, "of a horizontal flip", minimum=0, maximum=1)
+    color_jitter: tuple[float, ...] = option(
+        (0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue", minimum=0, num_values=(4,)
+    )
+    color_jitter_probability: float = option(0.8, "of colour jitter", minimum=0, maximum=1)
+    greyscale_probability: float = option(0.2, "of losing the colour", minimum=0, maximum=1)
+    blur_probability: float = option(0.5, "of Gaussian blur", minimum=0, maximum=1)
+    blur_sigma: tuple[float, ...] = option(
+        (0.1, 2.0), "range of the blur's width in pixels", above=0, num_values=(2,), ascending=True
+    )
+    solarize_probability: float = option(0.0, "of inverting what is brighter than one half", minimum=0, maximum=1)
+    measure_mean_std: bool = option(False, "measure image_mean and image_std on 1,000 images before training")
+    image_mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "of the pixels in [0, 1], a number a channel")
+    image_std: tuple[float, ...] = option(
+        (0.229, 0.224, 0.225), "of the pixels in [0, 1], a number a channel", above=0
+    )
+
+    # Length: the first that is set counts
+    max_steps: int | None = option(None, "optimiser updates", minimum=1)
+    num_train_epochs: float | None = option(
+        None, "passes over the data, where the number of images is known", above=0, aliases=("epochs",)
+    )
+    num_train_samples: int | None = option(None, "images to see", minimum=1)
+
+    # Start
+    model_name_or_path: str | None = option(
+        None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, timm, .pth", path=True
+    )
+
+    # Optimisation
+    per_device_train_batch_size: int = option(
+        128, "images of one step on one process", minimum=1, aliases=("batch_size",)
+    )
+    gradient_accumulation_steps: int = option(1, "batches of an optimiser step, one after the other", minimum=1)
+    gradient_caching: bool = option(True, "accumulate with the contrastive loss over all of the step's images")
+    base_learning_rate: float = option(
+        2.5e-4, "for 256 images a step; scaled linearly with the global batch", above=0, aliases=("lr",)
+    )
+    warmup_ratio: float = option(0.05, "share of the steps with linear warm-up", minimum=0, maximum=1)
+    weight_decay: float = option(0.05, "AdamW, on matrices only", minimum=0)
+    adam_beta1: float = option(0.9, "AdamW", minimum=0, below=1)
+    adam_beta2: float = option(0.95, "AdamW", minimum=0, below=1)
+    max_grad_norm: float = option(0.0, "clip the gradient norm; 0 does not clip", minimum=0)
+    on_nonfinite: str = option(
+        "stop", "stop or skip: what follows a gradient that is not finite; no update does", choices=("stop", "skip")
+    )
+    mixed_precision: str = option(
+        "auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU", choices=("auto", "no", "bf16")
+    )
+    tf32: bool = option(True, "products of what is left in fp32 in TF32, on GPUs that have it")
+    gradient_checkpointing: bool = option(False, "compute each block's activations twice instead of keeping them")
+    torch_compile: bool | str = option(
+        "auto",
+        "true: the blocks; model; cudagraph; auto: the blocks on a GPU",
+        choices=("auto", True, False, "model", "cudagraph"),
+    )
+    seed: int = option(0, "of weights, order, crops, noise and masks", minimum=0)
+
+    # Output
+    output_dir: str = option("out", "folder for weights, card, figures and results", path=True)
+    overwrite_output_dir: bool = option(False, "replace a finished run in output_dir")
+    save_steps: int = option(1000, "steps between checkpoints", minimum=1)
+    save_total_limit: int = option(2, "checkpoints to keep, the newest; with probe_every also the best", minimum=1)
+    resume_from_checkpoint: str | None = option(
+        None, "a folder checkpoints/step-N, or latest: that of output_dir", path=True, aliases=("resume",)
+    )
+    logging_steps: int = option(20, "steps between lines of metrics.jsonl", minimum=1)
+    log_with: str | None = option("tensorboard", "trackers, by accelerate's names, comma-separated; or none")
+    preflight: bool = option(False, "check data, model and machine in a minute instead of training")
+
+    # The Hub, under transformers' names where it has one
+    push_to_hub: bool = option(False, "upload the output folder to the Hub, with the token of `hf auth login`")
+    hub_model_id: str | None = option(None, "repository, NAME or ORGANISATION/NAME; the output folder's name if none")
+    hub_private: bool = option(False, "the repository is, or is made, private")
+    hub_strategy: str = option(
+        "every_save",
+        "end, every_save, or checkpoint: with it also the newest checkpoint",
+        choices=("end", "every_save", "checkpoint"),
+    )
+
+    @property
+    def length(self) -> str | None:
+        """The field that says how long the run is."""
+        return next((name for name in LENGTH if getattr(self, name) is not None), None)
+
+    @property
+    def decoding(self) -> dict:
+        """What `views.decode` is told other than it does by default."""
+        return {name: getattr(self, name) for name, usual in DECODING.items() if getattr(self, name) != usual}
+
+    def __post_init__(self):
+        expand_paths(self)
+        check(self)
+        check_color(self.transparent_background)
+        if sum(map(bool, (self.dataset_name, self.data_dir, self.data_files))) > 1:
+            raise ValueError(
+                "give one source: dataset_name, data_dir or data_files "
+                f"(got {self.dataset_name!r}, {self.data_dir!r}, {self.data_files!r})"
+            )
+        if self.length is None:
+            raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
+        if self.probe_every and not self.probe_dataset_name:
+            raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
+        self._check_views()
+        self._check_compilation()
+        self._check_hub()
+
+    def _check_views(self):
+        if self.num_views == 1 and self.config.contrastive_loss_weight > 0:
+            raise ValueError("num_views=1 must be 2, or 1 with contrastive_loss_weight=0: two views are contrasted")
+        if self.color_jitter[3] > 0.5:
+            raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != self.config.num_channels and not self.measure_mean_std:
+                raise ValueError(
+                    f"{name}={values} must have {self.config.num_channels} values, one for each channel; "
+                    "--measure_mean_std finds them"
+                )
+
+    def _check_compilation(self):
+        if self.torch_compile == "cudagraph" and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} with torch_compile=cudagraph: the "
+                "graph would overwrite the gradients of the batch before; set torch_compile to model or auto"
+            )
+        if self.torch_compile in (True, "model", "cudagraph") and self.config.drop_path_rate > 0:
+            # Beyond its limit of recompilations torch runs some passes uncompiled, which draw other random numbers:
+            # the two passes of gradient caching would no longer be alike.
+            raise ValueError(
+                f"drop_path_rate={self.config.drop_path_rate} with torch_compile={self.torch_compile} compiles every "
+                "block anew for its own rate; set drop_path_rate to 0, or torch_compile to false or auto"
+            )
+
+    def _check_hub(self):
+        for name in ("hub_model_id", "hub_private"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} without push_to_hub uploads nothing; add --push_to_hub"
+                )
+        if self.push_to_hub:
+            try:
+                validate_repo_id(self.repo_id)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"hub_model_id={self.repo_id!r}; give --hub_model_id NAME or ORGANISATION/NAME: {error}"
+                ) from error
+
+    @property
+    def repo_id(self) -> str:
+        """The repository on the Hub that `push_to_hub` means."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    def to_dict(self) -> dict:
+        """
+        All fields, flat, in a form that `Recipe.from_dict` reads back; but `overwrite_output_dir`, or repeating a run
+        would destroy it, `resume_from_checkpoint`, or it would not begin at the beginning, `preflight`, and those of
+        the Hub, or who repeats it would upload to the same repository.
+        """
+        once = ("overwrite_output_dir", "resume_from_checkpoint", "preflight", "push_to_hub", "hub_model_id",
+                "hub_private", "hub_strategy")  # fmt: skip
+        values = {f.name: getattr(self, f.name) for f in training_fields() if f.name not in once}
+        values |= {f.name: getattr(self.config, f.name) for f in model_fields()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def to_yaml(self) -> str:
+        """`to_dict` as a recipe file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=119)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Recipe":
+        """
+        Raises:
+            ValueError: for a key that is neither a training nor a model field (the nearest one is named), or a value
+                of the wrong type.
+        """
+        parsed = parse_values(values, [*training_fields(), *model_fields()])
+        model_names = {f.name for f in model_fields()}
+        config = CANConfig(**{key: value for key, value in parsed.items() if key in model_names})
+        return cls(config=config, **{key: value for key, value in parsed.items() if key not in model_names})
+
+
+def training_fields() -> list[dataclasses.Field]:
+    """The fields of `Recipe` but `config`."""
+    return [f for f in dataclasses.fields(Recipe) if f.name != "config"]
+
+
+def model_fields() -> list[dataclasses.Field]:
+    """The fields that `CANConfig` itself declares, without those of every transformers configuration."""
+    return [f for f in dataclasses.fields(CANConfig) if f.name in CANConfig.__annotations__ and f.name != "model_type"]
+
+
+def parse_arguments(argv: list[str] | None, default_recipe: Path, description: str) -> Recipe:
+    """
+    `[RECIPE.yaml] [--key value ...]` -> Recipe; the command line counts last. A flag without a value is `true`.
+
+    Raises:
+        ValueError: as `Recipe`; also for a recipe file that does not exist.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", type=Path, default=default_recipe, help=f"YAML; default {default_recipe}")
+    arguments, overrides = read_flags(parser, {"training": training_fields(), "model": model_fields()}, argv)
+    values = _read(arguments.recipe.expanduser())
+    if any(overrides.get(key) for key in SOURCE if key != "dataset_config_name"):
+        if values.get("probe_dataset_name") == values.get("dataset_name"):
+            values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones
+        values = {key: value for key, value in values.items() if key not in SOURCE}
+    if any(key in overrides for key in LENGTH):
+        values = {k: v for k, v in values.items() if k not in LENGTH}
+    return Recipe.from_dict({**values, **overrides})
+
+
+def _read(path: Path) -> dict:
+    """The keys of a recipe file; `ValueError` for what is no recipe."""
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}; the presets are model_cards/*/recipe.yaml")
+    values = load_yaml(path)
+    if values is None:  # a copy that failed, more often than a wish for nothing but defaults
+        raise ValueError(f"{path} is empty; write `key: value` lines, as in model_cards/*/recipe.yaml")
+    if not isinstance(values, dict):
+        kind = "a list" if isinstance(values, list) else f"the single value {values!r}"
+        raise ValueError(f"{path}, line 1: this is {kind}; write `key: value` lines instead")
+    for key in values:
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: the key {key!r} is not a word; see --help for the keys")
+    return values
