@@ -13,6 +13,7 @@ import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 from modeling_can import CANConfig, CANForPreTraining  # noqa: E402
+from modeling_can.configuration_can import MAE, SIMCLR  # noqa: E402, F401  for the tests
 
 
 KEPT = Path(__file__).parent.parent / "model_cards" / "can-toy-patch4-32-cifar10"
@@ -28,20 +29,6 @@ TINY = dict(
     decoder_num_attention_heads=2,
     decoder_intermediate_size=32,
     projection_size=8,
-)
-SIMCLR = dict(
-    mask_ratio=0,
-    noise_std_max=0,
-    contrastive_loss_weight=1,
-    reconstruction_loss_weight=0,
-    denoising_loss_weight=0,
-)
-MAE = dict(
-    mask_ratio=0.75,
-    noise_std_max=0,
-    contrastive_loss_weight=0,
-    reconstruction_loss_weight=1,
-    denoising_loss_weight=0,
 )
 
 
