@@ -14,7 +14,7 @@ import subprocess
 from functools import partial
 
 import torch
-from evidence import add_out, facts, save
+from records import add_out, facts, save
 from train_step import large_product_tflops, timed
 
 from modeling_can.provenance import installed_versions

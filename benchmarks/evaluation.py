@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from evidence import add_out, facts, save
+from records import add_out, facts, save
 
 from modeling_can.evaluation.knn import knn_predictions
 from modeling_can.evaluation.linear import linear_probe

@@ -15,7 +15,7 @@ import statistics
 from functools import partial
 
 import torch
-from evidence import add_out, facts, save
+from records import add_out, facts, save
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from train_step import SIZES, preset, timed

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from evidence import add_out, facts, save
+from records import add_out, facts, save
 
 
 CODE = """

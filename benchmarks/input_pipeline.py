@@ -28,8 +28,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from evidence import add_out, facts, save
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from records import add_out, facts, save
 from tqdm import tqdm
 
 from modeling_can.data import ImageSource, ViewStream, view_loader

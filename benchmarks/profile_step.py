@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from evidence import add_out, facts, save
+from records import add_out, facts, save
 from torch.profiler import ProfilerActivity, profile
 from train_step import SIZES, preset, stepper, timed
 

@@ -11,7 +11,7 @@ and casts stand in for those of a GPU. Writes traffic.json.
 import argparse
 
 import torch
-from evidence import add_out, facts, save
+from records import add_out, facts, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_step import preset

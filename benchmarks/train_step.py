@@ -38,10 +38,9 @@ import os
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
-from evidence import add_out, facts, save
+from records import ROOT, add_out, facts, save
 from straightforward import Block, StraightforwardCAN
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -54,9 +53,8 @@ from modeling_can.pretraining.recipe import parse_arguments
 from modeling_can.training import compile_model, interlude, parameter_groups
 
 
-ROOT = Path(__file__).parent.parent
 SIZES = ("quickstart", "cifar", "tiny", "small", "base", "large", "huge")
-CIFAR = {  # ViT-tiny for images of 32 x 32, the scale `tiny` of claims.py
+CIFAR = {  # ViT-tiny for images of 32 x 32, the scale `tiny` of experiments/cifar10
     "patch_size": 4, "hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768,
     "decoder_hidden_size": 192, "decoder_num_hidden_layers": 4, "decoder_num_attention_heads": 6,
     "decoder_intermediate_size": 768,
@@ -138,7 +136,8 @@ ROWS = {  # name in the report, how to build the model, how to compile it
 def recipe_arguments(size: str) -> list[str]:
     """What run_pretraining.py takes for a model of this size: a recipe and flags."""
     if size == "cifar":
-        return [str(ROOT / "benchmarks" / "claims.yaml"), *(f"--{name}={value}" for name, value in CIFAR.items())]
+        recipe = ROOT / "experiments" / "cifar10" / "recipe.yaml"
+        return [str(recipe), *(f"--{name}={value}" for name, value in CIFAR.items())]
     patch_size = 14 if size == "huge" else 16
     card = "can-quickstart" if size == "quickstart" else f"can-vit-{size}-patch{patch_size}-224"
     return [str(ROOT / "model_cards" / card / "recipe.yaml")]

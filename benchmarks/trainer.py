@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence import ROOT, add_out, facts, save
 from PIL import Image
+from records import ROOT, add_out, facts, save
 from tqdm import tqdm
 from train_step import SIZES, recipe_arguments
 

@@ -26,23 +26,20 @@ from functools import partial
 from multiprocessing import active_children, get_context
 
 import torch
-from evidence import add_out, facts, save
+from records import add_out, facts, save
 from straightforward import StraightforwardCAN, StraightforwardSimCLR
 from tqdm import tqdm
 from train_step import SIZES, RecordProducts, preset, product_runner, stepper, timed
 from transformers import ViTConfig, ViTModel
 
 from modeling_can import CANConfig, CANForPreTraining, CANModel
+from modeling_can.configuration_can import MAE, SIMCLR
 from modeling_can.diagnostics import training_flops
 from modeling_can.modeling_can import CANAttention, CANModelOutput
 from modeling_can.training import compile_model
 
 
-SIMCLR = {"mask_ratio": 0, "noise_std_max": 0, "contrastive_loss_weight": 1, "reconstruction_loss_weight": 0,
-          "denoising_loss_weight": 0}  # fmt: skip
 STUDIES = ("choices", "tried", "batch", "image_size", "embedding", "largest")
-MAE = {"mask_ratio": 0.75, "noise_std_max": 0, "contrastive_loss_weight": 0, "reconstruction_loss_weight": 1,
-       "denoising_loss_weight": 0}  # fmt: skip
 
 
 def variants(study: str, batch_size: int, on_gpu: bool) -> dict[str, dict]:

@@ -65,7 +65,7 @@ class CANConfig(PreTrainedConfig):
         noise_std_max (`float`, defaults to 0.05):
             sigma_max, in units of normalised pixels: each view's noise level is drawn from U[0, sigma_max].
             0 builds no noise-level embedding. 0.05 is the default of the authors' flag, which never reaches their
-            model: that runs with 0.1. On CIFAR-10, noise is learned from 0.1 on (benchmarks/noise).
+            model: that runs with 0.1. On CIFAR-10, noise is learned from 0.1 on (experiments/noise).
         noise_level_embedding (`bool`, defaults to `True`):
             Whether the decoder is told each view's noise level; `False` is for ablations.
         projection_hidden_size (`int`, *optional*): Hidden width of the contrastive head; `hidden_size` if `None`.
@@ -93,16 +93,11 @@ class CANConfig(PreTrainedConfig):
 
     ```python
     >>> from modeling_can import CANConfig, CANForPreTraining
+    >>> from modeling_can.configuration_can import MAE, SIMCLR
 
-    >>> simclr = CANConfig(
-    ...     mask_ratio=0, noise_std_max=0,
-    ...     contrastive_loss_weight=1, reconstruction_loss_weight=0, denoising_loss_weight=0,
-    ... )
-    >>> mae = CANConfig(
-    ...     mask_ratio=0.75, noise_std_max=0,
-    ...     contrastive_loss_weight=0, reconstruction_loss_weight=1, denoising_loss_weight=0,
-    ... )
     >>> model = CANForPreTraining(CANConfig())
+    >>> simclr = CANForPreTraining(CANConfig(**SIMCLR))
+    >>> mae = CANForPreTraining(CANConfig(**MAE))
     ```"""
 
     model_type = "can"
@@ -316,4 +311,22 @@ class CANConfig(PreTrainedConfig):
 
 CANConfig.register_for_auto_class()
 
-__all__ = ["CANConfig"]
+# The special cases of CAN.
+# SimCLR (arXiv 2002.05709, section 2.1) with a ViT: the contrastive loss alone, no mask and no noise
+SIMCLR = {
+    "mask_ratio": 0,
+    "noise_std_max": 0,
+    "contrastive_loss_weight": 1,
+    "reconstruction_loss_weight": 0,
+    "denoising_loss_weight": 0,
+}
+# MAE (arXiv 2111.06377, sections 3 and 4): the pixels of the masked 75 % alone; on both views unless `num_views` is 1
+MAE = {
+    "mask_ratio": 0.75,
+    "noise_std_max": 0,
+    "contrastive_loss_weight": 0,
+    "reconstruction_loss_weight": 1,
+    "denoising_loss_weight": 0,
+}
+
+__all__ = ["MAE", "SIMCLR", "CANConfig"]

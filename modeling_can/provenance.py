@@ -15,8 +15,9 @@ __all__ = ["cpu_name", "installed_versions", "run_facts"]
 
 def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
     """
-    Machine, versions of packages and git commit, under the names that they have in `results.json`. Where there is no
-    checkout, as on a machine that got a copy, the variable GIT_COMMIT names the commit.
+    Machine, versions of packages and git commit, under the names that they have in `results.json`. The commit ends in
+    -dirty if code, not a result or a document, differs from it. Where there is no checkout, as on a machine that got a
+    copy, the variable GIT_COMMIT names it.
     """
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
@@ -45,8 +46,11 @@ def cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("GIT_COMMIT")  # not a checkout
+    code = [f":(top)*.{kind}" for kind in ("py", "yaml", "toml", "txt")]
+    is_dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
+    return head + "-dirty" * bool(is_dirty)

@@ -16,12 +16,12 @@ import torch
 from gradio.components import Component
 from huggingface_hub import metadata_load
 from PIL import Image
-from testing_utils import MAE, ROOT, SIMCLR, tiny_model
+from testing_utils import ROOT, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from demo.app import QUICKSTART, Demo, build, enlarged, main, write_examples
 from demo.screenshot import chromium, running_app, wait_for_pictures
-from modeling_can.configuration_can import num_visible_patches
+from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
 from modeling_can.data.decoding import BadImage
 from modeling_can.visualization import reconstruct, true_colours
 

@@ -45,24 +45,6 @@ TINY = dict(
 )
 
 
-SIMCLR = dict(
-    mask_ratio=0,
-    noise_std_max=0,
-    contrastive_loss_weight=1,
-    reconstruction_loss_weight=0,
-    denoising_loss_weight=0,
-)
-
-
-MAE = dict(
-    mask_ratio=0.75,
-    noise_std_max=0,
-    contrastive_loss_weight=0,
-    reconstruction_loss_weight=1,
-    denoising_loss_weight=0,
-)
-
-
 def tiny_config(**changes) -> CANConfig:
     return CANConfig(**{**TINY, **changes})
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +13,18 @@ import torch
 import yaml
 from testing_utils import ROOT, TINY, inputs, tiny_model
 
-from modeling_can import CANConfig, CANForPreTraining
+from experiments.cifar10 import runs
+from experiments.cifar10.one_run import of_the_log
+from experiments.cifar10.report import report
+from experiments.keeping import round_weights
+from modeling_can import CANConfig, CANForPreTraining, provenance
 from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
 from modeling_can.pretraining.recipe import Recipe
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import claims  # noqa: E402
-import evidence  # noqa: E402
 import profile_step  # noqa: E402
+import records  # noqa: E402
 import train_step  # noqa: E402
 import variants  # noqa: E402
 from straightforward import StraightforwardCAN  # noqa: E402
@@ -66,29 +70,33 @@ def test_the_largest_batch_is_the_last_multiple_that_fits(limit, expected):
     assert len(tried) == len(set(tried)) <= 12
 
 
-@pytest.mark.parametrize("stage", claims.STAGES)
-def test_the_runs_of_the_study_have_names_that_files_and_the_evaluation_can_bear(stage):
-    names = [run.name for run in claims.STAGES[stage]("toy")]
-    assert len(names) == len(set(names)) > 0
-    for name in names:  # run_eval.py takes a comma between two models
-        assert re.fullmatch(r"[\w.='-]+", name) and len(f"{name}.partial") <= 255, name
+@pytest.mark.parametrize("stage", runs.TOY_STAGES)
+def test_the_file_of_a_run_is_found_by_its_name_and_holds_its_settings(stage):
+    todo = runs.runs_of("toy", stage)
+    assert len({runs.path_of(run) for run in todo}) == len({run.name for run in todo}) == len(todo) > 0
+    for run in todo:
+        assert re.fullmatch(r"[\w.-]{,60}", run.name), run.name  # run_eval.py takes a comma between two models
+        result = runs.read(run)
+        assert [result[name] for name in ("stage", "method", "seed")] == [run.stage, run.method, run.seed]
+        assert run.settings.items() <= result["settings"].items()
 
 
 def test_the_runs_for_a_gpu_are_a_list_in_the_order_of_their_worth():
     names = ["can-0", "simclr-0", "mae-0", "can-quarter-0", "can-1", "simclr-1", "can-2", "simclr-2", "can-no-noise-0",
              "can-paper-noise-0"]  # fmt: skip
-    assert [run.name for run in claims.runs_of("tiny", "main")] == [f"main-{name}" for name in names]
-    assert [run.name for run in claims.runs_of("tiny", "downstream")] == [f"downstream-{name}" for name in names]
-    assert [run.name for run in claims.trial([2e-3])] == [f"trial-{name}-0.002-0" for name in ("can", "simclr", "mae")]
+    assert [run.name for run in runs.runs_of("tiny", "main")] == [f"main-{name}" for name in names]
+    assert [run.name for run in runs.runs_of("tiny", "downstream")] == [f"downstream-{name}" for name in names]
+    trial = runs.trial("tiny", [2e-3])
+    assert [run.name for run in trial] == [f"trial-{name}-0.002-0" for name in ("can", "simclr", "mae")]
     for scale in ("tiny", "smoke"):
-        assert not claims.runs_of(scale, "search")
-        runs = [*claims.runs_of(scale, "main"), *claims.runs_of(scale, "trial")]
-        assert len({run.name for run in runs}) == len(runs)
-        own = {name for run in runs for name in (*run.settings, *claims.METHODS[run.method.split(",")[0]])}
-        for run in runs:  # they differ in the objective alone
-            settings = claims.settings_of(scale, run)
-            assert {name: settings[name] for name in settings.keys() - own - {"seed"}} == claims.SCALES[scale]
-            recipe = yaml.safe_load(Path(claims.__file__).with_suffix(".yaml").read_text())
+        assert not runs.runs_of(scale, "search")
+        all_runs = [*runs.runs_of(scale, "main"), *runs.runs_of(scale, "trial")]
+        assert len({run.name for run in all_runs}) == len({runs.path_of(run) for run in all_runs}) == len(all_runs)
+        own = {name for run in all_runs for name in (*run.settings, *runs.METHODS[run.method.split(",")[0]])}
+        for run in all_runs:  # they differ in the objective alone
+            settings = runs.settings_of(run)
+            assert {name: settings[name] for name in settings.keys() - own - {"seed"}} == runs.SCALES[scale]
+            recipe = yaml.safe_load(Path(runs.__file__).with_name("recipe.yaml").read_text())
             Recipe.from_dict(recipe | settings | {"probe_dataset_name": "some"})
 
 
@@ -96,7 +104,7 @@ def test_the_time_of_a_run_is_that_of_its_log(tmp_path):
     lines = [{"step": 10, "images_per_second": 5.0}, {"step": 20, "images_per_second": 50.0, "knn": 0.4},
              {"step": 25, "images_per_second": 40.0, "knn": 0.5}]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert claims.of_the_log(tmp_path / "metrics.jsonl", batch_size=10) == {
+    assert of_the_log(tmp_path / "metrics.jsonl", batch_size=10) == {
         "along_the_way": [{"step": 20, "knn": 0.4, "seconds": 22.0}, {"step": 25, "knn": 0.5, "seconds": 23.25}],
         "images_per_second": 40.0,
     }
@@ -108,7 +116,7 @@ def test_rounded_weights_load_as_those_of_the_run_in_float32(tmp_path):
     model = CANForPreTraining(recipe.config)
     model.save_pretrained(tmp_path / "run")
     (tmp_path / "kept").mkdir()
-    claims.round_weights(tmp_path / "run" / "model.safetensors", tmp_path / "recipe.yaml", tmp_path / "kept")
+    round_weights(tmp_path / "run" / "model.safetensors", tmp_path / "recipe.yaml", tmp_path / "kept")
     loaded, info = CANForPreTraining.from_pretrained(tmp_path / "kept", output_loading_info=True)
     assert not any(info.values()), info
     for name, tensor in model.state_dict().items():
@@ -122,22 +130,22 @@ def test_rounded_weights_load_as_those_of_the_run_in_float32(tmp_path):
 
 
 def test_a_report_of_gpu_runs_has_times_and_no_search(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    claims.report("tiny")
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    report("tiny")
     assert "no results" in capsys.readouterr().out
     figures = {"linear_probe": {"accuracy": 0.9}, "knn": {"20": {"accuracy": 0.88}}}
     pretraining = {"flops_per_image": 4e9, "train_flops": 4e16, "peak_memory": 5e9, "images_per_second": 1,
                    "global_batch_size": 1000, "machine": "A GPU"}  # fmt: skip
     line = {"step": 10, "knn": 0.65, "seconds": 90}
     result = {"images_per_second": 34000, "along_the_way": [line], "pretraining": pretraining}
-    (tmp_path / "tiny").mkdir()
-    for name in ("can", "simclr"):
-        path = tmp_path / "tiny" / f"main-{name}-0.json"
-        path.write_text(json.dumps({**result, "evaluation": {"results": figures}}))
+    (tmp_path / "tiny" / "main").mkdir(parents=True)
+    for run in runs.runs_of("tiny", "main")[:2]:
+        runs.path_of(run).write_text(json.dumps({**result, "evaluation": {"results": figures}}))
     tried = {"probe": {"CAN, pre-trained": {"knn": 0.5, "linear_probe": 0.6}}}
     tried = {"method": "MAE", "settings": {"base_learning_rate": 0.003}, "pretraining": tried}
-    (tmp_path / "tiny" / "trial-mae-0.003-0.json").write_text(json.dumps(tried))
-    claims.report("tiny")
+    (tmp_path / "tiny" / "trial").mkdir()
+    (tmp_path / "tiny" / "trial" / "mae.json").write_text(json.dumps(tried))
+    report("tiny")
     text = (tmp_path / "tiny" / "README.md").read_text()
     assert "| SimCLR | 1 | 90.0 | 88.0 | 4000 | 40000 | 34000 | 5.00 |" in text
     assert "| CAN | 40 TFLOP, 1.5 min | 40 TFLOP, 1.5 min |  |  |  |" in text
@@ -147,33 +155,47 @@ def test_a_report_of_gpu_runs_has_times_and_no_search(tmp_path, monkeypatch, cap
 
 def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
     commit = "0123456789" * 4
-    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    assert evidence.commit() is None
+    assert records.facts(seed=0)["commit"] is None
     monkeypatch.setenv("GIT_COMMIT", commit)
-    assert evidence.commit() == commit
+    assert records.facts(seed=0)["commit"] == commit
+
+
+def test_a_commit_is_dirty_where_code_differs_and_not_where_a_result_does(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "package").mkdir()
+    for name in ("a.py", "a.json", "package/provenance.py"):
+        (tmp_path / name).write_text("1\n")
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "a"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "package" / "provenance.py"))
+    (tmp_path / "a.json").write_text("2\n")
+    assert re.fullmatch("[0-9a-f]{40}", records.facts(seed=0)["commit"])
+    (tmp_path / "a.py").write_text("2\n")
+    assert re.fullmatch("[0-9a-f]{40}-dirty", records.facts(seed=0)["commit"])
 
 
 def test_a_json_goes_where_it_is_told_and_does_not_say_so(tmp_path, monkeypatch):
     parser = argparse.ArgumentParser()
-    evidence.add_out(parser)
+    records.add_out(parser)
     for argv, expected in {f"--out={tmp_path}/a": "a/name.json", f"--out {tmp_path}/b.json": "b.json"}.items():
-        monkeypatch.setattr(sys, "argv", [str(evidence.FOLDER / "x.py"), "--rounds", "3", *argv.split(), "--toy"])
+        monkeypatch.setattr(sys, "argv", [str(records.FOLDER / "x.py"), "--rounds", "3", *argv.split(), "--toy"])
         arguments, _ = parser.parse_known_args()
-        evidence.save("name", evidence.facts(seed=0), arguments.out)
+        records.save("name", records.facts(seed=0), arguments.out)
         report = json.loads((tmp_path / expected).read_text())
         assert report["command"] == "python benchmarks/x.py --rounds 3 --toy"
-    assert parser.parse_args([]).out == evidence.FOLDER
+    assert parser.parse_args([]).out == records.FOLDER
     assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_package_that_is_missing_has_no_version(monkeypatch):
-    monkeypatch.setattr(evidence, "PACKAGES", ("torch", "no-such-package"))
-    assert set(evidence.facts(seed=0)["versions"]) == {"python", "torch"}
+    monkeypatch.setattr(records, "PACKAGES", ("torch", "no-such-package"))
+    assert set(records.facts(seed=0)["versions"]) == {"python", "torch"}
 
 
 def test_the_size_for_cifar_is_that_of_the_study():
-    assert train_step.CIFAR == {name: claims.SCALES["tiny"][name] for name in train_step.CIFAR}
+    assert train_step.CIFAR == {name: runs.SCALES["tiny"][name] for name in train_step.CIFAR}
     assert train_step.preset("cifar").image_shape == (32, 32)
 
 

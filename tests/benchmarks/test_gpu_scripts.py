@@ -20,6 +20,7 @@ import modeling_can  # noqa: F401
 
 
 COMMIT = "0123456789" * 4
+STUDY = "experiments/cifar10/gpu_study.sh"
 RESULTS = {"ceilings.json", "tests.xml", "train_step-base.json", "train_step-large.json", "train_step-tiny256.json",
            "train_step-tiny1024.json", "profile_step-large.json"}  # fmt: skip
 KEPT = {"config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "results.json"}
@@ -42,12 +43,12 @@ def copy(tmp_path_factory) -> Path:
     return folder
 
 
-def start(copy: Path, out: Path, script: str = "gpu_speed.sh", *words: str) -> subprocess.Popen:
+def start(copy: Path, out: Path, script: str = "benchmarks/gpu_speed.sh", *words: str) -> subprocess.Popen:
     """With an import path of its own and, as far as it can be had, without an installed package."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "GIT_COMMIT": COMMIT, "GIT_CEILING_DIRECTORIES": str(copy.parent)}
     environment.pop("PYTHONPATH", None)
-    command = ["bash", str(copy / "benchmarks" / script), "--out", str(out), "--toy", *words]
+    command = ["bash", str(copy / script), "--out", str(out), "--toy", *words]
     return subprocess.Popen(command, env=environment, cwd=out.parent, stdout=subprocess.DEVNULL)
 
 
@@ -141,7 +142,7 @@ def check_features(folder: Path):
 
 def test_a_run_of_the_study_that_is_killed_leaves_whole_files_and_goes_on(copy, tmp_path):
     out = tmp_path / "out"
-    words = ("gpu_study.sh", "main-can-0", "--epochs", "2")
+    words = (STUDY, "main-can-0", "--epochs", "2")
     process = start(copy, out, *words)
     kept = out / "main-can-0"
     kill_when_there_is(kept / "preprocessor_config.json", process, out / "log.txt")
@@ -166,21 +167,22 @@ def test_a_run_of_the_study_that_is_killed_leaves_whole_files_and_goes_on(copy, 
     flags = ["--scale", "smoke", "--stage", "evaluate", "report", "--weights", str(out)]
     flags += ["--data", str(copy / "modeling_can" / "data" / "sample_data")]
     environment = {**os.environ, "GIT_COMMIT": COMMIT, "PYTHONPATH": str(copy)}
-    command = [sys.executable, str(copy / "benchmarks" / "claims.py"), *flags]
+    command = [sys.executable, str(copy / "experiments" / "cifar10" / "study.py"), *flags]
     subprocess.run(command, env=environment, cwd=copy, check=True, stdout=subprocess.DEVNULL)
     kept.chmod(0o755)
-    result = json.loads((copy / "out/claims/smoke/main-can-0.json").read_text())
+    (path,) = (copy / "out/cifar10/results/smoke/main").iterdir()
+    result = json.loads(path.read_text())
     assert result["settings"]["num_train_epochs"] == 2 and result["pretraining"]["git_commit"] == COMMIT
     assert 0 < result["evaluation"]["results"]["few_shot"]["10%"]["accuracy"] < 1
     seconds = [line["seconds"] for line in result["along_the_way"]]
     assert seconds == sorted(seconds) and seconds[0] > 0
-    report = (copy / "out/claims/smoke/README.md").read_text()
+    report = (copy / "out/cifar10/results/smoke/README.md").read_text()
     assert "| CAN | 1 |" in report and "Search" not in report
 
 
 def test_a_run_of_the_study_measures_its_speed(copy, tmp_path):
     out = tmp_path / "out"
-    words = ("gpu_study.sh", "trial-can-*", "--rates", "5e-4", "--seconds")
+    words = (STUDY, "trial-can-*", "--rates", "5e-4", "--seconds")
     assert start(copy, out, *words, "1").wait(timeout=300) == 0, (out / "log.txt").read_text()[-3000:]
     kept = out / "trial-can-0.0005-0"
     assert {path.name for path in kept.iterdir()} == {"metrics.jsonl", "results.json"}
@@ -195,7 +197,7 @@ def test_a_run_of_the_study_measures_its_speed(copy, tmp_path):
 
 def test_a_run_of_the_study_that_is_out_of_time_leaves_its_weights(copy, tmp_path):
     out = tmp_path / "out"
-    process = start(copy, out, "gpu_study.sh", "main-mae-0", "--epochs", "1000")
+    process = start(copy, out, STUDY, "main-mae-0", "--epochs", "1000")
     deadline = time.monotonic() + 120
     while not (out / "main-mae-0" / "metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline, (out / "log.txt").read_text()[-3000:]
@@ -209,7 +211,7 @@ def test_a_run_of_the_study_that_is_out_of_time_leaves_its_weights(copy, tmp_pat
 
 
 def test_a_study_without_a_run_is_refused(tmp_path):
-    command = ["bash", str(ROOT / "benchmarks" / "gpu_study.sh"), "--out", str(tmp_path), "--toy"]
+    command = ["bash", str(ROOT / STUDY), "--out", str(tmp_path), "--toy"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "main-can-0" in ended.stdout
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from other_encoders import DECODER_SIZES, SQUARE, VIT_SIZES, can, dinov2, pixels_of, tokens, vit, vit_mae
-from testing_utils import MAE, TINY, inputs, tiny_model, without_noise
+from testing_utils import TINY, inputs, tiny_model, without_noise
 from transformers import (
     BertConfig,
     Dinov2ForImageClassification,
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from modeling_can import CANForImageClassification, CANForPreTraining, CANModel
+from modeling_can.configuration_can import MAE
 from modeling_can.conversion import DINOV2, DINOV2_LAYER_SCALE, VIT, VIT_MAE, their_name, warm_start
 from modeling_can.pretraining.recipe import Recipe
 

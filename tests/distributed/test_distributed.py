@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from testing_utils import MAE, SIMCLR, inputs, run_processes, tiny_model, without_noise
+from testing_utils import inputs, run_processes, tiny_model, without_noise
+
+from modeling_can.configuration_can import MAE, SIMCLR
 
 
 def step(model, batch):

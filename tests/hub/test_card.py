@@ -1,7 +1,6 @@
 """Model cards: every figure from recipe and results, nothing empty, for every kind of run; and the committed ones."""
 
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -18,10 +17,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from safetensors import safe_open
-from testing_utils import KEPT, MAE, ROOT, SIMCLR, TINY, free_port
+from testing_utils import KEPT, ROOT, TINY, free_port
 from transformers import AutoImageProcessor
 
+from experiments.quickstart import card as quickstart_card
 from modeling_can import CANConfig, CANForPreTraining, CANModel
+from modeling_can.configuration_can import MAE, SIMCLR
 from modeling_can.diagnostics import duration
 from modeling_can.evaluation.knn import knn_predictions
 from modeling_can.hub import update_card, write_card
@@ -373,8 +374,7 @@ def test_a_card_without_results_claims_nothing(folder):
     assert set(re.findall(r"\d+", text)) == {str(recipe.config.image_size), str(recipe.config.patch_size)}
 
 
-def test_the_quickstarts_card_is_its_results(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_the_quickstarts_card_is_its_results():
     folder = ROOT / "model_cards" / "can-quickstart"
     card, runs = (folder / "README.md").read_text(), json.loads((folder / "results.json").read_text())
     rows = {row[0]: row[1:] for row in tables(card)}
@@ -384,10 +384,7 @@ def test_the_quickstarts_card_is_its_results(monkeypatch):
             assert list(map(float, re.findall(r"[\d.]+", rows[name][column]))) == pytest.approx(
                 [sum(values) / len(values), *values], abs=0.0501
             )
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "benchmarks" / "quickstart.py")
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
-    assert quickstart.card(runs) == card
+    assert quickstart_card(runs) == card
     assert all(run["health"][0].startswith("healthy") and run["noise_weaker_by"]["uniform"] > 1 for run in runs)
     assert [run["seed"] for run in runs] == [0, 1, 2]
     assert all(re.fullmatch("[0-9a-f]{40}", run["git_commit"]) for run in runs), "run from a clean commit"

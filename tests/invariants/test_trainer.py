@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from testing_utils import MAE, inputs, tiny_model
+from testing_utils import inputs, tiny_model
 from transformers import Trainer, TrainingArguments
+
+from modeling_can.configuration_can import MAE
 
 
 class Views(torch.utils.data.Dataset):

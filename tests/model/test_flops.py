@@ -3,9 +3,9 @@
 from functools import cache
 
 import torch
-from testing_utils import MAE, SIMCLR
 
 from modeling_can import CANConfig, CANForPreTraining
+from modeling_can.configuration_can import MAE, SIMCLR
 from modeling_can.diagnostics import training_flops
 
 

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from testing_utils import MAE, SIMCLR, inputs, tiny_config, tiny_model, without_noise
+from testing_utils import inputs, tiny_config, tiny_model, without_noise
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +21,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel
+from modeling_can.configuration_can import MAE, SIMCLR
 from modeling_can.modeling_can import patchify, random_masking, resize_positions, sincos_positions, unpatchify
 from modeling_can.training import parameter_groups
 

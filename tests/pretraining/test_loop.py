@@ -14,10 +14,11 @@ import torch
 import yaml
 from datasets import Dataset
 from PIL import Image
-from testing_utils import MAE, ROOT, SIMCLR, TOY, free_port
+from testing_utils import ROOT, TOY, free_port
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import run_pretraining
+from modeling_can.configuration_can import MAE, SIMCLR
 from modeling_can.pretraining import builders, loop, probing
 from modeling_can.pretraining.plan import _number_of_steps as number_of_steps
 from modeling_can.pretraining.recipe import Recipe

@@ -1,10 +1,10 @@
 """
 Keeps a run of the study as a model folder: card, recipe, results, figures and the full pre-training model in bfloat16.
 
-    python benchmarks/card.py out/can-toy-patch4-32-cifar10 --data CIFAR10_FOLDER --name can-toy-patch4-32-cifar10
+    python experiments/card.py out/can-toy-patch4-32-cifar10 --data CIFAR10_FOLDER --name can-toy-patch4-32-cifar10
 
 What is measured are the rounded weights. The recipe names CIFAR-10 on the Hub in the place of the local folder. The
-folder carries no code, as this repository is beside it; its pictures are the bundled tiles, which are free.
+folder carries no code, as this repository is beside it; its images are the bundled tiles, which are free.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from claims import round_weights
 from datasets import load_dataset
-from evidence import ROOT
 from transformers import AutoImageProcessor
 
 
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the root of the repository, which need not be installed
 import run_eval  # noqa: E402
+from experiments.commands import ROOT  # noqa: E402
+from experiments.keeping import round_weights  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
 from modeling_can.pretraining.recipe import Recipe  # noqa: E402

@@ -1,7 +1,7 @@
 """
 The quickstart over three seeds, one after the other, as its card reports it:
 
-    python benchmarks/quickstart.py
+    python experiments/quickstart.py
 
 Writes model_cards/can-quickstart/results.json (the results of all runs) and README.md (the card, made from them).
 """
@@ -14,10 +14,13 @@ import tempfile
 from pathlib import Path
 
 from datasets import load_dataset
-from noise import gains
 
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the root of the repository, which need not be installed
+from experiments.commands import ROOT  # noqa: E402
+from experiments.noise.study import TILES, gains  # noqa: E402
+
+
 FOLDER = ROOT / "model_cards" / "can-quickstart"
 SEEDS = (0, 1, 2)
 
@@ -27,7 +30,7 @@ def run(seed: int) -> dict:
         command = [sys.executable, str(ROOT / "run_pretraining.py"), "--seed", str(seed), "--output_dir", folder]
         subprocess.run(command, check=True)
         results = json.loads((Path(folder) / "results.json").read_text().replace(folder, "OUT"))
-        tiles = load_dataset(str(ROOT / "modeling_can" / "data" / "sample_data"), split="test")["image"]
+        tiles = load_dataset(str(TILES), split="test")["image"]
         return results | {"noise_weaker_by": gains(Path(folder), tiles)}
 
 
@@ -82,7 +85,7 @@ were chosen later on seeds 0 and 1. Read the gain with that in mind.
 
 {runs[0]["num_steps"]} steps of {runs[0]["global_batch_size"]} images; {", ".join(seconds)} s in all on \
 {runs[0]["machine"]}, {runs[0]["images_per_second"]:.0f} images a second at seed 0. `recipe.yaml` is the exact input,
-`results.json` the exact output of the three runs; `python benchmarks/quickstart.py` repeats them.
+`results.json` the exact output of the three runs; `python experiments/quickstart.py` repeats them.
 """
 
 

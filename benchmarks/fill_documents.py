@@ -1,82 +1,30 @@
 """
-The figures of README.md and CONTRIBUTING.md, from the JSONs that the benchmarks wrote:
+Puts the figures of README.md and CONTRIBUTING.md there, from the JSONs that benchmarks and experiments wrote:
 
-    python benchmarks/evidence.py
+    python benchmarks/fill_documents.py
 
-rewrites what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; a test
-checks that nothing would change. `facts` and `save` are for the benchmarks: command, seed, machine, versions and
-commit go into every JSON.
+rewrites what stands between `<!-- figures: NAME -->` and `<!-- end of figures -->`; a test checks that nothing would
+change.
 """
 
-import argparse
 import json
-import os
-import platform
 import re
 import statistics
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from modeling_can.files import write  # noqa: E402
-from modeling_can.provenance import cpu_name, installed_versions
-
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
+sys.path.insert(0, str(ROOT))  # which need not be installed
+import experiments.cifar10.report as cifar10  # noqa: E402
+import experiments.noise.report as noise  # noqa: E402
+from modeling_can.files import write  # noqa: E402
+
+
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "pillow")
 SECTION = re.compile(r"(<!-- figures: (\S+) -->(\n?))(.*?)(<!-- end of figures -->)", re.DOTALL)
-
-
-# --- For the benchmarks ----------------------------------------------------------------------------------------------
-
-
-def facts(seed: int | None, device: str | torch.device = "cpu") -> dict:
-    """
-    What a JSON must say of itself; to be called before anything takes time. `commit` ends in -dirty if code, not a
-    result, differs from it. Where there is no checkout, the variable GIT_COMMIT names it.
-    """
-    script = Path(sys.argv[0]).resolve()
-    script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    is_gpu = torch.device(device).type == "cuda"
-    command = " ".join(["python", str(script), *sys.argv[1:]])
-    return {
-        "command": re.sub(r" --out[ =]\S+", "", command),  # where it lies is no part of the result
-        "seed": seed,
-        "machine": torch.cuda.get_device_name() if is_gpu else cpu_name(),
-        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
-        "commit": commit(),
-    }
-
-
-def add_out(parser: argparse.ArgumentParser):
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the JSON, or its name if it ends in .json")
-
-
-def save(name: str, report: dict, out: Path):
-    """Writes the JSON whole or not at all, as `out` says (see `add_out`)."""
-    path = out if out.suffix == ".json" else out / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(report, indent=2) + "\n")
-    print(f"Written to {path.name}")
-
-
-def commit() -> str | None:
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")  # not a checkout
-    code = ["*.py", "*.yaml", "*.toml", "*.txt"]
-    is_dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
-    return head + "-dirty" * bool(is_dirty)
-
-
-# --- For the documents -----------------------------------------------------------------------------------------------
 
 
 def read(name: str) -> dict:
@@ -287,22 +235,8 @@ def quickstart() -> str:
     return "\n".join(lines)
 
 
-def noise() -> str:
-    from noise import table
-
-    return table("cifar10")
-
-
 def claims(stage: str, scale: str = "toy") -> str:
-    from claims import results, table
-
-    return table(scale, stage) if results(scale, stage) else "Not measured on a GPU yet."
-
-
-def downstream() -> str:
-    from claims import downstream_table
-
-    return downstream_table("toy")
+    return cifar10.table(scale, stage) if cifar10.results(scale, stage) else "Not measured on a GPU yet."
 
 
 FIGURES = {
@@ -328,12 +262,12 @@ FIGURES = {
     "gpu_largest": partial(gpu_largest, "variants-largest-base"),
     "photometric": photometric,
     "evaluation": evaluation,
-    "noise": noise,
+    "noise": partial(noise.table, "cifar10"),
     "quickstart": quickstart,
     "claims": partial(claims, "main"),
     "claims_tiny": partial(claims, "main", "tiny"),
     "order": partial(claims, "order"),
-    "downstream": downstream,
+    "downstream": partial(cifar10.downstream_table, "toy"),
     "scaling": partial(claims, "scaling"),
 }
 
@@ -346,7 +280,7 @@ def filled_in(document: str) -> str:
 def main():
     for name in DOCUMENTS:
         path = ROOT / name
-        path.write_text(filled_in(path.read_text()))
+        write(path, filled_in(path.read_text()))
 
 
 if __name__ == "__main__":
