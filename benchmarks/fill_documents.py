@@ -1,5 +1,5 @@
 """
-Puts the figures of README.md and CONTRIBUTING.md there, from the JSONs that benchmarks and experiments wrote:
+Puts the figures into README.md, CONTRIBUTING.md and docs/, from the JSONs that benchmarks and experiments wrote:
 
     python benchmarks/fill_documents.py
 
@@ -23,7 +23,7 @@ import experiments.noise.report as noise  # noqa: E402
 from modeling_can.files import write  # noqa: E402
 
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 SECTION = re.compile(r"(<!-- figures: (\S+) -->(\n?))(.*?)(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -265,6 +265,7 @@ FIGURES = {
     "noise": partial(noise.table, "cifar10"),
     "quickstart": quickstart,
     "claims": partial(claims, "main"),
+    "results": partial(cifar10.table, "toy", "main", ("seeds", "linear probe", "k-NN", "TFLOP in all", "images/s")),
     "claims_tiny": partial(claims, "main", "tiny"),
     "order": partial(claims, "order"),
     "downstream": partial(cifar10.downstream_table, "toy"),

@@ -1,4 +1,4 @@
-"""What the README tells people to type."""
+"""What README.md and docs/ tell people to type, and where their links lead."""
 
 import json
 import os
@@ -13,19 +13,17 @@ from PIL import Image
 from testing_utils import ROOT, free_port
 
 
-SECTIONS = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-WALK = next(section for section in SECTIONS if section.startswith("From a folder of pictures to a classifier"))
-DOORS = next(section for section in SECTIONS if section.startswith("One set of weights, every door"))
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
-def blocks(section: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
 
 
-BLOCKS = [block for section in SECTIONS if section is not WALK for block in blocks(section, "bash")]
+BLOCKS = [block for page in PAGES if page != "first-steps.md" for block in blocks(page, "bash")]
 LINES = [line for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-COMMANDS = [line for line in LINES if "run_pretraining" in line]
-EVALUATIONS = [line for line in LINES if "run_eval" in line]
+COMMANDS = list(dict.fromkeys(line for line in LINES if "run_pretraining" in line))
+EVALUATIONS = list(dict.fromkeys(line for line in LINES if "run_eval" in line))
 TOY = ("--max_steps 2 --per_device_train_batch_size 4 --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 "
        "--intermediate_size 64 --decoder_hidden_size 16 --decoder_num_hidden_layers 1 --decoder_num_attention_heads 2 "
        "--image_size 32 --patch_size 8 --dataloader_num_workers 0 --probe_dataset_name none")  # fmt: skip
@@ -38,6 +36,27 @@ TOY_EVALUATION = (
 
 def test_there_are_commands():
     assert len(COMMANDS) >= 4 and len(EVALUATIONS) >= 4
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 200
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        target, _, anchor = link.partition("#")
+        if not target.startswith("http"):
+            place = path.parent / target if target else path
+            assert place.exists(), link
+            assert not anchor or anchor in anchors(place.read_text()), link
 
 
 @pytest.mark.slow
@@ -74,18 +93,18 @@ def test_two_hundred_pictures_become_a_classifier(tmp_path):
     for label, name in enumerate(tiles.features["label"].names[:10]):
         rows = np.random.default_rng(0).permutation(np.flatnonzero(np.array(tiles["label"]) == label))[:20]
         for index, row in enumerate(rows):
-            folder = tmp_path / "my-pictures" / ("train" if index < 15 else "test") / name
+            folder = tmp_path / "my-images" / ("train" if index < 15 else "test") / name
             folder.mkdir(parents=True, exist_ok=True)
             tiles[int(row)]["image"].save(folder / f"{index}.jpg", quality=95)
     tiles[0]["image"].save(tmp_path / "photo.jpg")
-    (recipe,) = blocks(WALK, "yaml")
+    (recipe,) = blocks("first-steps.md", "yaml")
     (tmp_path / "mine.yaml").write_text(recipe)
-    for block in blocks(WALK, "bash"):
+    for block in blocks("first-steps.md", "bash"):
         said = run(block, tmp_path)
     assert "out/mine -> out/mine-dinov2" in said
-    (use,) = blocks(WALK, "python")
-    (fine_tune,) = blocks(DOORS, "python")
-    (first_screen,) = blocks(SECTIONS[0], "python")
+    (use,) = blocks("first-steps.md", "python")
+    (fine_tune,) = blocks("fine-tuning.md", "python")
+    first_screen, _ = blocks("README.md", "python")
     checks = (
         "assert len(tokens) == 65 and len(tokens[0]) == 96 and set(classify.model.config.id2label.values()) == %r\n"
     )

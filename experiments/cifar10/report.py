@@ -41,8 +41,8 @@ def measured(scale: str, method: str, fact: str) -> float | None:
     return statistics.median(run["pretraining"][fact] for run in runs) if runs else None
 
 
-def table(scale: str, stage: str) -> str:
-    """Columns in which nothing has been measured are left out."""
+def table(scale: str, stage: str, columns: tuple[str, ...] = ()) -> str:
+    """All columns in which something has been measured, or those of these names."""
     rows = []
     for method, runs in results(scale, stage).items():
         few = [run["evaluation"]["results"].get("few_shot") for run in runs]
@@ -58,7 +58,7 @@ def table(scale: str, stage: str) -> str:
         if rate:
             row |= {"images/s": f"{rate:.0f}", "GB at most": f"{memory / 1e9:.2f}"}
         rows.append(row)
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = ("", *columns) if columns else list(dict.fromkeys(name for row in rows for name in row))
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     lines += [f"| {' | '.join(row.get(name, '') for name in names)} |" for row in rows]
     return "\n".join(lines)

@@ -88,7 +88,7 @@ class Settings:
     corruptions: tuple[str, ...] = option(GROUPS, "groups of common corruptions", choices=GROUPS)
     reference_model: str | None = option(None, "model or baseline that corruption errors are relative to", path=True)
     further_sets: str | None = option(
-        None, "YAML of further labelled sets with some of the classes; see README", path=True
+        None, "YAML of further labelled sets with some of the classes; see docs/evaluation.md", path=True
     )
 
     # embed: the source is dataset_name, data_dir or data_files
