@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 import run_eval  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
+from modeling_can.plots import curves, reconstruction_sheet  # noqa: E402
 from modeling_can.recipe import Recipe  # noqa: E402
-from modeling_can.visualization import curves, reconstruction_sheet  # noqa: E402
 
 
 HUB = {"dataset_name": "uoft-cs/cifar10", "image_column": "img"}

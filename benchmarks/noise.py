@@ -40,7 +40,7 @@ from transformers import AutoImageProcessor
 sys.path.insert(0, str(ROOT))
 import run_pretraining  # noqa: E402, F401  what the threads below would import at the same time
 from modeling_can import CANForPreTraining  # noqa: E402
-from modeling_can.visualization import reconstruct  # noqa: E402
+from modeling_can.plots import reconstruct  # noqa: E402
 
 
 RESULTS = Path(__file__).parent / "noise"

@@ -33,7 +33,7 @@ import modeling_can  # noqa: E402, F401  registers CAN with the Auto classes
 from modeling_can.data.decoding import BadImage, decode  # noqa: E402
 from modeling_can.evaluation.encoders import load_config, load_model, load_preprocessor  # noqa: E402
 from modeling_can.evaluation.sets import load_split  # noqa: E402
-from modeling_can.visualization import amplified_noise, errors_of, reconstruct, true_colours  # noqa: E402
+from modeling_can.plots import amplified_noise, errors_of, reconstruct, true_colours  # noqa: E402
 
 
 QUICKSTART = "out/can-quickstart"

@@ -656,7 +656,7 @@ class CANForPreTraining(CANPreTrainedModel):
                 Those of the losses to be computed, of `"contrastive"`, `"reconstruction"` and `"denoising"`, and
                 summed in `loss`. Where a step has several batches, the contrastive term compares the embeddings of
                 all of them, outside of the model: the first pass needs the embeddings alone, `()`, the second the
-                other two (`training.cached_backward`).
+                other two (`pretraining.gradient_caching.cached_backward`).
             return_loss (`bool`, defaults to `True`): Whether to compute the losses; `False` leaves them `None`.
 
         Raises:

@@ -8,13 +8,21 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 
-__all__ = ["Unfailing", "quiet", "report_errors", "tell"]
+__all__ = ["Unfailing", "duration", "quiet", "report_errors", "tell"]
 
 
 def tell(text: str = ""):
     """A line for the user at once, above a bar if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 5 min`, `3 min`, `40 s`."""
+    for unit, size, smaller, parts in (("d", 86_400, "h", 24), ("h", 3600, "min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size * parts / size)} {smaller}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 class Unfailing:

@@ -7,7 +7,7 @@ import torch
 from conftest import inputs, tiny_config, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_can.training import accumulated_backward, cached_backward
+from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
 
 
 def gradients(model) -> dict[str, torch.Tensor]:

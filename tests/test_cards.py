@@ -22,10 +22,10 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor
 
 from modeling_can import CANConfig, CANForPreTraining, CANModel
-from modeling_can.diagnostics import duration
 from modeling_can.evaluation.knn import knn_predictions
 from modeling_can.hub import update_card, write_card
 from modeling_can.pretraining.builders import image_processor
+from modeling_can.progress import duration
 from modeling_can.recipe import Recipe, parse_arguments
 
 

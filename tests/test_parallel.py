@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import run_pretraining
+from modeling_can.optimization import learning_rate, parameter_groups
 from modeling_can.pretraining.builders import keep_sharding_exact
+from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
 from modeling_can.pretraining.step import total_norm
-from modeling_can.training import accumulated_backward, cached_backward, learning_rate, parameter_groups
 
 
 ROOT = Path(__file__).parent.parent

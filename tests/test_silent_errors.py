@@ -32,12 +32,11 @@ from transformers import ViTImageProcessorPil
 
 import run_eval
 import run_pretraining
-from modeling_can import training
+from modeling_can.averages import MetricAverage
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data.augmentations import Augmentation
 from modeling_can.data.crops import RandomCrops, random_box
 from modeling_can.data.decoding import BadImage, decode
-from modeling_can.diagnostics import embedding_spread
 from modeling_can.evaluation import command, entries, few_shot, finetuning, linear, linear_sgd, protocol, robustness
 from modeling_can.evaluation.embed import embed
 from modeling_can.evaluation.encoders import Preprocessor, pooled
@@ -47,10 +46,12 @@ from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
 from modeling_can.evaluation.linear import LinearClassifier, linear_probe, mean_and_std
 from modeling_can.evaluation.probe import Probe
 from modeling_can.modeling_can import CANDropPath, CANModel, resize_positions, sincos_positions
-from modeling_can.pretraining import builders, feed, probing
+from modeling_can.optimization import parameter_groups
+from modeling_can.pretraining import builders, feed, gradient_caching, probing
 from modeling_can.pretraining import step as a_step
+from modeling_can.pretraining.health import embedding_spread
+from modeling_can.random_state import interlude
 from modeling_can.recipe import Recipe
-from modeling_can.training import MetricAverage, interlude, parameter_groups
 
 
 def test_drawn_noise_is_normal_with_a_level_of_its_own_for_each_view():
@@ -164,10 +165,10 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
             updates.append(([(g["lr"], tuple(g["betas"]), g["weight_decay"]) for g in self.param_groups], norm.item()))
             return super().step(*arguments, **options)
 
-    contrast, stream = training.contrastive_loss, feed.ViewStream
+    contrast, stream = gradient_caching.contrastive_loss, feed.ViewStream
     monkeypatch.setattr(torch.optim, "AdamW", Spied)
     monkeypatch.setattr(
-        training,
+        gradient_caching,
         "contrastive_loss",
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )
@@ -210,7 +211,7 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
 SEEDS = """
 import os, sys, torch, run_pretraining
 from modeling_can.data.augmentations import Augmentation
-from modeling_can.training import MetricAverage
+from modeling_can.averages import MetricAverage
 
 forward = Augmentation.forward
 def told(self, views):

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..modeling_can import resize_positions
+from ..optimization import decays
 from ..recipe import INSTALL
-from ..training import decays
 from .encoders import Preprocessor, classifier_class, load_config, load_model
 from .features import Extractor, Pictures
 from .sets import Split

@@ -11,10 +11,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..files import write
 from ..hub import update_card
+from ..optimization import mixed_precision
 from ..progress import tell
 from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
-from ..training import mixed_precision
 from .embed import embed_task
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported

@@ -16,9 +16,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import is_peft_available
 
+from ..averages import MetricAverage
+from ..optimization import NonFiniteGuard, learning_rate
 from ..progress import tell
+from ..random_state import interlude
 from ..recipe import INSTALL, option
-from ..training import MetricAverage, NonFiniteGuard, interlude, learning_rate
 from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
 from .encoders import Preprocessor
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name

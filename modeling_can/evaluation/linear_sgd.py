@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..training import learning_rate
+from ..optimization import learning_rate
 from .encoders import POOLINGS, Encoder, pooled
 from .features import ALONE, Extractor, Pictures, Processes
 from .protocol import Entry, Features, Measure, Protocol, Setup

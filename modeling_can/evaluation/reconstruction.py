@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForPreTraining
 
 from ..modeling_can import CANForPreTraining
-from ..visualization import errors_of, reconstruct, reconstruction_sheet
+from ..plots import errors_of, reconstruct, reconstruction_sheet
 from .encoders import Preprocessor, load_model
 from .features import Pictures
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from huggingface_hub import EvalResult
 
 from ..hub import short_name
-from ..visualization import plain, save_figure
+from ..plots import plain, save_figure
 from .protocol import Measure
 from .tasks import PROTOCOLS
 

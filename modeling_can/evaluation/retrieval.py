@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..visualization import plain, save_figure
+from ..plots import plain, save_figure
 from .knn import nearest_neighbours
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 

@@ -14,8 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from ..data.folders import SAMPLE_DATA, counts, load_arguments
-from ..diagnostics import duration
 from ..files import write
+from ..progress import duration
 from ..recipe import Recipe
 
 

@@ -21,11 +21,13 @@ from ..data.crops import RandomCrops
 from ..evaluation.encoders import Preprocessor
 from ..evaluation.probe import Probe
 from ..modeling_can import CANForPreTraining
+from ..optimization import mixed_precision, parameter_groups
 from ..progress import tell
+from ..random_state import interlude
 from ..recipe import Recipe
 from ..rendezvous import INIT_METHOD
-from ..training import compile_model, how_to_compile, interlude, mixed_precision, parameter_groups
 from .checkpoints import whole_state
+from .compiling import compile_model, how_to_compile
 from .plan import Plan
 
 

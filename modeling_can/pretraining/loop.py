@@ -16,8 +16,8 @@ from ..data import ImageSource, ViewStream, mean_and_std
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
 from ..provenance import run_facts
+from ..random_state import rng_state, set_rng_state
 from ..recipe import Recipe
-from ..training import StoppedWaiting, StopSignals, rng_state, set_rng_state
 from . import results
 from .builders import (
     Trained,
@@ -37,6 +37,7 @@ from .probing import Probing
 from .run_folder import lock, prepare_folder, refuse_other_run, unlock
 from .run_log import RunLog
 from .step import TrainStep
+from .stopping import StoppedWaiting, StopSignals
 
 
 __all__ = ["Run", "run"]

@@ -2,8 +2,8 @@
 
 import dataclasses
 
+from ..optimization import learning_rate
 from ..recipe import Recipe
-from ..training import learning_rate
 
 
 __all__ = ["Plan"]

@@ -9,7 +9,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..diagnostics import (
+from ..losses import contrastive_loss
+from ..plots import reconstruction_sheet
+from ..progress import duration, tell
+from ..random_state import interlude
+from ..recipe import Recipe
+from .builders import Trained
+from .checks import (
     check_disk,
     check_gradients,
     check_optimizer,
@@ -17,17 +23,11 @@ from ..diagnostics import (
     check_positions,
     check_positives,
     check_shared_memory,
-    duration,
-    peak_memory,
 )
-from ..losses import contrastive_loss
-from ..progress import tell
-from ..recipe import Recipe
-from ..training import StopSignals, interlude
-from ..visualization import reconstruction_sheet
-from .builders import Trained
+from .cost import peak_memory
 from .feed import Feed
 from .step import TrainStep, total_norm
+from .stopping import StopSignals
 
 
 __all__ = ["Preflight"]

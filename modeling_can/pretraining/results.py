@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 from transformers.utils import logging as transformers_logging
 
 from ..data.folders import SAMPLE_DATA
-from ..diagnostics import duration, peak_memory, reachable_gain, training_flops
 from ..files import write
 from ..hub import write_card
 from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
-from ..progress import tell
+from ..plots import curves
+from ..progress import duration, tell
 from ..recipe import Recipe
-from ..training import StopSignals
-from ..visualization import curves
 from .checkpoints import whole_state
+from .cost import peak_memory, training_flops
 from .feed import reasons
+from .health import reachable_gain
 from .run_folder import save_model
+from .stopping import StopSignals
 
 
 if TYPE_CHECKING:

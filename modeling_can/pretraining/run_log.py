@@ -15,14 +15,16 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..diagnostics import TERMS, duration, embedding_health, findings, trivial_losses, verdict
+from ..averages import MetricAverage
 from ..files import write
 from ..modeling_can import CANForPreTraining
-from ..progress import tell
+from ..optimization import NonFiniteGuard
+from ..plots import reconstruction_sheet
+from ..progress import duration, tell
+from ..random_state import interlude
 from ..recipe import Recipe
-from ..training import MetricAverage, NonFiniteGuard, interlude
-from ..visualization import reconstruction_sheet
 from .feed import Feed
+from .health import TERMS, embedding_health, findings, trivial_losses, verdict
 from .plan import Plan
 from .step import StepOutput, step_metrics
 

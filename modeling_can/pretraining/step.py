@@ -9,9 +9,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..configuration_can import CANConfig
-from ..diagnostics import embedding_spread
+from ..optimization import NonFiniteGuard
 from ..recipe import Recipe
-from ..training import NonFiniteGuard, accumulated_backward, cached_backward
+from .gradient_caching import accumulated_backward, cached_backward
+from .health import embedding_spread
 from .plan import Plan
 
 
