@@ -55,12 +55,8 @@ from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 from datasets import load_dataset
-
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 
 ROOT = Path(__file__).parent.parent
@@ -709,7 +705,8 @@ def figure(scale: str, path: Path):
     """k-NN accuracy along the way, over training FLOPs and over time."""
     found = results(scale, "main")
     has_rates = all(measured(scale, method, "images_per_second") for method in found)
-    drawn, axes = plt.subplots(1, 1 + has_rates, figsize=(5 + 5 * has_rates, 4), sharey=True, squeeze=False)
+    drawn = Figure((5 + 5 * has_rates, 4))
+    axes = drawn.subplots(1, 1 + has_rates, sharey=True, squeeze=False)
     for method, runs in found.items():
         for index, run in enumerate(runs):
             images = [line["step"] * run["pretraining"]["global_batch_size"] for line in run["along_the_way"]]
@@ -733,7 +730,6 @@ def figure(scale: str, path: Path):
     axes[0][0].legend(fontsize=8)
     drawn.tight_layout()
     drawn.savefig(path, dpi=120)
-    plt.close(drawn)
 
 
 def report(scale: str):

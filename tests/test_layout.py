@@ -79,6 +79,52 @@ def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
     TopologicalSorter(siblings).prepare()  # raises CycleError
 
 
+IMPORT_ALL = """
+import ast, importlib, logging, os, random, signal, sys, warnings
+from pathlib import Path
+import datasets, matplotlib, numpy, PIL.Image, PIL.ImageFile, torch, transformers
+
+def state():
+    rc = {name: str(dict.__getitem__(matplotlib.rcParams, name)) for name in matplotlib.rcParams}
+    loggers = {name: logging.getLogger(name).level for name in sorted(logging.root.manager.loggerDict)}
+    return {
+        "environment": dict(os.environ), "sys.path": list(sys.path), "streams": [id(sys.stdout), id(sys.stderr)],
+        "matplotlib": rc, "pyplot": "matplotlib.pyplot" in sys.modules, "warnings": list(map(str, warnings.filters)),
+        "datasets": {name: str(value) for name, value in vars(datasets.config).items() if name.isupper()},
+        "loggers": loggers, "root": (logging.root.level, list(map(str, logging.root.handlers))),
+        "transformers": transformers.utils.logging.is_progress_bar_enabled(),
+        "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
+                  torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+                  torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, str(torch.get_rng_state())],
+        "random": [random.getstate(), str(numpy.random.get_state())],
+        "PIL": [PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES],
+        "signals": [str(signal.getsignal(number)) for number in signal.valid_signals()],
+    }
+
+root = Path(sys.argv[1])
+files = sorted(root.glob("modeling_can/**/*.py"))
+for path in files:  # what other packages change, as they are imported, is not ours
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+            exec(ast.unparse(node), {})
+sys.path.insert(0, str(root))
+before = state()
+for path in files:
+    name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    importlib.import_module(name)
+after = state()
+known = before["loggers"].keys()
+after["loggers"] = {name: level for name, level in after["loggers"].items() if name in known or level}
+print([name for name in before if before[name] != after[name]])
+"""
+
+
+def test_importing_changes_nothing_for_the_users_process():
+    command = [sys.executable, "-c", IMPORT_ALL, str(ROOT)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert answer.stdout.strip() == "[]", answer.stdout[:3000] + answer.stderr
+
+
 def test_files_and_functions_fit_their_reader():
     for path in [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "demo").glob("*.py")]:
         text = path.read_text()

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import inspect
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from .. import __version__
+from ..conversion.reading import no_conversion_service
 from ..data.decoding import DECODING, decode
 from ..progress import quiet
 
@@ -30,9 +30,6 @@ __all__ = [
     "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "load_config", "load_encoder", "load_model",
     "load_preprocessor", "pooled", "untrained",
 ]  # fmt: skip
-
-# Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 POOLINGS = ("mean", "cls", "both")
 
@@ -315,7 +312,7 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
         ValueError: if it cannot be found, is of no kind that `auto_class` knows, has its weights in a pickle, or has
             weights missing or of another shape, which would stay random without a word.
     """
-    with quiet():
+    with quiet(), no_conversion_service():
         try:
             model, info = auto_class.from_pretrained(
                 name,

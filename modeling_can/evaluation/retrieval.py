@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from ..plots import plain, save_figure
@@ -71,7 +71,8 @@ def retrieval_sheet(
     grid = framed(framed(pictures, border, frames), border, torch.ones(1))
     sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
     width = 1.2 * pictures.shape[1]
-    figure, axis = plt.subplots(figsize=(width + 0.8, width * sheet.shape[0] / sheet.shape[1] + 0.4))
+    figure = Figure((width + 0.8, width * sheet.shape[0] / sheet.shape[1] + 0.4))
+    axis = figure.subplots()
     axis.imshow(sheet, interpolation="nearest")
     rows, columns = sheet.shape[0] / len(pictures), sheet.shape[1] / pictures.shape[1]
     axis.xaxis.tick_top()

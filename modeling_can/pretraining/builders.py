@@ -12,7 +12,6 @@ from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import ViTImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from ..conversion import normalisation, warm_start
 from ..data import ImageSource
@@ -22,7 +21,7 @@ from ..evaluation.encoders import Preprocessor
 from ..evaluation.probe import Probe
 from ..modeling_can import CANForPreTraining
 from ..optimization import mixed_precision, parameter_groups
-from ..progress import tell
+from ..progress import quiet, tell
 from ..random_state import interlude
 from ..recipe import Recipe
 from ..rendezvous import INIT_METHOD
@@ -150,21 +149,19 @@ def image_processor(recipe: Recipe) -> ViTImageProcessor:
     `encoders.Preprocessor` it also says how to decode, where that is not the usual way.
     """
     height, width = recipe.config.image_shape
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # no word about torchvision, which this project does without
-    processor = ViTImageProcessor(
-        do_convert_rgb=recipe.config.num_channels == 3,
-        do_resize=True,
-        size={"shortest_edge": round(max(height, width) * 256 / 224)},
-        do_center_crop=True,
-        crop_size={"height": height, "width": width},
-        image_mean=list(recipe.image_mean),
-        image_std=list(recipe.image_std),
-        resample={"bilinear": 2, "bicubic": 3}[recipe.resample],
-        **{name: value for name, value in recipe.decoding.items() if value != "skip"},  # which is a choice of images
-    )
-    transformers_logging.set_verbosity(verbosity)
-    return processor
+    decoding = {name: value for name, value in recipe.decoding.items() if value != "skip"}  # a choice of images
+    with quiet():
+        return ViTImageProcessor(
+            do_convert_rgb=recipe.config.num_channels == 3,
+            do_resize=True,
+            size={"shortest_edge": round(max(height, width) * 256 / 224)},
+            do_center_crop=True,
+            crop_size={"height": height, "width": width},
+            image_mean=list(recipe.image_mean),
+            image_std=list(recipe.image_std),
+            resample={"bilinear": 2, "bicubic": 3}[recipe.resample],
+            **decoding,
+        )
 
 
 def probe_of(recipe: Recipe, device: torch.device) -> Probe | None:

@@ -7,14 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.utils import logging as transformers_logging
-
 from ..data.folders import SAMPLE_DATA
 from ..files import write
 from ..hub import write_card
 from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
 from ..plots import curves
-from ..progress import duration, tell
+from ..progress import duration, quiet, tell
 from ..recipe import Recipe
 from .checkpoints import whole_state
 from .cost import peak_memory, training_flops
@@ -153,9 +151,8 @@ def push_unfinished(run: "Run", step: int, saved: Path):
 
 
 def _fill_snapshot(run: "Run", step: int, snapshot: Path):
-    transformers_logging.disable_progress_bar()
-    run.trained.bare.save_pretrained(snapshot, state_dict={})  # all but the weights, which the checkpoint has
-    transformers_logging.enable_progress_bar()
+    with quiet():
+        run.trained.bare.save_pretrained(snapshot, state_dict={})  # all but the weights, which the checkpoint has
     run.processor.save_pretrained(snapshot)
     name = run.recipe.repo_id.split("/")[-1]
     write(snapshot / "README.md", unfinished_card(name, step, run.plan.max_steps))
