@@ -177,7 +177,7 @@ def embed(
         "label_column": label_column,
     }
     assert not facts.keys() & settings.keys(), "a fact has the name of a setting"
-    num_parts = begin(folder, {**facts, **settings}, num_processes * max(1, num_workers), process_index)
+    num_parts = begin(folder, {**facts, **settings}, num_processes * max(1, num_workers))
     num_units, files = num_shards * num_parts, part_files(folder)
     units = {index: Unit(folder, index, files[index]) for index in range(process_index, num_units, num_processes)}
     for path in folder.glob("part-*.partial"):  # of a run that was killed
