@@ -61,7 +61,7 @@ def keep(run: Path, folder: Path, data: str):
     pixels = AutoImageProcessor.from_pretrained(folder)(tiles[:6]["image"], return_tensors="pt").pixel_values
     torch.manual_seed(0)
     sheet = folder / "figures" / "reconstructions.png"
-    reconstruction_sheet(model, pixels, recipe.image_mean, recipe.image_std, sheet)
+    reconstruction_sheet(model=model, pixel_values=pixels, mean=recipe.image_mean, std=recipe.image_std, path=sheet)
 
     write_card(folder, recipe, results)
     card = folder / "README.md"

@@ -123,7 +123,14 @@ class Demo:
         pixels, generator = self.pixel_values(encoded), torch.Generator().manual_seed(seed)
         noise = torch.randn(pixels.shape, generator=generator)
         scores = torch.rand(1, self.config.num_patches, generator=generator)
-        made = reconstruct(self.model, pixels, noise_level, noise, scores, mask_ratio)
+        made = reconstruct(
+            model=self.model,
+            pixel_values=pixels,
+            noise_level=noise_level,
+            pixel_noise=noise,
+            masking_scores=scores,
+            mask_ratio=mask_ratio,
+        )
         mean, std = self.preprocessor.processor.image_mean, self.preprocessor.processor.image_std
         shown = {
             name: enlarged(

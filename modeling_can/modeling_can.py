@@ -676,7 +676,16 @@ class CANForPreTraining(CANPreTrainedModel):
         if self.config.uses_decoder and terms:
             logits = views(self._decode(encoded, pixel_values, noise_level))
 
-        losses = self._losses(pixel_values, noise, mask, image_embeds, logits, terms) if return_loss and terms else {}
+        losses = {}
+        if return_loss and terms:
+            losses = self._losses(
+                pixel_values=pixel_values,
+                noise=noise,
+                mask=mask,
+                image_embeds=image_embeds,
+                logits=logits,
+                terms=terms,
+            )
         return CANForPreTrainingOutput(
             **losses,
             logits=logits,

@@ -597,15 +597,15 @@ def test_the_probe_learns_with_heads_for_every_layer_pooling_and_rate(probe):
 
 def test_the_heads_are_trained_as_they_say(pretrained, monkeypatch):
     rates, seen, step = (0.1, 1e-9), [], linear_sgd.train_step
-    monkeypatch.setattr(linear_sgd, "train_step", lambda *arguments: seen.append(arguments) or step(*arguments))
+    monkeypatch.setattr(linear_sgd, "train_step", lambda **options: seen.append(options) or step(**options))
     probe = linear_probe_sgd(
         load_encoder(pretrained("CAN")), pictures(40), 4, 3, batch_size=16, base_learning_rates=rates, layers=(1,)
     )
-    defaults = seen[0][1].defaults
+    defaults = seen[0]["optimizer"].defaults
     assert (defaults["momentum"], defaults["weight_decay"], defaults["nesterov"]) == (0.9, 0, False)
     num_steps = 3 * (36 // 16)
     expected = [16 / 256 * (1 + math.cos(math.pi * i / num_steps)) / 2 for i in range(num_steps)]
-    assert [arguments[5] for arguments in seen] == pytest.approx(expected)
+    assert [options["rate"] for options in seen] == pytest.approx(expected)
     for weight in probe.heads.weights:  # of each representation
         assert weight[0].abs().max() > 1e-3 and weight[1].abs().max() < 1e-8
     assert [row["base_learning_rate"] for row in probe.table] == [0.1, 1e-9] * 3
@@ -636,7 +636,9 @@ def test_the_probe_is_chosen_on_images_that_it_was_not_trained_on(pretrained, mo
     train = pictures(120)
     train.labels = np.random.default_rng(0).permutation(train.labels)
     seen, make = [], linear_sgd.crop_loader
-    monkeypatch.setattr(linear_sgd, "crop_loader", lambda part, *rest: seen.append(part) or make(part, *rest))
+    monkeypatch.setattr(
+        linear_sgd, "crop_loader", lambda part, *rest, **options: seen.append(part) or make(part, *rest, **options)
+    )
     probe = linear_probe_sgd(load_encoder(pretrained("CAN")), train, 4, num_epochs=1, batch_size=32)
     held_out, fit = hold_out(train.labels, 0.1, 0)
     assert len(held_out) == 12 and len(seen[0]) == 108
@@ -667,7 +669,7 @@ def both_tasks(rank, world_size, name, folder, port=None):
     accelerator, train = Accelerator(cpu=True), pictures(70)
     assert accelerator.num_processes == world_size
     answers, seeds, clean = {}, [], finetuning.mix
-    finetuning.mix = lambda *arguments: seeds.append(torch.initial_seed()) or clean(*arguments)
+    finetuning.mix = lambda **options: seeds.append(torch.initial_seed()) or clean(**options)
     for parts in (1, 2):
         recipe = FineTuning(**{**vars(EXACT), "gradient_accumulation_steps": parts})
         model, facts = finetune(
@@ -751,7 +753,7 @@ def test_fine_tuning_refuses_what_cannot_be(pretrained, tmp_path, monkeypatch):
         tune(name, tmp_path / "tuned", QUICK, train=pictures(1))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "config.json").touch()
-    with pytest.raises(ValueError, match="there is not empty; give another one, or remove it"):
+    with pytest.raises(ValueError, match="there is not empty; give a new folder"):
         tune(name, tmp_path / "there")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"lora_rank=4 needs peft: pip install -e \"\.\[lora\]\" -c constraints.txt"):
@@ -775,13 +777,12 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(pretrained, tmp_p
     """Nothing is saved, and the weights are those of the step before."""
     kept, clean = [], finetuning.mix
 
-    def poisoned(images, targets, *arguments):
-        step = arguments[3]
+    def poisoned(images, step, **options):
         kept.append([p.detach().clone() for p in spied[0].parameters()])
-        return clean(images * (math.nan if step == 3 else 1), targets, *arguments)
+        return clean(images * (math.nan if step == 3 else 1), step=step, **options)
 
     spied, make = [], finetuning.new_classifier
-    monkeypatch.setattr(finetuning, "new_classifier", lambda *a: spied.append(make(*a)) or spied[0])
+    monkeypatch.setattr(finetuning, "new_classifier", lambda **options: spied.append(make(**options)) or spied[0])
     monkeypatch.setattr(finetuning, "mix", poisoned)
     monkeypatch.setattr(finetuning, "LOG_STEPS", 4)
     with pytest.raises(FloatingPointError, match="gradient of step 3 was not finite.*of the images in rows"):

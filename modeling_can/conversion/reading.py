@@ -194,7 +194,9 @@ def _read_file(path: Path, model_args: dict, num_heads: int | None, num_decoder_
             f"{', '.join(list(state)[:3]) or 'no tensors'}; give a file of timm's, MAE's or CAN's authors, or a "
             "folder with a config.json"
         )
-    return from_timm(str(path), state, model_args, num_heads, num_decoder_heads)
+    return from_timm(
+        name=str(path), state=state, model_args=model_args, num_heads=num_heads, num_decoder_heads=num_decoder_heads
+    )
 
 
 def _warn_of_pickle(name):

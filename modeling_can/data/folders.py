@@ -248,7 +248,13 @@ def left_out_of_split(
     del left_out["hidden"]
     left_out = +left_out
     unit = "images" if holds_images else "files"
-    text = sentence(f"dataset_name={folder}, split {split}", num_read, left_out, unreadable, unit)
+    text = sentence(
+        source=f"dataset_name={folder}, split {split}",
+        num_images=num_read,
+        left_out=left_out,
+        unreadable=unreadable,
+        unit=unit,
+    )
     if any(kind.startswith("in ") for kind in left_out):
         text += "; datasets takes words such as train and test in names for splits: rename the files or folders"
         text += f", or give --data_dir '{folder}', which reads all images" if holds_images and not labelled else ""

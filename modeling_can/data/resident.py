@@ -57,7 +57,14 @@ class ResidentImages:
                 append_line(log, line)
         if self.bad:
             num_seen = len(self.names) + len(self.bad)
-            refuse_bad(source_name, len(self.bad), num_seen, max_bad_fraction, self.bad[-1][1], log)
+            refuse_bad(
+                source_name=source_name,
+                num_bad=len(self.bad),
+                num_seen=num_seen,
+                max_bad_fraction=max_bad_fraction,
+                last=self.bad[-1][1],
+                ledger=log,
+            )
 
 
 def resident_images(
@@ -76,7 +83,14 @@ def resident_images(
     if not choice or (choice == "auto" and (not is_gpu or source.is_remote or source.num_images() is None)):
         return None, None
     memory = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
-    read = functools.partial(read_images, source, crops, device, num_workers, MEMORY_FRACTION * memory)
+    read = functools.partial(
+        read_images,
+        source=source,
+        crops=crops,
+        device=device,
+        num_workers=num_workers,
+        max_bytes=MEMORY_FRACTION * memory,
+    )
     images, remark = read(), None
     if images == SEVERAL_SIZES and choice is True:
         images = read(same_size=True)
@@ -247,8 +261,12 @@ def crop(images: torch.Tensor, boxes: torch.Tensor, image_shape: tuple[int, int]
         uint8 of shape `(batch_size, num_views, num_channels, *image_shape)`.
     """
     left, upper, right, lower = boxes.flatten(0, 1).unbind(1)
-    across = resize_weights(left, right, images.shape[3], image_shape[1], resample).unflatten(0, boxes.shape[:2])
-    down = resize_weights(upper, lower, images.shape[2], image_shape[0], resample).unflatten(0, boxes.shape[:2])
+    across = resize_weights(
+        low=left, high=right, size=images.shape[3], new_size=image_shape[1], resample=resample
+    ).unflatten(0, boxes.shape[:2])
+    down = resize_weights(
+        low=upper, high=lower, size=images.shape[2], new_size=image_shape[0], resample=resample
+    ).unflatten(0, boxes.shape[:2])
     rows = sum(
         images.float()[:, None] @ part.mT[:, :, None] for part in halves(across)
     )  # (B, V, C, height, new width)
@@ -301,7 +319,14 @@ class ResidentLoader:
     def __init__(self, images, crops, batch_size, num_workers=0, process_index=0, num_processes=1):
         self.images, self.crops, self.num_workers, self.next_batch = images, crops, num_workers, 0
         size = images.pixels.shape[3], images.pixels.shape[2]
-        self.plan = CropPlan(images.checksums, size, crops, batch_size, process_index, num_processes)
+        self.plan = CropPlan(
+            checksums=images.checksums,
+            size=size,
+            crops=crops,
+            batch_size=batch_size,
+            process_index=process_index,
+            num_processes=num_processes,
+        )
 
     def __iter__(self):
         loader = torch.utils.data.DataLoader(

@@ -168,7 +168,14 @@ class ViewStream(torch.utils.data.IterableDataset):
                 f"{self.source.name} has no usable image among the {num_seen} rows of reader {reader} of {num_readers}"
                 f"; use fewer readers, or check that the files are images. The last bad one: {last}"
             )
-        refuse_bad(self.source.name, num_bad, num_seen, self.max_bad_fraction, last, self.ledger)
+        refuse_bad(
+            source_name=self.source.name,
+            num_bad=num_bad,
+            num_seen=num_seen,
+            max_bad_fraction=self.max_bad_fraction,
+            last=last,
+            ledger=self.ledger,
+        )
 
 
 def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -165,4 +165,10 @@ class LinearProbe(Protocol):
 
 def fit_probe(setup: Setup, train: np.ndarray) -> LinearClassifier:
     """Of features of all training images."""
-    return linear_probe(train, setup.data.train.labels, setup.num_classes, setup.settings.seed, setup.device)
+    return linear_probe(
+        features=train,
+        labels=setup.data.train.labels,
+        num_classes=setup.num_classes,
+        seed=setup.settings.seed,
+        device=setup.device,
+    )

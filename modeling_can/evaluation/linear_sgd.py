@@ -187,14 +187,21 @@ def linear_probe_sgd(
 
     part, steps = train.select(fit), (len(fit), batch_size, num_epochs, seed)
     num_steps = num_epochs * (len(fit) // batch_size)
-    loader = crop_loader(part, encoder.preprocessor, Share(mine, *steps), seed, num_workers)
+    loader = crop_loader(part, encoder.preprocessor, Share(mine, *steps), seed=seed, num_workers=num_workers)
     for step, (_, rows), crops in zip(progress(range(num_steps)), epochs(*steps), loader, strict=True):
         crops = crops[:, 0].to(device, non_blocking=True)
         features = gather(torch.cat(represent(augment(crops, step, mine.start)), dim=1))
         labels = torch.from_numpy(part.labels[rows]).to(device)  # of all processes: all know the order
         rate = learning_rate(step, num_steps, 0, batch_size / 256)
         with torch.autocast(device.type, enabled=False):
-            train_step(heads, optimizer, features.split(represent.widths, dim=1), labels, rates, rate)
+            train_step(
+                heads=heads,
+                optimizer=optimizer,
+                representations=features.split(represent.widths, dim=1),
+                labels=labels,
+                rates=rates,
+                rate=rate,
+            )
 
     held_out = train.select(held_out)
     predictions = head_predictions(heads, represent, held_out, Extractor(batch_size, num_workers, processes))
@@ -215,13 +222,13 @@ class LinearProbeSGD(Protocol):
         settings, description = setup.settings, f"{entry.name}: linear probe, SGD"
         with setup.accelerator.autocast():
             probe = linear_probe_sgd(
-                entry.encoder,
-                setup.data.train,
-                setup.num_classes,
-                settings.sgd_num_epochs,
-                settings.sgd_batch_size,
-                settings.sgd_base_learning_rates,
-                settings.sgd_layers,
+                encoder=entry.encoder,
+                train=setup.data.train,
+                num_classes=setup.num_classes,
+                num_epochs=settings.sgd_num_epochs,
+                batch_size=settings.sgd_batch_size,
+                base_learning_rates=settings.sgd_base_learning_rates,
+                layers=settings.sgd_layers,
                 seed=settings.seed,
                 gather=setup.accelerator.gather,
                 progress=partial(setup.progress, description=description, unit="step"),

@@ -47,7 +47,9 @@ class Reconstruction(Protocol):
         def errors(batch):
             pictures, indices = batch
             pixels = preprocessor.normalise(pictures.to(device))
-            return reconstruction_errors(model, pixels, indices.tolist(), std, seed)
+            return reconstruction_errors(
+                model=model, pixel_values=pixels, indices=indices.tolist(), std=std, seed=seed
+            )
 
         pictures = Pictures(test, partial(_with_index, preprocessor))
         made = setup.extractor(errors, pictures, f"{entry.name}: reconstruction")
@@ -64,7 +66,9 @@ class Reconstruction(Protocol):
         few = torch.stack([preprocessor.decode(test.read(row)) for row in range(min(NUM_DRAWN, len(test)))])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            reconstruction_sheet(model, preprocessor.normalise(few).to(device), mean, std, path)
+            reconstruction_sheet(
+                model=model, pixel_values=preprocessor.normalise(few).to(device), mean=mean, std=std, path=path
+            )
         return {**figures, "picture": str(path)}
 
     @staticmethod
@@ -109,4 +113,5 @@ def reconstruction_errors(
         noise.append(torch.randn(pixel_values.shape[1:], generator=generator))
         scores.append(torch.rand(config.num_patches, generator=generator))
     noise, scores = (torch.stack(x).to(pixel_values.device) for x in (noise, scores))
-    return errors_of(reconstruct(model, pixel_values, None, noise, scores), pixel_values, std, config)
+    made = reconstruct(model, pixel_values, pixel_noise=noise, masking_scores=scores)
+    return errors_of(made, pixel_values, std, config)

@@ -30,11 +30,11 @@ class Retrieval(Protocol):
         draw = lambda split, row: entry.preprocessor.shown(split.read(row))  # noqa: E731
         path = setup.output_dir / "figures" / f"retrieval-{file_name(entry.name)}.png"
         retrieval_sheet(
-            torch.stack([draw(data.test, row) for row in rows]),
-            torch.stack([torch.stack([draw(data.train, row) for row in nearest[query]]) for query in rows]),
-            right[rows],
-            [data.class_names[label] for label in labels[rows]],
-            path,
+            queries=torch.stack([draw(data.test, row) for row in rows]),
+            neighbours=torch.stack([torch.stack([draw(data.train, row) for row in nearest[query]]) for query in rows]),
+            right=right[rows],
+            names=[data.class_names[label] for label in labels[rows]],
+            path=path,
         )
         share = right.mean(axis=1)
         interval = setup.interval(share)

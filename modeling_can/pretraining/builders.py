@@ -130,14 +130,14 @@ def view_maker(recipe: Recipe) -> RandomCrops:
 
 def augmentation(recipe: Recipe) -> Augmentation:
     return Augmentation(
-        recipe.image_mean,
-        recipe.image_std,
-        recipe.flip_probability,
-        recipe.color_jitter,
-        recipe.color_jitter_probability,
-        recipe.greyscale_probability,
-        recipe.blur_probability,
-        recipe.blur_sigma,
+        mean=recipe.image_mean,
+        std=recipe.image_std,
+        flip_probability=recipe.flip_probability,
+        color_jitter=recipe.color_jitter,
+        color_jitter_probability=recipe.color_jitter_probability,
+        greyscale_probability=recipe.greyscale_probability,
+        blur_probability=recipe.blur_probability,
+        blur_sigma=recipe.blur_sigma,
         blur_kernel_size=max(3, min(recipe.config.image_shape) // 10 // 2 * 2 + 1),
         solarize_probability=recipe.solarize_probability,
     )
@@ -169,14 +169,14 @@ def probe_of(recipe: Recipe, device: torch.device) -> Probe | None:
     if not recipe.probe_dataset_name:
         return None
     return Probe(
-        recipe.probe_dataset_name,
-        recipe.probe_dataset_config_name,
-        recipe.probe_train_split,
-        recipe.probe_test_split,
-        recipe.probe_image_column or recipe.image_column,
-        recipe.probe_label_column,
-        Preprocessor(image_processor(recipe)),
-        device,
+        dataset_name=recipe.probe_dataset_name,
+        config_name=recipe.probe_dataset_config_name,
+        train_split=recipe.probe_train_split,
+        test_split=recipe.probe_test_split,
+        image_column=recipe.probe_image_column or recipe.image_column,
+        label_column=recipe.probe_label_column,
+        preprocessor=Preprocessor(image_processor(recipe)),
+        device=device,
     )
 
 
@@ -245,7 +245,13 @@ def trained_model(recipe: Recipe, plan: Plan, accelerator: Accelerator, compiled
     )
     prepared, optimizer = accelerator.prepare(model.to(accelerator.device), optimizer)
     set_seed(recipe.seed, device_specific=True)
-    return Trained(prepared, optimizer, accelerator.unwrap_model(prepared), frozen, accelerator)
+    return Trained(
+        model=prepared,
+        optimizer=optimizer,
+        bare=accelerator.unwrap_model(prepared),
+        frozen=frozen,
+        accelerator=accelerator,
+    )
 
 
 def _tell_of_warm_start(recipe: Recipe, taken: list[str], new: list[str]):

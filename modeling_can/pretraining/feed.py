@@ -46,7 +46,9 @@ class Feed:
             recipe.per_device_train_batch_size,
             recipe.dataloader_num_workers,
         )
-        self.resident, self.remark = resident_images(recipe.data_on_device, source, crops, self.device, num_workers)
+        self.resident, self.remark = resident_images(
+            choice=recipe.data_on_device, source=source, crops=crops, device=self.device, num_workers=num_workers
+        )
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # of decoding; that of training is reported
         if self.resident:

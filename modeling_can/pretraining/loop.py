@@ -115,7 +115,9 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     if checkpoint and Checkpoints.step(checkpoint) >= plan.max_steps:
         raise ValueError(f"max_steps={plan.max_steps} is not beyond {checkpoint}; give more")
     trained = trained_model(recipe, plan, accelerator, compiled, warm=not checkpoint)
-    train_step = TrainStep(trained.model, trained.optimizer, accelerator, recipe, plan)
+    train_step = TrainStep(
+        model=trained.model, optimizer=trained.optimizer, accelerator=accelerator, recipe=recipe, plan=plan
+    )
 
     # --- Where the run stands
     (output_dir / "figures").mkdir(parents=True, exist_ok=True)
@@ -141,7 +143,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         trained=trained,
         train_step=train_step,
         checkpoints=checkpoints,
-        log=RunLog(recipe, plan, accelerator, train_step.guard, progress),
+        log=RunLog(recipe=recipe, plan=plan, accelerator=accelerator, guard=train_step.guard, progress=progress),
         probing=Probing(probe, trained, accelerator),
         processor=image_processor(recipe),
         stop=StopSignals(_sum_over(accelerator), accelerator.device),
@@ -156,7 +158,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         parts.log.open_trackers(first_step)
     exact = feed.start([process["loader"] for process in own])  # first: starting workers draws a random number
     if checkpoint:
-        remarks = resume(parts, first_step, weights, shared, own, exact)
+        remarks = resume(run=parts, first_step=first_step, weights=weights, shared=shared, own=own, exact=exact)
         _tell(is_main and f"resumed from {checkpoint} at step {first_step}; {remarks}")
     del weights, shared, own  # as large as the model and its optimizer once more
     if recipe.preflight:
@@ -244,7 +246,7 @@ def checkpoint(run: Run, step: int) -> Path:
     progress = {"step": step, "ledger_bytes": run.feed.ledger_bytes, **run.log.state_dict()}
     shared = {"optimizer": optimizer_state, "progress": progress, "recipe": run.recipe.to_dict()}
     best = run.log.best
-    return run.checkpoints.save(step, weights, shared, own, best and best["step"])
+    return run.checkpoints.save(step=step, model_state=weights, shared=shared, own=own, best=best and best["step"])
 
 
 def resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dict], exact: bool) -> str:

@@ -198,7 +198,13 @@ class RunLog:
         try:
             with interlude():
                 whole.eval()
-                reconstruction_sheet(whole, pixel_values[:6, 0], self.recipe.image_mean, self.recipe.image_std, path)
+                reconstruction_sheet(
+                    model=whole,
+                    pixel_values=pixel_values[:6, 0],
+                    mean=self.recipe.image_mean,
+                    std=self.recipe.image_std,
+                    path=path,
+                )
                 whole.train()
             image = np.asarray(Image.open(path).convert("RGB"))[None]
             for tracker in self.accelerator.trackers:
