@@ -10,11 +10,9 @@ every JSON.
 
 import argparse
 import json
-import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from pathlib import Path
 import torch
 
 from modeling_can.files import write  # noqa: E402
-from modeling_can.provenance import cpu_name, installed_versions
+from modeling_can.provenance import cpu_name, git_commit, installed_versions
 
 
 FOLDER = Path(__file__).parent
@@ -49,7 +47,7 @@ def facts(seed: int | None, device: str | torch.device = "cpu") -> dict:
         "seed": seed,
         "machine": torch.cuda.get_device_name() if is_gpu else cpu_name(),
         "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
-        "commit": commit(),
+        "commit": git_commit(ROOT),
     }
 
 
@@ -63,17 +61,6 @@ def save(name: str, report: dict, out: Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(report, indent=2) + "\n")
     print(f"Written to {path.name}")
-
-
-def commit() -> str | None:
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")  # not a checkout
-    code = ["*.py", "*.yaml", "*.toml", "*.txt"]
-    is_dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
-    return head + "-dirty" * bool(is_dirty)
 
 
 # --- For the documents -----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from modeling_can.data.decoding import BadImage, decode  # noqa: E402
 from modeling_can.evaluation.encoders import load_config, load_model, load_preprocessor  # noqa: E402
 from modeling_can.evaluation.sets import load_split  # noqa: E402
 from modeling_can.plots import amplified_noise, errors_of, reconstruct, true_colours  # noqa: E402
+from modeling_can.progress import tell  # noqa: E402
 
 
 QUICKSTART = "out/can-quickstart"
@@ -297,7 +298,7 @@ def main(argv: list[str] | None = None):
             footer_links=[],
             max_file_size="50mb",
         )
-        print(f"{name} is shown at {address} until Ctrl-C", flush=True)
+        tell(f"{name} is shown at {address} until Ctrl-C")
         page.block_thread()
 
 

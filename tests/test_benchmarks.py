@@ -14,6 +14,7 @@ from conftest import TINY, inputs, tiny_model
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
+from modeling_can.provenance import git_commit
 from modeling_can.recipe import Recipe
 
 
@@ -147,11 +148,10 @@ def test_a_report_of_gpu_runs_has_times_and_no_search(tmp_path, monkeypatch, cap
 
 def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
     commit = "0123456789" * 4
-    monkeypatch.setattr(evidence, "ROOT", tmp_path)
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    assert evidence.commit() is None
+    assert git_commit(tmp_path) is None
     monkeypatch.setenv("GIT_COMMIT", commit)
-    assert evidence.commit() == commit
+    assert git_commit(tmp_path) == commit
 
 
 def test_a_json_goes_where_it_is_told_and_does_not_say_so(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ import psutil
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.nn.functional import interpolate
-from tqdm.auto import tqdm
 
+from ..progress import progress_bar
 from .bad_samples import append_line, ledger_line, ledger_lines, refuse_bad
 from .crops import RandomCrops
 from .decoding import BadImage, decode
@@ -179,7 +179,7 @@ def read_images(
     loader = torch.utils.data.DataLoader(decoder, batch_size=128, **options)
     first = list(itertools.islice(decoder, 16))  # which often tells that it is in vain, before workers decode hundreds
     num_images, pixels, keys, bad = source.num_images() or 0, [], [], []
-    for samples in itertools.chain([first], tqdm(Patient(loader), "decoding", disable=None)):
+    for samples in itertools.chain([first], progress_bar(Patient(loader), "decoding", unit="batches")):
         good = [sample for sample in samples if len(sample) == 3]
         shape = shape or (good[0][0].shape[1:] if good else None)
         if any(image.shape[1:] != shape for image, *_ in good):

@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,21 +16,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import ClassLabel, Value
 from PIL import Image
-from tqdm import tqdm
 
 from ..data import ImageSource, append_line, ledger_line, refuse_bad
 from ..data.decoding import BadImage
 from ..data.loading import Patient, handed_over, worker_options
 from ..files import write
-from ..progress import tell
+from ..progress import progress_bar, tell
 from .encoders import pooled
 from .entries import load
 from .part_files import LEDGER, Unit, begin, part_files, read_ledger, schema_of, totals, unit_of
 
 
 __all__ = ["Batch", "embed", "embed_task", "end_with"]
-
-LINE_SECONDS = 30  # between lines of progress where stderr is no terminal
 
 
 # --- The task --------------------------------------------------------------------------------------------------------
@@ -189,7 +185,9 @@ def embed(
     num_images = source.num_images() if process_index == 0 else None
     refuse = functools.partial(refuse_bad, source.name, max_bad_fraction=max_bad_fraction, ledger=folder / LEDGER)
     schema, start = None, time.monotonic()
-    with _progress_bar(num_images and num_images * len(units) // num_units, num_good + num_bad, process_index) as bar:
+    shown = {"unit": "images", "is_shown": process_index == 0, "lines": True}
+    total = num_images and num_images * len(units) // num_units
+    with progress_bar(description="embedding", total=total, initial=num_good + num_bad, **shown) as bar:
         for batch in Patient(loader):
             unit, ids = units[batch.unit], batch.ids
             embeddings = _to_numpy(encode(batch.images), ids, dtype) if ids else None
@@ -257,26 +255,6 @@ def _embedding_size(prepare, encode) -> int:
     buffer = io.BytesIO()
     Image.new("RGB", (512, 512), "grey").save(buffer, "PNG")
     return encode(prepare(buffer.getvalue())[None]).shape[1]
-
-
-def _progress_bar(total: int | None, initial: int, process_index: int) -> tqdm:
-    """Images, images a second and the time left; of the first process alone."""
-    options = {"dynamic_ncols": True}
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt} images, {rate_noinv_fmt}, {remaining} left"
-        options = {"file": _Lines(), "bar_format": line, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
-    return tqdm(desc="embedding", total=total, initial=initial, unit=" images", disable=process_index != 0, **options)
-
-
-class _Lines:
-    """A file for tqdm: what it would write over and over becomes a line each time."""
-
-    def write(self, text: str):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
 
 
 # --- Reading: in the loader's workers --------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import inspect
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from .. import __version__
 from ..conversion.reading import no_conversion_service
 from ..data.decoding import DECODING, decode
 from ..progress import quiet
+from ..provenance import installed_versions
 
 
 __all__ = [
@@ -149,8 +149,7 @@ class Preprocessor:
 
     def facts(self) -> dict:
         """Everything that its result depends on."""
-        installed = {package: version(package) for package in ("transformers", "pillow", "simplejpeg")}
-        versions = {"modeling-can": __version__, **installed}
+        versions = {"modeling-can": __version__, **installed_versions(("transformers", "pillow", "simplejpeg"))}
         numbers = json.loads(self.processor.to_json_string())
         kind = type(self.processor).__name__
         return {**numbers, **self.sizes, "class": kind, "decoding": self.decoding, "versions": versions}

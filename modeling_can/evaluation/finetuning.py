@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.utils import is_peft_available
 
 from ..averages import MetricAverage
 from ..files import check_new_folder
 from ..optimization import NonFiniteGuard, learning_rate
-from ..progress import tell
+from ..progress import LINE_SECONDS, progress_bar, tell
 from ..random_state import interlude
 from ..recipe import INSTALL, option
 from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
@@ -263,7 +262,7 @@ class _Report:
     def __init__(self, num_steps: int, batch_size: int, is_main: bool):
         self.num_steps, self.batch_size, self.is_main, self.loss, self.seconds = num_steps, batch_size, is_main, 0, 0
         self.began = self.told = time.perf_counter()
-        self.bar = tqdm(total=num_steps, desc="fine-tuning", dynamic_ncols=True, disable=None if is_main else True)
+        self.bar = progress_bar(description="fine-tuning", total=num_steps, unit="steps", is_shown=is_main)
 
     def __call__(self, step: int, epoch: int, loss: float):
         now = time.perf_counter()
@@ -271,7 +270,7 @@ class _Report:
         text = f"loss {loss:.3f}, {step * self.batch_size / self.seconds:.0f} images/s"
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text)
-        if self.is_main and self.bar.disable and (now - self.told > 30 or step == self.num_steps):
+        if self.is_main and self.bar.disable and (now - self.told > LINE_SECONDS or step == self.num_steps):
             self.told = now
             tell(f"fine-tuning, epoch {epoch + 1}, step {step} of {self.num_steps}: {text}")
         if step == self.num_steps:

@@ -231,7 +231,7 @@ class LinearProbeSGD(Protocol):
                 layers=settings.sgd_layers,
                 seed=settings.seed,
                 gather=setup.accelerator.gather,
-                progress=partial(setup.progress, description=description, unit="step"),
+                progress=partial(setup.progress, description=description, unit="steps"),
                 num_workers=settings.dataloader_num_workers,
                 processes=setup.processes,
             )

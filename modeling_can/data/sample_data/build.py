@@ -15,6 +15,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 from skimage import data
 
+from modeling_can.progress import tell
+
 
 PHOTOGRAPHS = {  # label: loader. Sources and licences: README.md
     "astronaut": data.astronaut,
@@ -70,7 +72,7 @@ def main():
     for name, rows in [*shards, ("test-00000-of-00001", test)]:
         columns = {"image": [{"bytes": tile, "path": None} for tile, _ in rows], "label": [y for _, y in rows]}
         Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
-        print(f"{name}: {len(rows)} tiles, {(folder / f'{name}.parquet').stat().st_size / 1e6:.2f} MB")
+        tell(f"{name}: {len(rows)} tiles, {(folder / f'{name}.parquet').stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":
