@@ -316,4 +316,4 @@ class CANConfig(PreTrainedConfig):
 
 CANConfig.register_for_auto_class()
 
-__all__ = ["CANConfig"]
+__all__ = ["CANConfig", "num_visible_patches"]

@@ -841,4 +841,10 @@ class CANForImageClassification(CANPreTrainedModel):
         )
 
 
-__all__ = ["CANForImageClassification", "CANForPreTraining", "CANModel", "CANPreTrainedModel"]
+__all__ = [
+    "CANAttention", "CANDecoder", "CANDropPath", "CANEmbeddings", "CANForImageClassification", "CANForPreTraining",
+    "CANForPreTrainingOutput", "CANLayer", "CANMLP", "CANModel", "CANModelOutput", "CANNoiseHead",
+    "CANNoiseLevelEmbedding", "CANPatchLinear", "CANPreTrainedModel", "CANProjectionHead", "eager_attention_forward",
+    "gather_tokens", "is_plain_linear", "patchify", "random_masking", "resize_positions", "sincos_positions",
+    "unpatchify",
+]  # fmt: skip

@@ -23,6 +23,12 @@ from .data.decoding import DECODING, check_decoding
 from .data.folders import expand_user, literal_pattern
 
 
+__all__ = [
+    "INSTALL", "LENGTH", "Recipe", "SOURCE", "at_commas", "load_yaml", "model_fields", "option", "parse_arguments",
+    "parse_value", "read_flags", "training_fields",
+]  # fmt: skip
+
+
 INSTALL = 'pip install -e ".[{}]" -c constraints.txt'  # of an extra, from a checkout
 ALIASES = {"batch_size": "per_device_train_batch_size", "lr": "base_learning_rate", "resume": "resume_from_checkpoint",
            "workers": "dataloader_num_workers", "num_workers": "dataloader_num_workers",

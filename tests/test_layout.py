@@ -127,6 +127,28 @@ def test_importing_changes_nothing_for_the_users_process():
     assert answer.stdout.strip() == "[]", answer.stdout[:3000] + answer.stderr
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_says_what_is_public(path):
+    nodes = ast.parse(path.read_text()).body
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assigned = {
+        name.id
+        for node in nodes
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    }
+    imported = {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    (names,) = [ast.literal_eval(node.value) for node in nodes if ast.unparse(node).startswith("__all__ = ")]
+    assert len(names) == len(set(names)) and set(names) <= defined | assigned | imported
+    assert {name for name in defined if not name.startswith("_")} <= set(names)
+
+
 def scripts_and_package() -> list[Path]:
     return [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "demo").glob("*.py")]
 

@@ -11,7 +11,10 @@ from PIL import Image, ImageColor
 from .formats import describe
 
 
-UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+__all__ = ["BadImage", "DECODING", "check_decoding", "decode"]
+
+
+_UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -30,14 +33,14 @@ class BadImage(ValueError):
         self.reason = reason
 
 
-HIGH_BIT_DEPTH = ("full_range", "stretch", "skip")
+_HIGH_BIT_DEPTH = ("full_range", "stretch", "skip")
 DECODING = {"transparent_background": "white", "high_bit_depth": "full_range"}  # what decode does by default
 
 
 def check_decoding(transparent_background: str = "white", high_bit_depth: str = "full_range"):
     """`ValueError` for what `decode` does not know."""
-    if high_bit_depth not in HIGH_BIT_DEPTH:
-        raise ValueError(f"high_bit_depth={high_bit_depth!r} is not one of {', '.join(HIGH_BIT_DEPTH)}")
+    if high_bit_depth not in _HIGH_BIT_DEPTH:
+        raise ValueError(f"high_bit_depth={high_bit_depth!r} is not one of {', '.join(_HIGH_BIT_DEPTH)}")
     try:
         ImageColor.getrgb(transparent_background)
     except ValueError as error:
@@ -87,7 +90,7 @@ def decode(
         if pixels is None or orientation != 1:
             image = image if pixels is None else Image.fromarray(pixels.squeeze(2) if num_channels == 1 else pixels)
             image = _convert(image, num_channels, transparent_background, high_bit_depth)
-            pixels = np.array(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
+            pixels = np.array(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
         return pixels.reshape(*pixels.shape[:2], num_channels)
     except BadImage:
         raise

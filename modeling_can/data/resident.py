@@ -27,11 +27,14 @@ from .reading import image_name
 from .sources import ImageSource
 
 
+__all__ = ["CropPlan", "ResidentImages", "ResidentLoader", "crop", "read_images", "resident_images", "resize_weights"]
+
+
 logger = logging.getLogger(__name__)
 
 MEMORY_FRACTION = 0.25  # of the device's free memory, which the images may take; twice as much while they are sorted
-MARGIN = 256 / 224  # images that are brought to one size keep this much more than a view has
-SEVERAL_SIZES = "the images have several sizes"
+_MARGIN = 256 / 224  # images that are brought to one size keep this much more than a view has
+_SEVERAL_SIZES = "the images have several sizes"
 
 
 @dataclass
@@ -92,9 +95,9 @@ def resident_images(
         max_bytes=MEMORY_FRACTION * memory,
     )
     images, remark = read(), None
-    if images == SEVERAL_SIZES and choice is True:
+    if images == _SEVERAL_SIZES and choice is True:
         images = read(same_size=True)
-        remark = f"{SEVERAL_SIZES}: each was resized and cropped to {' x '.join(map(str, one_size(crops)))} pixels"
+        remark = f"{_SEVERAL_SIZES}: each was resized and cropped to {' x '.join(map(str, _one_size(crops)))} pixels"
     if isinstance(images, str):
         if choice is True:
             raise ValueError(f"data_on_device=true, but {images}; set data_on_device to false")
@@ -106,7 +109,7 @@ def resident_images(
 # --- Decoding --------------------------------------------------------------------------------------------------------
 
 
-class DecodeOnce(torch.utils.data.IterableDataset):
+class _DecodeOnce(torch.utils.data.IterableDataset):
     """
     One pass over a source, its rows assigned to the workers: `(pixels (C, H, W), checksum, name)` of each image, or
     `(reason, line)` of a bad one. With `shape`, images of another size are brought to it.
@@ -129,10 +132,10 @@ class DecodeOnce(torch.utils.data.IterableDataset):
                     yield error.reason, ledger_line(self.source.name, image, error)
                     continue
                 name = image_name({**image, "bytes": encoded})
-                yield pixels if self.shape is None else fit(pixels, self.shape), zlib.crc32(encoded), name
+                yield pixels if self.shape is None else _fit(pixels, self.shape), zlib.crc32(encoded), name
 
 
-def fit(pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _fit(pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """An image `(C, H, W)` of this shape: resized until one side fits, the other cropped around the center."""
     scale = max(wanted / side for wanted, side in zip(shape, pixels.shape[1:], strict=True))
     size = [max(wanted, round(side * scale)) for wanted, side in zip(shape, pixels.shape[1:], strict=True)]
@@ -142,9 +145,9 @@ def fit(pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return pixels[:, top : top + shape[0], left : left + shape[1]]
 
 
-def one_size(crops: RandomCrops) -> tuple[int, int]:
+def _one_size(crops: RandomCrops) -> tuple[int, int]:
     """What images of several sizes are brought to, (height, width)."""
-    return tuple(round(MARGIN * side) for side in crops.image_shape)
+    return tuple(round(_MARGIN * side) for side in crops.image_shape)
 
 
 def read_images(
@@ -173,8 +176,8 @@ def read_images(
         ValueError: if no image can be used.
         OSError: if the source cannot be read.
     """
-    shape = one_size(crops) if same_size else None
-    decoder = DecodeOnce(source, crops.decoding, shape)
+    shape = _one_size(crops) if same_size else None
+    decoder = _DecodeOnce(source, crops.decoding, shape)
     options = {"collate_fn": list, "worker_init_fn": outlive_stop_signals, **worker_options(num_workers)}
     loader = torch.utils.data.DataLoader(decoder, batch_size=128, **options)
     first = list(itertools.islice(decoder, 16))  # which often tells that it is in vain, before workers decode hundreds
@@ -183,7 +186,7 @@ def read_images(
         good = [sample for sample in samples if len(sample) == 3]
         shape = shape or (good[0][0].shape[1:] if good else None)
         if any(image.shape[1:] != shape for image, *_ in good):
-            return SEVERAL_SIZES
+            return _SEVERAL_SIZES
         needed = max(num_images, len(keys)) * sum(image.numel() for image, *_ in good[:1])
         if needed > max_bytes:
             return f"the decoded images take {needed / 1e9:.3g} GB, more than the {max_bytes / 1e9:.3g} GB set apart"
@@ -240,7 +243,7 @@ def resize_weights(low: torch.Tensor, high: torch.Tensor, size: int, new_size: i
     return ((weights / step).round() * step).float()
 
 
-def halves(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _halves(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two parts of so few bits that their products with pixels are exact in TF32, which a GPU may be set to."""
     coarse = (128 * weights).round() / 128
     return coarse, weights - coarse
@@ -268,10 +271,10 @@ def crop(images: torch.Tensor, boxes: torch.Tensor, image_shape: tuple[int, int]
         low=upper, high=lower, size=images.shape[2], new_size=image_shape[0], resample=resample
     ).unflatten(0, boxes.shape[:2])
     rows = sum(
-        images.float()[:, None] @ part.mT[:, :, None] for part in halves(across)
+        images.float()[:, None] @ part.mT[:, :, None] for part in _halves(across)
     )  # (B, V, C, height, new width)
     rows = (rows + 0.5).floor().clamp(0, 255)
-    views = sum(part[:, :, None] @ rows for part in halves(down))
+    views = sum(part[:, :, None] @ rows for part in _halves(down))
     return (views + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -294,14 +297,14 @@ class CropPlan(torch.utils.data.Dataset):
         indices, boxes = [], []
         for place in range(first, first + self.batch_size):
             epoch, place = divmod(place, len(self.checksums))
-            image = shuffled(len(self.checksums), self.crops.seed, epoch)[place]
+            image = _shuffled(len(self.checksums), self.crops.seed, epoch)[place]
             indices.append(image)
             boxes.append(self.crops.boxes(self.size, epoch, int(self.checksums[image])))
         return torch.tensor(indices), torch.tensor(boxes, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=2)  # a batch lies in two epochs at most, unless the set is tiny
-def shuffled(num_images: int, seed: int, epoch: int) -> list[int]:
+def _shuffled(num_images: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng((seed, epoch)).permutation(num_images).tolist()
 
 

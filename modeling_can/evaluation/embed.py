@@ -27,7 +27,7 @@ from .entries import load
 from .part_files import LEDGER, Unit, begin, part_files, read_ledger, schema_of, totals, unit_of
 
 
-__all__ = ["Batch", "embed", "embed_task", "end_with"]
+__all__ = ["embed", "embed_task", "end_with"]
 
 
 # --- The task --------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def _embedding_size(prepare, encode) -> int:
 
 
 @dataclasses.dataclass
-class Batch:
+class _Batch:
     """
     The images of a unit's rows from `first_row` up to `next_row`, stacked, with their ids and labels; of the bad ones
     the reasons, and the ledger's lines on those that it lacks. The last batch of a unit, perhaps empty, is `done`.
@@ -304,7 +304,7 @@ class _Batches(torch.utils.data.IterableDataset):
 
     def _read(self, unit: int, first_row: int):
         shard, part = divmod(unit, self.num_parts)
-        batch, row = Batch(unit, first_row), 0
+        batch, row = _Batch(unit, first_row), 0
         for block, _ in self.source.blocks(self.source.shard(shard), block_size=self.batch_size):
             images = self.source.images(block)
             ids, labels = (block.get(name, [None] * len(images)) for name in (self.id_column, self.label_column))
@@ -313,11 +313,11 @@ class _Batches(torch.utils.data.IterableDataset):
                     self._add(batch=batch, place=f"{shard}:{row}", image=image, own_id=own_id, label=label)
                     if self.batch_size in (len(batch.ids), len(batch.reasons)):
                         yield batch.close(row + 1)
-                        batch = Batch(unit, row + 1)
+                        batch = _Batch(unit, row + 1)
                 row += 1
         yield batch.close(row, done=True)
 
-    def _add(self, batch: Batch, place: str, image: dict | None, own_id, label):
+    def _add(self, batch: _Batch, place: str, image: dict | None, own_id, label):
         if self.id_column and own_id is None:
             raise ValueError(f"id_column={self.id_column!r} of {self.source.name} is null in {place}; choose another")
         if place in self.known_bad:

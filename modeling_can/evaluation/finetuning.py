@@ -33,7 +33,7 @@ __all__ = ["FineTune", "tuned_folder", "FineTuned", "FineTuning", "finetune"]
 
 # MAE's for ViT-B; and with adapters, by the quickstart's CAN at rank 8 on a held-out fifth of sample_data: 68.2, 74.1,
 # 79.3, 44.1 % at 1.5e-3, 5e-3, 1.5e-2, 5e-2 (10 epochs, batch 128), 79.3 and 80.4 % at the first two (40, batch 1024)
-FULL, LORA = {"base_learning_rate": 5e-4, "layer_decay": 0.65}, {"base_learning_rate": 5e-3, "layer_decay": 1.0}
+_FULL, _LORA = {"base_learning_rate": 5e-4, "layer_decay": 0.65}, {"base_learning_rate": 5e-3, "layer_decay": 1.0}
 LOG_STEPS = 10  # between looks at the loss, which wait for the device
 
 
@@ -63,7 +63,7 @@ class FineTuning:
                 f"layer_decay={self.layer_decay} with lora_rank={self.lora_rank}: adapters have one learning rate; "
                 "leave out one of the two"
             )
-        for name, default in (LORA if self.lora_rank else FULL).items():
+        for name, default in (_LORA if self.lora_rank else _FULL).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         for name in ("num_epochs", "batch_size", "gradient_accumulation_steps", "base_learning_rate", "layer_decay"):

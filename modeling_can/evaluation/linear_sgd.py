@@ -21,7 +21,7 @@ from .training_images import Augmentation, Share, crop_loader, epochs, fitting_b
 
 __all__ = [
     "LinearProbeSGD",
-    "BASE_LEARNING_RATES", "Heads", "Representations", "SGDProbe", "head_predictions", "linear_probe_sgd",
+    "BASE_LEARNING_RATES", "Heads", "SGDProbe", "head_predictions", "linear_probe_sgd",
     "train_step",
 ]  # fmt: skip
 
@@ -68,7 +68,7 @@ def train_step(heads: Heads, optimizer, representations, labels: torch.Tensor, r
     optimizer.step()
 
 
-class Representations:
+class _Representations:
     """
     Pixel values -> the pooled features of several numbers of layers and poolings, from one pass.
 
@@ -101,13 +101,13 @@ class Representations:
 class SGDProbe(NamedTuple):
     """
     Args:
-        heads (`Heads`), represent (`Representations`): All that were trained, the same on every process.
+        heads (`Heads`), represent (`_Representations`): All that were trained, the same on every process.
         chosen (`int`): Which one is the best on the images held out.
         table (`list[dict]`): Layers, pooling, learning rate and held-out accuracy, in [0, 1], of each head.
     """
 
     heads: Heads
-    represent: Representations
+    represent: _Representations
     chosen: int
     table: list[dict]
 
@@ -119,7 +119,7 @@ class SGDProbe(NamedTuple):
 
 def head_predictions(
     heads: Heads,
-    represent: Representations,
+    represent: _Representations,
     split: Split,
     extractor: Extractor = Extractor(),  # noqa: B008  frozen
     description: str = "",
@@ -179,7 +179,7 @@ def linear_probe_sgd(
     share = batch_size // processes.count
     mine = slice(processes.index * share, (processes.index + 1) * share)
     augment = Augmentation(encoder.preprocessor, batch_size, seed, flip_probability)
-    represent = Representations(encoder, layers)
+    represent = _Representations(encoder, layers)
     device = represent.device
     heads = Heads(represent.widths, len(base_learning_rates), num_classes).to(device).train()
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=0.9)

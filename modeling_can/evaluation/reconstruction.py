@@ -14,9 +14,9 @@ from .features import Pictures
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 
 
-__all__ = ["Reconstruction", "reconstruction_errors"]
+__all__ = ["Reconstruction"]
 
-NUM_DRAWN = 6  # rows of the sheet
+_NUM_DRAWN = 6  # rows of the sheet
 
 
 class Reconstruction(Protocol):
@@ -47,7 +47,7 @@ class Reconstruction(Protocol):
         def errors(batch):
             pictures, indices = batch
             pixels = preprocessor.normalise(pictures.to(device))
-            return reconstruction_errors(
+            return _reconstruction_errors(
                 model=model, pixel_values=pixels, indices=indices.tolist(), std=std, seed=seed
             )
 
@@ -63,7 +63,7 @@ class Reconstruction(Protocol):
         if "noise" in made:
             figures["noise_reduction"] = self._below(setup, made["noise"].mean(), made["residual"])
         path = setup.output_dir / "figures" / f"reconstruction-{file_name(entry.name)}.png"
-        few = torch.stack([preprocessor.decode(test.read(row)) for row in range(min(NUM_DRAWN, len(test)))])
+        few = torch.stack([preprocessor.decode(test.read(row)) for row in range(min(_NUM_DRAWN, len(test)))])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             reconstruction_sheet(
@@ -93,7 +93,7 @@ def _with_index(preprocessor: Preprocessor, encoded: bytes, index: int) -> tuple
     return preprocessor.decode(encoded), index
 
 
-def reconstruction_errors(
+def _reconstruction_errors(
     model: CANForPreTraining, pixel_values: torch.Tensor, indices: list[int], std: tuple[float, ...], seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """

@@ -14,7 +14,7 @@ from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 
 __all__ = ["Retrieval", "retrieval_sheet"]
 
-QUERIES, SHOWN = 8, 7  # rows of the sheet, and neighbours in each
+_QUERIES, _SHOWN = 8, 7  # rows of the sheet, and neighbours in each
 
 
 class Retrieval(Protocol):
@@ -24,9 +24,9 @@ class Retrieval(Protocol):
 
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict:
         data, labels = setup.data, setup.data.test.labels
-        _, nearest = nearest_neighbours(features.train, features.test, SHOWN, setup.device)
+        _, nearest = nearest_neighbours(features.train, features.test, _SHOWN, setup.device)
         right = data.train.labels[nearest] == labels[:, None]
-        rows = np.random.default_rng(setup.settings.seed).permutation(len(labels))[:QUERIES]
+        rows = np.random.default_rng(setup.settings.seed).permutation(len(labels))[:_QUERIES]
         draw = lambda split, row: entry.preprocessor.shown(split.read(row))  # noqa: E731
         path = setup.output_dir / "figures" / f"retrieval-{file_name(entry.name)}.png"
         retrieval_sheet(
@@ -38,7 +38,7 @@ class Retrieval(Protocol):
         )
         share = right.mean(axis=1)
         interval = setup.interval(share)
-        return {"precision": float(share.mean()), "interval": interval, "neighbours": SHOWN, "picture": str(path)}
+        return {"precision": float(share.mean()), "interval": interval, "neighbours": _SHOWN, "picture": str(path)}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
         heading = f"of {figures['neighbours']} neighbours right"
