@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 
-__all__ = ["contrastive_loss", "full_precision", "masked_mean", "normalize_patches", "patch_errors"]
+__all__ = [
+    "contrastive_loss",
+    "full_precision",
+    "masked_mean",
+    "normalize_patches",
+    "patch_errors",
+    "patch_statistics",
+]
 
 
 def full_precision(tensor: torch.Tensor) -> torch.autocast:
@@ -89,9 +96,13 @@ def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Te
 
 def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance over the P pixels of each patch (MAE, arXiv 2111.06377, section 4)."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6) ** 0.5
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std
+
+
+def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation `(..., 1)` by which `normalize_patches` normalizes patches `(..., P)`."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
 def patch_errors(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

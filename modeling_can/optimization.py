@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-__all__ = ["NonFiniteGuard", "decays", "learning_rate", "mixed_precision", "parameter_groups"]
+__all__ = ["NonFiniteGuard", "decays", "learning_rate", "mixed_precision", "parameter_groups", "peak_learning_rate"]
 
 
 def mixed_precision(choice: str) -> str:
@@ -37,6 +37,11 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(
         ("_token", "_tokens", "position_embeddings", "position_embedding.weight", "position_bias_table")
     )
+
+
+def peak_learning_rate(base: float, batch_size: int) -> float:
+    """The learning rate of a batch of images, over all processes, whose base rate is that of a batch of 256."""
+    return base * batch_size / 256
 
 
 def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float) -> float:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from .configuration_can import CANConfig
+from .losses import patch_statistics
 from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 
@@ -58,7 +59,8 @@ def reconstruct(
     clean, noised_patches = patchify(pixel_values, config.patch_shape), patchify(noised, config.patch_shape)
     predicted_pixels = logits
     if config.norm_pix_loss:  # back to true colours, with the statistics that normalised the target
-        predicted_pixels = logits * (clean.var(-1, keepdim=True) + 1e-6) ** 0.5 + clean.mean(-1, keepdim=True)
+        patch_mean, patch_std = patch_statistics(clean)
+        predicted_pixels = logits * patch_std + patch_mean
     predicted_noise = logits if config.denoising_loss_weight > 0 else torch.zeros_like(logits)
     hidden, nan = encoded.mask[:, :, None].bool(), torch.tensor(float("nan"), device=logits.device)
     patches = {

@@ -18,7 +18,7 @@ from transformers.utils import is_peft_available
 
 from ..averages import MetricAverage
 from ..files import check_new_folder
-from ..optimization import NonFiniteGuard, learning_rate
+from ..optimization import NonFiniteGuard, learning_rate, peak_learning_rate
 from ..progress import LINE_SECONDS, progress_bar, tell
 from ..random_state import interlude
 from ..recipe import INSTALL, option
@@ -152,7 +152,8 @@ def finetune(
 
     steps = (len(train), batch_size, recipe.num_epochs, seed)
     num_steps = recipe.num_epochs * (len(train) // batch_size)
-    warmup_steps, peak = round(recipe.warmup_ratio * num_steps), recipe.base_learning_rate * batch_size / 256
+    warmup_steps = round(recipe.warmup_ratio * num_steps)
+    peak = peak_learning_rate(recipe.base_learning_rate, batch_size)
     mine = slice(index * share, (index + 1) * share)
     loader = crop_loader(train, preprocessor, Share(mine, *steps), seed=seed, num_workers=num_workers)
     average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))

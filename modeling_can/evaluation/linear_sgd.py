@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..optimization import learning_rate
+from ..optimization import learning_rate, peak_learning_rate
 from .encoders import POOLINGS, Encoder, pooled
 from .features import ALONE, Extractor, Pictures, Processes
 from .protocol import Entry, Features, Measure, Protocol, Setup
@@ -192,7 +192,7 @@ def linear_probe_sgd(
         crops = crops[:, 0].to(device, non_blocking=True)
         features = gather(torch.cat(represent(augment(crops, step, mine.start)), dim=1))
         labels = torch.from_numpy(part.labels[rows]).to(device)  # of all processes: all know the order
-        rate = learning_rate(step, num_steps, 0, batch_size / 256)
+        rate = learning_rate(step, num_steps, 0, peak_learning_rate(1.0, batch_size))
         with torch.autocast(device.type, enabled=False):
             train_step(
                 heads=heads,
