@@ -14,13 +14,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from modeling_can.files import write  # noqa: E402
+
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 sys.path.insert(0, str(ROOT))  # which need not be installed
 import experiments.cifar10.report as cifar10  # noqa: E402
 import experiments.noise.report as noise  # noqa: E402
-from modeling_can.files import write  # noqa: E402
 
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from train_step import SIZES, preset, timed
 
 from modeling_can import CANForPreTraining
-from modeling_can.training import accumulated_backward, cached_backward
+from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
 
 
 def main():

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from train_step import SIZES, preset, stepper, timed
 
 from modeling_can import CANForPreTraining
-from modeling_can.training import compile_model
+from modeling_can.pretraining.compiling import compile_model
 
 
 KINDS = {  # the first that fits; operators' names as torch's, without aten::

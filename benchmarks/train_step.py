@@ -47,10 +47,12 @@ from tqdm import tqdm
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from modeling_can import CANForPreTraining
-from modeling_can.diagnostics import training_flops
 from modeling_can.modeling_can import sincos_positions
+from modeling_can.optimization import parameter_groups
+from modeling_can.pretraining.compiling import compile_model
+from modeling_can.pretraining.cost import training_flops
 from modeling_can.pretraining.recipe import parse_arguments
-from modeling_can.training import compile_model, interlude, parameter_groups
+from modeling_can.random_state import interlude
 
 
 SIZES = ("quickstart", "cifar", "tiny", "small", "base", "large", "huge")

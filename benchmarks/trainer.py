@@ -37,9 +37,10 @@ from train_step import SIZES, recipe_arguments
 sys.path.insert(0, str(ROOT))
 import run_pretraining  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
+from modeling_can.optimization import parameter_groups  # noqa: E402
 from modeling_can.pretraining.builders import augmentation  # noqa: E402
+from modeling_can.pretraining.compiling import compile_model, how_to_compile  # noqa: E402
 from modeling_can.pretraining.recipe import parse_arguments  # noqa: E402
-from modeling_can.training import compile_model, how_to_compile, parameter_groups  # noqa: E402
 
 
 def write_pictures(folder: Path, number: int = 256):

@@ -34,9 +34,9 @@ from transformers import ViTConfig, ViTModel
 
 from modeling_can import CANConfig, CANForPreTraining, CANModel
 from modeling_can.configuration_can import MAE, SIMCLR
-from modeling_can.diagnostics import training_flops
 from modeling_can.modeling_can import CANAttention, CANModelOutput
-from modeling_can.training import compile_model
+from modeling_can.pretraining.compiling import compile_model
+from modeling_can.pretraining.cost import training_flops
 
 
 STUDIES = ("choices", "tried", "batch", "image_size", "embedding", "largest")
@@ -206,7 +206,7 @@ def main():
 def start(changes: dict, batch_size: int, arguments):
     """A worker that has warmed up, and what it says of itself. Raises EOFError if it died of it."""
     context = get_context("forkserver")  # imports once for all: the largest batch takes dozens of processes
-    context.set_forkserver_preload(["modeling_can.modeling_can", "modeling_can.training"])
+    context.set_forkserver_preload(["modeling_can.pretraining.compiling", "modeling_can.pretraining.cost"])
     ours, theirs = context.Pipe()
     what = (theirs, preset(arguments.size), changes, batch_size, arguments.device)
     context.Process(target=worker, args=what, daemon=True).start()

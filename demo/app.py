@@ -33,7 +33,8 @@ import modeling_can  # noqa: E402, F401  registers CAN with the Auto classes
 from modeling_can.data.decoding import BadImage, decode  # noqa: E402
 from modeling_can.evaluation.encoders import load_config, load_model, load_preprocessor  # noqa: E402
 from modeling_can.evaluation.sets import load_split  # noqa: E402
-from modeling_can.visualization import amplified_noise, errors_of, reconstruct, true_colours  # noqa: E402
+from modeling_can.plots import amplified_noise, errors_of, reconstruct, true_colours  # noqa: E402
+from modeling_can.progress import tell  # noqa: E402
 
 
 QUICKSTART = "out/can-quickstart"
@@ -123,7 +124,14 @@ class Demo:
         pixels, generator = self.pixel_values(encoded), torch.Generator().manual_seed(seed)
         noise = torch.randn(pixels.shape, generator=generator)
         scores = torch.rand(1, self.config.num_patches, generator=generator)
-        made = reconstruct(self.model, pixels, noise_level, noise, scores, mask_ratio)
+        made = reconstruct(
+            model=self.model,
+            pixel_values=pixels,
+            noise_level=noise_level,
+            pixel_noise=noise,
+            masking_scores=scores,
+            mask_ratio=mask_ratio,
+        )
         mean, std = self.preprocessor.processor.image_mean, self.preprocessor.processor.image_std
         shown = {
             name: enlarged(
@@ -290,7 +298,7 @@ def main(argv: list[str] | None = None):
             footer_links=[],
             max_file_size="50mb",
         )
-        print(f"{name} is shown at {address} until Ctrl-C", flush=True)
+        tell(f"{name} is shown at {address} until Ctrl-C")
         page.block_thread()
 
 

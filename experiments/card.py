@@ -27,8 +27,8 @@ from experiments.commands import ROOT  # noqa: E402
 from experiments.keeping import round_weights  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
+from modeling_can.plots import curves, reconstruction_sheet  # noqa: E402
 from modeling_can.pretraining.recipe import Recipe  # noqa: E402
-from modeling_can.visualization import curves, reconstruction_sheet  # noqa: E402
 
 
 HUB = {"dataset_name": "uoft-cs/cifar10", "image_column": "img"}
@@ -61,7 +61,7 @@ def keep(run: Path, folder: Path, data: str):
     pixels = AutoImageProcessor.from_pretrained(folder)(tiles[:6]["image"], return_tensors="pt").pixel_values
     torch.manual_seed(0)
     sheet = folder / "figures" / "reconstructions.png"
-    reconstruction_sheet(model, pixels, recipe.image_mean, recipe.image_std, sheet)
+    reconstruction_sheet(model=model, pixel_values=pixels, mean=recipe.image_mean, std=recipe.image_std, path=sheet)
 
     write_card(folder, recipe.to_dict(), recipe.config, results)
     card = folder / "README.md"

@@ -107,12 +107,12 @@ def parse_values(values: dict, fields: list[dataclasses.Field]) -> dict:
     Raises:
         ValueError: for a key that is none of the fields (the nearest one is named), or a value of the wrong type.
     """
-    refuse_unknown(values, fields)
+    _refuse_unknown(values, fields)
     annotations = {f.name: f.type for f in fields}
     return {name: parse_value(name, value, annotations[name]) for name, value in values.items()}
 
 
-def refuse_unknown(keys, fields: list[dataclasses.Field]):
+def _refuse_unknown(keys, fields: list[dataclasses.Field]):
     """Raises ValueError for a key that is none of the fields; it names the nearest one."""
     known = [f.name for f in fields]
     aliases = {alias: f.name for f in fields if "option" in f.metadata for alias in f.metadata["option"].aliases}
@@ -142,7 +142,7 @@ def parse_value(name: str, value, annotation):
     if isinstance(value, bool):  # which Python takes for a number, and YAML for a word
         raise ValueError(f"{name}={value} is not of type {wanted}{'; put words in quotes' * (str in kinds)}")
     sequence = next((kind for kind in kinds if typing.get_origin(kind) in (tuple, list)), None)
-    items = at_commas(value) if sequence and isinstance(value, str) else value
+    items = _at_commas(value) if sequence and isinstance(value, str) else value
     if isinstance(items, list | tuple) and sequence and items != [value]:
         return tuple(parse_value(name, item, typing.get_args(sequence)[0]) for item in items)
     if sequence and not set(kinds) - {sequence, type(None)}:
@@ -159,7 +159,7 @@ def parse_value(name: str, value, annotation):
     raise ValueError(f"{name}={value!r} is not of type {wanted}")
 
 
-def at_commas(text: str) -> list[str]:
+def _at_commas(text: str) -> list[str]:
     """The parts of a list on the command line; a path that exists is one, whatever its name."""
     return [text] if "," not in text or glob.glob(literal_pattern(expand_user(text))) else text.split(",")
 
@@ -187,7 +187,7 @@ def read_flags(
             arguments.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **number)
     argv = sys.argv[1:] if argv is None else argv
     known = [f for group_fields in groups.values() for f in group_fields]
-    refuse_unknown((word[2:].split("=")[0] for word in argv if word.startswith("--") and word != "--help"), known)
+    _refuse_unknown((word[2:].split("=")[0] for word in argv if word.startswith("--") and word != "--help"), known)
     arguments, stray = parser.parse_known_args(argv)
     if stray:
         raise ValueError(f"unexpected {stray[0]!r}; write --key value")
@@ -196,7 +196,7 @@ def read_flags(
 
 class _Joined(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        values = [part for value in values for part in at_commas(value)]
+        values = [part for value in values for part in _at_commas(value)]
         setattr(namespace, self.dest, values if values[1:] else "".join(values))
 
 

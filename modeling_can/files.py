@@ -4,10 +4,14 @@ import contextlib
 import glob
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 
-__all__ = ["check_new_folder", "expand_user", "flush_to_disk", "literal_pattern", "new_folder", "write"]
+__all__ = [
+    "check_new_folder", "expand_user", "literal_pattern", "new_file", "new_folder", "put_in_place", "write",
+]  # fmt: skip
 
 
 def expand_user(value):
@@ -27,25 +31,37 @@ def literal_pattern(file: str) -> str:
 
 
 def write(path: Path, text: str):
-    """All or nothing: a reader never meets half a file."""
-    partial = path.with_name(path.name + ".partial")
-    try:
+    """A text file, as `new_file`."""
+    with new_file(path) as partial:
         partial.write_text(text)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """
+    A path beside `path` to write to, which takes that name when all went well, and else leaves nothing behind. No two
+    processes get the same, so that several may write the same file. What a killed one leaves ends in `.partial`.
+    """
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        _flush_to_disk(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def flush_to_disk(path: Path):
-    """A renamed file may otherwise be empty after a power cut. Some file systems cannot flush a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush_to_disk(path: Path):
+    """A renamed file may otherwise be empty after a power cut. Some systems cannot open or flush a folder."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes no read-only file
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError:
         if not path.is_dir():
             raise
-    finally:
-        os.close(descriptor)
 
 
 def check_new_folder(folder: Path):
@@ -58,7 +74,7 @@ def check_new_folder(folder: Path):
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path):
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name only when all went well, and else leaves nothing behind."""
     check_new_folder(folder)
     folder = Path(folder).resolve()
@@ -68,6 +84,15 @@ def new_folder(folder: Path):
         yield partial
         if folder.exists():
             folder.rmdir()  # it is empty
-        os.replace(partial, folder)
+        put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, folder: Path):
+    """Gives a complete folder its name, in the place of one that has it, when all of it is on the disk."""
+    for path in (*partial.rglob("*"), partial):
+        _flush_to_disk(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    _flush_to_disk(folder.parent)

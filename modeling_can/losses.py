@@ -9,6 +9,16 @@ import torch
 from torch import nn
 
 
+__all__ = [
+    "contrastive_loss",
+    "full_precision",
+    "masked_mean",
+    "normalize_patches",
+    "patch_errors",
+    "patch_statistics",
+]
+
+
 def full_precision(tensor: torch.Tensor) -> torch.autocast:
     """A context without autocast on the tensor's device (the meta device, which counts FLOPs, knows no autocast)."""
     device_type = tensor.device.type
@@ -34,7 +44,7 @@ class _AllGather(torch.autograd.Function):
         return grad.narrow(0, torch.distributed.get_rank() * ctx.num_rows, ctx.num_rows)
 
 
-def all_gather(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+def _all_gather(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """
     Stacks the rows of all processes along the first axis, with gradient; every process must hold equally many.
     This is the one place that talks to other processes.
@@ -72,7 +82,7 @@ def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Te
         )
     with full_precision(image_embeds):
         anchors = image_embeds.float().flatten(0, 1)  # (2B, d): the two views of an image are neighbours
-        keys, offset = all_gather(anchors)  # (2N, d)
+        keys, offset = _all_gather(anchors)  # (2N, d)
         if keys.shape[0] < 4:
             raise ValueError(
                 f"the contrastive term needs other images as negatives, got a batch of {keys.shape[0] // 2}; "
@@ -86,9 +96,13 @@ def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Te
 
 def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit variance over the P pixels of each patch (MAE, arXiv 2111.06377, section 4)."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6) ** 0.5
+    mean, std = patch_statistics(patches)
+    return (patches - mean) / std
+
+
+def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation `(..., 1)` by which `normalize_patches` normalizes patches `(..., P)`."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
 
 
 def patch_errors(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

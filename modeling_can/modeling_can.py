@@ -656,7 +656,7 @@ class CANForPreTraining(CANPreTrainedModel):
                 Those of the losses to be computed, of `"contrastive"`, `"reconstruction"` and `"denoising"`, and
                 summed in `loss`. Where a step has several batches, the contrastive term compares the embeddings of
                 all of them, outside of the model: the first pass needs the embeddings alone, `()`, the second the
-                other two (`training.cached_backward`).
+                other two (`pretraining.gradient_caching.cached_backward`).
             return_loss (`bool`, defaults to `True`): Whether to compute the losses; `False` leaves them `None`.
 
         Raises:
@@ -676,7 +676,16 @@ class CANForPreTraining(CANPreTrainedModel):
         if self.config.uses_decoder and terms:
             logits = views(self._decode(encoded, pixel_values, noise_level))
 
-        losses = self._losses(pixel_values, noise, mask, image_embeds, logits, terms) if return_loss and terms else {}
+        losses = {}
+        if return_loss and terms:
+            losses = self._losses(
+                pixel_values=pixel_values,
+                noise=noise,
+                mask=mask,
+                image_embeds=image_embeds,
+                logits=logits,
+                terms=terms,
+            )
         return CANForPreTrainingOutput(
             **losses,
             logits=logits,
@@ -832,4 +841,10 @@ class CANForImageClassification(CANPreTrainedModel):
         )
 
 
-__all__ = ["CANForImageClassification", "CANForPreTraining", "CANModel", "CANPreTrainedModel"]
+__all__ = [
+    "CANAttention", "CANDecoder", "CANDropPath", "CANEmbeddings", "CANForImageClassification", "CANForPreTraining",
+    "CANForPreTrainingOutput", "CANLayer", "CANMLP", "CANModel", "CANModelOutput", "CANNoiseHead",
+    "CANNoiseLevelEmbedding", "CANPatchLinear", "CANPreTrainedModel", "CANProjectionHead", "eager_attention_forward",
+    "gather_tokens", "is_plain_linear", "patchify", "random_masking", "resize_positions", "sincos_positions",
+    "unpatchify",
+]  # fmt: skip

@@ -3,16 +3,18 @@
 import contextlib
 import re
 import sys
+from collections.abc import Iterable
 
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 
-__all__ = ["INSTALL", "Unfailing", "quiet", "report_errors", "tell"]
+__all__ = ["INSTALL", "LINE_SECONDS", "duration", "progress_bar", "quiet", "report_errors", "tell"]
 
 INSTALL = (
     'pip install -e ".[{}]" -c constraints.txt'  # of an extra, from a checkout: the fix where a package is missing
 )
+LINE_SECONDS = 30  # between lines of progress where there is no terminal
 
 
 def tell(text: str = ""):
@@ -21,7 +23,53 @@ def tell(text: str = ""):
     sys.stdout.flush()
 
 
-class Unfailing:
+def progress_bar(
+    iterable: Iterable | None = None,
+    description: str = "",
+    total: int | None = None,
+    *,
+    initial: int = 0,
+    unit: str = "it",
+    is_shown: bool = True,
+    lines: bool = False,
+) -> tqdm:
+    """
+    A bar on stderr, where that is a terminal.
+
+    Args:
+        initial (`int`): How many of `total` are done already.
+        unit (`str`): In the plural.
+        is_shown (`bool`): `False` on all processes but one.
+        lines (`bool`): Whether there is a line every half minute where there is no terminal.
+    """
+    options = {"dynamic_ncols": True, "disable": not is_shown}
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left"
+        options = {"file": _Lines(), "bar_format": line, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
+        options |= {"delay": LINE_SECONDS, "disable": not (is_shown and lines)}
+    return tqdm(iterable, description, total, initial=initial, unit=f" {unit}", **options)
+
+
+class _Lines:
+    """A file for tqdm: what it would write over and over becomes a line each time."""
+
+    def write(self, text: str):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def duration(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 5 min`, `3 min`, `40 s`."""
+    for unit, size, smaller, parts in (("d", 86_400, "h", 24), ("h", 3600, "min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size * parts / size)} {smaller}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+class _Unfailing:
     """A stream, as of a log, that drops what cannot be written: a full disk under a log ends no run."""
 
     def __init__(self, stream):
@@ -43,7 +91,7 @@ class Unfailing:
 @contextlib.contextmanager
 def report_errors(program: str, advice: str = ""):
     """For a program: what the user can fix ends it in one sentence, with status 1; and a full log does not end it."""
-    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+    sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
     try:
         yield
     except (ValueError, FloatingPointError, OSError) as error:

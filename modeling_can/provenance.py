@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 
 
-__all__ = ["cpu_name", "installed_versions", "run_facts"]
+__all__ = ["cpu_name", "git_commit", "installed_versions", "run_facts"]
+
+_ROOT = Path(__file__).parent.parent
 
 
 def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
     """
-    Machine, versions of packages and git commit, under the names that they have in `results.json`. The commit ends in
-    -dirty if code, not a result or a document, differs from it. Where there is no checkout, as on a machine that got a
-    copy, the variable GIT_COMMIT names it.
+    Machine, versions of packages and git commit (see `git_commit`), under the names that they have in `results.json`.
     """
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "versions": installed_versions(packages),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(_ROOT),
     }
 
 
@@ -45,12 +45,19 @@ def cpu_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def _git_commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent)]
+def git_commit(checkout: Path) -> str | None:
+    """
+    The commit of a checkout, 40 digits, and -dirty where code, not a result or a document, differs from it. Where
+    this folder is no checkout (an installed package, a copy), the variable GIT_COMMIT names it: a repository around
+    it is somebody else's.
+    """
+    git = ["git", "-C", str(checkout)]
     try:
+        if not (checkout / ".git").exists():
+            raise FileNotFoundError
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")  # not a checkout
-    code = [f":(top)*.{kind}" for kind in ("py", "yaml", "toml", "txt")]
+        return os.environ.get("GIT_COMMIT")
+    code = ["*.py", "*.yaml", "*.toml", "*.txt"]
     is_dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
     return head + "-dirty" * bool(is_dirty)

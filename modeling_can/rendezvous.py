@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 
+__all__ = ["INIT_METHOD", "attempt_name"]
+
+
 INIT_METHOD = "attempt://"  # for `torch.distributed.init_process_group`
 
 

@@ -1,7 +1,6 @@
-"""Names that moved to `modeling_can.data`."""
+"""An earlier place of `RandomCrops`, which is now in `modeling_can.data.crops`."""
 
-from .data.crops import RandomCrops, random_box
-from .data.decoding import DECODING, BadImage, decode
+from .data.crops import RandomCrops
 
 
-__all__ = ["DECODING", "BadImage", "RandomCrops", "decode", "random_box"]
+__all__ = ["RandomCrops"]

@@ -23,7 +23,7 @@ from demo.app import QUICKSTART, Demo, build, enlarged, main, write_examples
 from demo.screenshot import chromium, running_app, wait_for_pictures
 from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
 from modeling_can.data.decoding import BadImage
-from modeling_can.visualization import reconstruct, true_colours
+from modeling_can.plots import reconstruct, true_colours
 
 
 DENOISER = dict(reconstruction_loss_weight=0, denoising_loss_weight=1)

@@ -18,16 +18,11 @@ from testing_utils import free_port, inputs, tiny_model
 from torch.utils._pytree import tree_map
 
 from modeling_can import CANForPreTraining, CANModel
+from modeling_can.averages import MetricAverage
+from modeling_can.optimization import NonFiniteGuard, learning_rate, parameter_groups
 from modeling_can.pretraining.checkpoints import Checkpoints
-from modeling_can.training import (
-    MetricAverage,
-    NonFiniteGuard,
-    accumulated_backward,
-    cached_backward,
-    compile_model,
-    learning_rate,
-    parameter_groups,
-)
+from modeling_can.pretraining.compiling import compile_model
+from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
 
 
 DEVICE = torch.device(os.environ.get("TEST_GPU_DEVICE", "cuda"))

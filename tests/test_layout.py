@@ -57,7 +57,7 @@ def test_accelerate_stays_in_the_loop_and_processes_in_the_losses():
             assert "torch.distributed" not in map(ast.unparse, attributes), path
     no_model = [
         PACKAGE / f"{name}.py"
-        for name in ("evaluation/embed", "evaluation/features", "evaluation/part_files", "training")
+        for name in ("evaluation/embed", "evaluation/features", "evaluation/part_files", "optimization")
     ]
     for path in [*no_model, *(PACKAGE / "data").glob("*.py"), *(PACKAGE / "hub").glob("*.py")]:
         assert not {".modeling_can", "..modeling_can"} & imports(path), path
@@ -85,6 +85,91 @@ def test_settings_know_no_room():
     for path in PACKAGE.rglob("*.py"):  # cards and evaluation read a recipe's file; a Recipe is the trainer's alone
         recipes = {module for module in imports(path) if module.split(".")[-1] == "recipe"}
         assert not recipes or path.parent.name == "pretraining", path
+
+
+IMPORT_ALL = """
+import ast, importlib.util, logging, os, random, signal, sys, warnings
+from pathlib import Path
+import datasets, matplotlib, numpy, PIL.Image, PIL.ImageFile, torch, transformers
+
+def state():
+    rc = {name: str(dict.__getitem__(matplotlib.rcParams, name)) for name in matplotlib.rcParams}
+    loggers = {name: logging.getLogger(name).level for name in sorted(logging.root.manager.loggerDict)}
+    return {
+        "environment": dict(os.environ), "sys.path": list(sys.path), "streams": [id(sys.stdout), id(sys.stderr)],
+        "matplotlib": rc, "pyplot": "matplotlib.pyplot" in sys.modules, "warnings": list(map(str, warnings.filters)),
+        "datasets": {name: str(value) for name, value in vars(datasets.config).items() if name.isupper()},
+        "loggers": loggers, "root": (logging.root.level, list(map(str, logging.root.handlers))),
+        "transformers": transformers.utils.logging.is_progress_bar_enabled(),
+        "torch": [torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision(),
+                  torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+                  torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, str(torch.get_rng_state())],
+        "random": [random.getstate(), str(numpy.random.get_state())],
+        "PIL": [PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES],
+        "signals": [str(signal.getsignal(number)) for number in signal.valid_signals()],
+    }
+
+root = Path(sys.argv[1])
+files = sorted(root.glob("modeling_can/**/*.py"))
+if importlib.util.find_spec("skimage") is None:  # which only the script that cuts the bundled tiles needs
+    files = [path for path in files if path.name != "build.py"]
+for path in files:  # what other packages change, as they are imported, is not ours
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+            exec(ast.unparse(node), {})
+sys.path.insert(0, str(root))
+before = state()
+for path in files:
+    name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    importlib.import_module(name)
+after = state()
+known = before["loggers"].keys()
+after["loggers"] = {name: level for name, level in after["loggers"].items() if name in known or level}
+print([name for name in before if before[name] != after[name]])
+"""
+
+
+def test_importing_changes_nothing_for_the_users_process():
+    command = [sys.executable, "-c", IMPORT_ALL, str(ROOT)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert answer.stdout.strip() == "[]", answer.stdout[:3000] + answer.stderr
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_says_what_is_public(path):
+    nodes = ast.parse(path.read_text()).body
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assigned = {
+        name.id
+        for node in nodes
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for name in ast.walk(node)
+        if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+    }
+    imported = {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    (names,) = [ast.literal_eval(node.value) for node in nodes if ast.unparse(node).startswith("__all__ = ")]
+    assert len(names) == len(set(names)) and set(names) <= defined | assigned | imported
+    assert {name for name in defined if not name.startswith("_")} <= set(names)
+
+
+def scripts_and_package() -> list[Path]:
+    return [*ROOT.glob("*.py"), *PACKAGE.rglob("*.py"), *(ROOT / "demo").glob("*.py")]
+
+
+def test_of_many_arguments_all_but_four_are_by_keyword():
+    """Of the package's own functions and classes, by their names; torch's have other customs."""
+    trees = {path: ast.parse(path.read_text()) for path in scripts_and_package()}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    ours = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for path, tree in trees.items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = getattr(call.func, "attr", getattr(call.func, "id", None))
+            assert len(call.args) <= 4 or name not in ours, f"{path}, line {call.lineno}: {ast.unparse(call)}"
 
 
 def test_files_and_functions_fit_their_reader():

@@ -44,7 +44,7 @@ from experiments.noise.report import RESULTS, report  # noqa: E402
 from experiments.noise.runs import RUNS, runs  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.files import write  # noqa: E402
-from modeling_can.visualization import reconstruct  # noqa: E402
+from modeling_can.plots import reconstruct  # noqa: E402
 
 
 __all__ = ["TILES", "gains"]

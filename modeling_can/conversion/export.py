@@ -205,7 +205,8 @@ def to_timm(model: CANPreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
     twin = CANForPreTraining(
         encoder_config(**{name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")})
     )
-    copy_weights(from_timm("timm", state, arguments, None, 1), twin, "timm")
+    returned = from_timm(name="timm", state=state, model_args=arguments, num_heads=None, num_decoder_heads=1)
+    copy_weights(returned, twin, "timm")
     for name, tensor in model.base_model.state_dict().items():
         assert torch.equal(twin.can.state_dict()[name], tensor.float().cpu()), f"{name} is not what it was"
     return state, description
@@ -286,6 +287,13 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
         if processor and target != "timm":
             (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
         is_classifier = isinstance(model, CANForImageClassification) and target != "vit"
-        card = export_card(folder.resolve().name, target, source, model.config, is_classifier, bool(processor))
+        card = export_card(
+            name=folder.resolve().name,
+            target=target,
+            source=source,
+            config=model.config,
+            is_classifier=is_classifier,
+            has_processor=bool(processor),
+        )
         (partial / "README.md").write_text(card)
     return model

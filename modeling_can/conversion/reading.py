@@ -6,8 +6,10 @@ here is it read, by `torch.load(weights_only=True)`, and a warning says so.
 """
 
 import argparse
+import contextlib
 import logging
 import math
+import os
 import pickle
 import re
 from pathlib import Path
@@ -42,6 +44,7 @@ __all__ = [
     "as_pair",
     "encoder_config",
     "from_timm",
+    "no_conversion_service",
     "read_checkpoint",
     "read_config",
     "read_weights",
@@ -132,6 +135,19 @@ def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[No
     return source, source.model_class.config_class.from_dict(values)
 
 
+@contextlib.contextmanager
+def no_conversion_service():
+    """Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there."""
+    name = "DISABLE_SAFETENSORS_CONVERSION"
+    is_ours = name not in os.environ
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if is_ours:
+            del os.environ[name]
+
+
 def read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
     """What is truly in the file, in fp32 under the source's names: no tensor that transformers has drawn instead."""
 
@@ -140,7 +156,7 @@ def read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
 
     try:
         has_safetensors = has("model.safetensors") or has("model.safetensors.index.json")
-        with quiet():
+        with quiet(), no_conversion_service():
             model, info = source.model_class.from_pretrained(
                 name_or_path,
                 dtype=torch.float32,
@@ -178,7 +194,9 @@ def _read_file(path: Path, model_args: dict, num_heads: int | None, num_decoder_
             f"{', '.join(list(state)[:3]) or 'no tensors'}; give a file of timm's, MAE's or CAN's authors, or a "
             "folder with a config.json"
         )
-    return from_timm(str(path), state, model_args, num_heads, num_decoder_heads)
+    return from_timm(
+        name=str(path), state=state, model_args=model_args, num_heads=num_heads, num_decoder_heads=num_decoder_heads
+    )
 
 
 def _warn_of_pickle(name):

@@ -13,6 +13,12 @@ import torch
 from torch import nn
 
 
+__all__ = [
+    "Augmentation", "RandAugment", "blur_with_convolutions", "blur_with_products", "equalize", "grayscale",
+    "random_boxes", "solarize",
+]  # fmt: skip
+
+
 logger = logging.getLogger(__name__)
 
 # --- Operations ------------------------------------------------------------------------------------------------------
@@ -24,25 +30,25 @@ def grayscale(images: torch.Tensor) -> torch.Tensor:
     return torch.add(0.299 * red, green, alpha=0.587).add_(blue, alpha=0.114).unsqueeze(-3)
 
 
-def blend(dull: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _blend(dull: torch.Tensor, images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Factor 0 gives the dull version, 1 the images; above 1 the difference grows. Clamped to [0, 1]."""
     return torch.lerp(dull, images, factor).clamp_(0, 1)
 
 
-def adjust_brightness(images, factor):
+def _adjust_brightness(images, factor):
     return (images * factor).clamp_(0, 1)
 
 
-def adjust_contrast(images, factor):
+def _adjust_contrast(images, factor):
     means = images.mean((2, 3), keepdim=True)  # the mean of the gray is the gray of the means: one pass less
-    return blend(grayscale(means), images, factor)
+    return _blend(grayscale(means), images, factor)
 
 
-def adjust_saturation(images, factor):
-    return blend(grayscale(images), images, factor)
+def _adjust_saturation(images, factor):
+    return _blend(grayscale(images), images, factor)
 
 
-def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def _shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """
     Adds to the hue of HSV, a whole turn being 1. With the value V = max, the chroma C = max - min and the hue h in
     sixths of a turn, each channel is V - C * clamp(2 - |d|, 0, 1), where d is the distance of h on the circle from
@@ -70,7 +76,7 @@ def solarize(images: torch.Tensor) -> torch.Tensor:
     return torch.where(images < 0.5, images, 1 - images)
 
 
-def gaussian(sigma: torch.Tensor, radius: int) -> torch.Tensor:
+def _gaussian(sigma: torch.Tensor, radius: int) -> torch.Tensor:
     """
     Weights `(n, radius + 1)` of the distances 0 to radius, such that the whole kernel sums to 1. A sigma below 0.05,
     and so 0, is exactly the identity: exp(-1 / (2 * 0.05 ** 2)) is 0 in fp32.
@@ -83,7 +89,7 @@ def gaussian(sigma: torch.Tensor, radius: int) -> torch.Tensor:
 def blur_with_convolutions(images: torch.Tensor, sigma: torch.Tensor, kernel_size: int) -> torch.Tensor:
     """Gaussian blur with reflected borders."""
     radius = kernel_size // 2
-    weights = gaussian(sigma, radius)
+    weights = _gaussian(sigma, radius)
     kernels = torch.cat([weights.flip(1), weights[:, 1:]], dim=1).repeat_interleave(images.shape[1], dim=0)
     padded = nn.functional.pad(images, [radius] * 4, mode="reflect").flatten(0, 1)[None]  # (1, n * C, H, W)
     padded = nn.functional.conv2d(padded, kernels[:, None, None, :], groups=len(kernels))
@@ -96,7 +102,7 @@ def blur_with_products(images: torch.Tensor, sigma: torch.Tensor, kernel_size: i
     off by less than 5e-4, an eighth of a level of 8 bits, also for an image that is not blurred.
     """
     height, width = images.shape[-2:]
-    weights = nn.functional.pad(gaussian(sigma, kernel_size // 2), (0, 1))  # the last one, 0, is of all that is far
+    weights = nn.functional.pad(_gaussian(sigma, kernel_size // 2), (0, 1))  # the last one, 0, is of all that is far
     far = weights.shape[1] - 1
 
     def matrix(size):
@@ -117,10 +123,10 @@ def blur_with_products(images: torch.Tensor, sigma: torch.Tensor, kernel_size: i
 # In this order for every image. kornia draws one order for each batch, torchvision one for each image, which computes
 # each adjustment in each place: four times the passes over the pixels.
 ADJUSTMENTS = {
-    "brightness": adjust_brightness,
-    "contrast": adjust_contrast,
-    "saturation": adjust_saturation,
-    "hue": shift_hue,
+    "brightness": _adjust_brightness,
+    "contrast": _adjust_contrast,
+    "saturation": _adjust_saturation,
+    "hue": _shift_hue,
 }
 
 
@@ -280,9 +286,9 @@ def _smooth(images):
     return smooth
 
 
-def _blend(dull, images, level):
+def _enhance(dull, images, level):
     """Away from the dull version of the images, or towards it."""
-    return blend(dull, images, 1 + 0.9 * level)
+    return _blend(dull, images, 1 + 0.9 * level)
 
 
 def _posterize(images, level):
@@ -315,10 +321,10 @@ OPERATIONS = {
     "solarize_add": lambda images, level, fill: torch.where(
         images < 0.5, images + 110 / 255 * level.abs(), images
     ).clamp(max=1),
-    "color": lambda images, level, fill: _blend(_gray(images), images, level),
-    "contrast": lambda images, level, fill: _blend(_gray(images).mean((2, 3), keepdim=True), images, level),
-    "brightness": lambda images, level, fill: adjust_brightness(images, 1 + 0.9 * level),
-    "sharpness": lambda images, level, fill: _blend(_smooth(images), images, level),
+    "color": lambda images, level, fill: _enhance(_gray(images), images, level),
+    "contrast": lambda images, level, fill: _enhance(_gray(images).mean((2, 3), keepdim=True), images, level),
+    "brightness": lambda images, level, fill: _adjust_brightness(images, 1 + 0.9 * level),
+    "sharpness": lambda images, level, fill: _enhance(_smooth(images), images, level),
     "rotate": _rotate,
     "shear_x": lambda images, level, fill: _warp(images, fill, xy=0.3 * level.flatten()),
     "shear_y": lambda images, level, fill: _warp(images, fill, yx=0.3 * level.flatten()),

@@ -11,7 +11,10 @@ from PIL import Image, ImageColor
 from .formats import describe
 
 
-UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+__all__ = ["BadImage", "DECODING", "HIGH_BIT_DEPTH", "check_color", "decode"]
+
+
+_UPRIGHT = {  # EXIF orientation -> what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -85,7 +88,7 @@ def decode(
         if pixels is None or orientation != 1:
             image = image if pixels is None else Image.fromarray(pixels.squeeze(2) if num_channels == 1 else pixels)
             image = _convert(image, num_channels, transparent_background, high_bit_depth)
-            pixels = np.array(image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image)
+            pixels = np.array(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
         return pixels.reshape(*pixels.shape[:2], num_channels)
     except BadImage:
         raise

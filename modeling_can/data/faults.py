@@ -16,6 +16,12 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from .tars import damaged
 
 
+__all__ = [
+    "is_empty_tar", "load", "local_files", "refuse_cut_off_file", "refuse_damaged_file", "refuse_other_than_images",
+    "refuse_unwritable_cache",
+]  # fmt: skip
+
+
 def load(arguments: dict, split: str, name: str) -> datasets.Dataset:
     """`datasets.load_dataset`; `ValueError` that names the damaged file, or the damaged member of a tar."""
     try:

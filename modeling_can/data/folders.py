@@ -18,11 +18,18 @@ from PIL import Image
 from ..files import literal_pattern
 
 
+__all__ = [
+    "SAMPLE_DATA", "counts", "fingerprint", "hash_of", "image_extensions", "images_below",
+    "left_out_of_split", "list_images", "load_arguments", "refuse_braces", "refuse_misread_folders",
+    "refuse_missing", "resolve_name", "split_names", "suffix_of",
+]  # fmt: skip
+
+
 SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
-NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # containers and vector graphics
-TEXT = {".csv", ".json", ".jsonl", ".md", ".parquet", ".txt", ".yaml", ".yml"}  # what describes images
-IN_NO_SPLIT, UNREADABLE = "in no split", "unreadable folders"
-NUM_SHOWN = 8  # kinds, or folders, that a line names
+_NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # containers and vector graphics
+_TEXT = {".csv", ".json", ".jsonl", ".md", ".parquet", ".txt", ".yaml", ".yml"}  # what describes images
+_IN_NO_SPLIT, _UNREADABLE = "in no split", "unreadable folders"
+_NUM_SHOWN = 8  # kinds, or folders, that a line names
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
@@ -42,7 +49,7 @@ def load_arguments(name: str, config_name: str | None = None) -> dict:
     path = Path(resolve_name(name))
     if not path.is_dir() or glob.escape(str(path)) == str(path):
         return {"path": resolve_name(name), "name": config_name}
-    if config_name or has_configs(path):
+    if config_name or _has_configs(path):
         raise ValueError(
             f"dataset_name={name} has configurations, and brackets, * or ? in its path, which datasets takes for a "
             "pattern; rename the folder"
@@ -51,7 +58,7 @@ def load_arguments(name: str, config_name: str | None = None) -> dict:
     return {"path": str(outer), "data_dir": glob.escape(str(path.relative_to(outer)))}
 
 
-def has_configs(folder: Path) -> bool:
+def _has_configs(folder: Path) -> bool:
     """Whether the README.md of a data set says which files make its splits."""
     card = folder / "README.md"
     return card.is_file() and bool((metadata_load(card) or {}).get("configs"))
@@ -111,11 +118,11 @@ def hash_of(values: list) -> str:
 def image_extensions() -> set[str]:
     """Those of the images that Pillow reads, with its plugins; lower case."""
     Image.init()
-    read = {*Image.OPEN, "MPO"} - NO_IMAGES  # MPO is opened as JPEG
+    read = {*Image.OPEN, "MPO"} - _NO_IMAGES  # MPO is opened as JPEG
     return {extension for extension, kind in Image.registered_extensions().items() if kind in read}
 
 
-def walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
+def _walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
     """
     Every file below a folder, through symbolic links too, each folder once. Hidden files and folders are left out, as
     `datasets` does: they hold thumbnails, earlier versions and files of macOS; their images are counted.
@@ -137,17 +144,17 @@ def walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
         left_out["hidden"] += num_images([file for file in files if file.startswith(".")])
         paths += (os.path.join(parent, file) for file in files if not file.startswith("."))
     if unreadable:
-        left_out[UNREADABLE] = len(unreadable)
+        left_out[_UNREADABLE] = len(unreadable)
     return paths
 
 
-def kind_of(path: str) -> str:
+def _kind_of(path: str) -> str:
     """`.heic`; the end of a name such as 1.2.840.17 is no extension."""
     suffix = os.path.splitext(path)[1].lower()
     return suffix if re.fullmatch(r"\.(?=.*[a-z])\w{1,10}", suffix) else "without extension"
 
 
-def holds_figures(folder: str) -> bool:
+def _holds_figures(folder: str) -> bool:
     """Whether a folder holds the figures of a run of this project."""
     run, name = os.path.split(folder)
     marks = (f"{run}/recipe.yaml", f"{run}/results.json", f"{folder}/preflight.png")
@@ -161,36 +168,36 @@ def list_images(folder: str) -> tuple[list[str], dict[str, int], str]:
     """
     left_out, unreadable, images, figures = Counter(), [], [], {folder: False}
     extensions = image_extensions()
-    for path in walk(folder, left_out, unreadable):
+    for path in _walk(folder, left_out, unreadable):
         parent, extension = os.path.dirname(path), os.path.splitext(path)[1].lower()
         if extension not in extensions:
-            left_out[kind_of(path)] += 1
+            left_out[_kind_of(path)] += 1
             continue
         if parent not in figures:
-            figures[parent] = holds_figures(parent)
+            figures[parent] = _holds_figures(parent)
         if figures[parent]:
             left_out["in figures of runs"] += 1
         else:
             images.append(path)
     left_out = +left_out  # without zeros
-    return sorted(images), dict(left_out), sentence(f"data_dir={folder}", len(images), left_out, unreadable)
+    return sorted(images), dict(left_out), _sentence(f"data_dir={folder}", len(images), left_out, unreadable)
 
 
-def sentence(source: str, num_images: int, left_out: Counter, unreadable: list[str], unit: str = "images") -> str:
+def _sentence(source: str, num_images: int, left_out: Counter, unreadable: list[str], unit: str = "images") -> str:
     parts = [f"{source}: reads {num_images:,} {unit}"]
-    if counted := counts({kind: number for kind, number in left_out.items() if kind != UNREADABLE}):
+    if counted := counts({kind: number for kind, number in left_out.items() if kind != _UNREADABLE}):
         parts.append(f"left out: {counted}")
     if unreadable:
         number = "1 folder" if len(unreadable) == 1 else f"{len(unreadable)} folders"
-        parts.append(f"{number} may not be read: {', '.join(unreadable[:NUM_SHOWN])}")
+        parts.append(f"{number} may not be read: {', '.join(unreadable[:_NUM_SHOWN])}")
     return "; ".join(parts) if parts[1:] else ""
 
 
 def counts(left_out: dict[str, int]) -> str:
     """`4 .heic, 3 hidden`, the most frequent kinds first."""
     kinds = sorted((-number, kind) for kind, number in left_out.items())
-    shown = [f"{-number:,} {kind}" for number, kind in kinds[:NUM_SHOWN]]
-    rest = -sum(number for number, _ in kinds[NUM_SHOWN:])
+    shown = [f"{-number:,} {kind}" for number, kind in kinds[:_NUM_SHOWN]]
+    rest = -sum(number for number, _ in kinds[_NUM_SHOWN:])
     return ", ".join(shown + ([f"{rest:,} of other kinds"] if rest else []))
 
 
@@ -208,11 +215,11 @@ def left_out_of_split(
     Raises:
         ValueError: if `datasets` takes the figures of a run of this project for images of the folder.
     """
-    if has_configs(Path(folder)):
+    if _has_configs(Path(folder)):
         return {}, ""
     split_of = {str(file): str(name) for name, files in data_files.items() for file in files}
     for parent in {os.path.dirname(file) for file in split_of}:
-        if holds_figures(parent):
+        if _holds_figures(parent):
             raise ValueError(
                 f"dataset_name={folder} holds the figures of a run, {parent}, which would be read as images; move the "
                 "run to another place" + ("" if labelled else f", or give --data_dir '{folder}', which skips them")
@@ -221,34 +228,40 @@ def left_out_of_split(
     kinds = {os.path.splitext(file)[1].lower() for file in split_of}
     holds_images = bool(kinds & extensions)
     kinds = kinds & extensions if holds_images else kinds
-    for path in walk(folder, left_out, unreadable):
+    for path in _walk(folder, left_out, unreadable):
         extension, own = os.path.splitext(path)[1].lower(), split_of.get(path)
         if own in split_names(split):
             num_read += extension in kinds
         elif own is None and extension in kinds and os.path.basename(path) not in FILES_TO_IGNORE:
-            left_out[IN_NO_SPLIT] += 1
-        elif own and holds_images and not in_folder_of(own, os.path.relpath(path, folder)):
+            left_out[_IN_NO_SPLIT] += 1
+        elif own and holds_images and not _in_folder_of(own, os.path.relpath(path, folder)):
             left_out[f"in split {own}"] += 1
-        elif own is None and holds_images and extension not in TEXT:
-            left_out[kind_of(path)] += 1
+        elif own is None and holds_images and extension not in _TEXT:
+            left_out[_kind_of(path)] += 1
     del left_out["hidden"]
     left_out = +left_out
     unit = "images" if holds_images else "files"
-    text = sentence(f"dataset_name={folder}, split {split}", num_read, left_out, unreadable, unit)
+    text = _sentence(
+        source=f"dataset_name={folder}, split {split}",
+        num_images=num_read,
+        left_out=left_out,
+        unreadable=unreadable,
+        unit=unit,
+    )
     if any(kind.startswith("in ") for kind in left_out):
         text += "; datasets takes words such as train and test in names for splits: rename the files or folders"
         text += f", or give --data_dir '{folder}', which reads all images" if holds_images and not labelled else ""
     return dict(left_out), text
 
 
-def in_folder_of(split: str, path: str) -> bool:
+def _in_folder_of(split: str, path: str) -> bool:
     """Whether a folder in the path is called after the split, as in `test/cat/1.jpg`."""
     keywords = {str(name): words for name, words in SPLIT_KEYWORDS.items()}.get(split, [split])
     words = {word for part in path.split(os.sep)[:-1] for word in re.split(r"[-._ 0-9]", part)}
     return not words.isdisjoint(keywords)
 
 
-SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+_SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 
 def refuse_misread_folders(folder: Path):
@@ -259,7 +272,7 @@ def refuse_misread_folders(folder: Path):
     if not folder.is_dir() or (folder / "README.md").exists():  # which may name the files of the splits
         return
     images = images_below(folder)
-    splits = {image: sorted(SPLIT_FOLDERS.intersection(image.parts[:-1])) for image in images}
+    splits = {image: sorted(_SPLIT_FOLDERS.intersection(image.parts[:-1])) for image in images}
     inside = next((image for image in images if splits[image]), None)
     outside = next((image for image in images if len(image.parts) > 1 and not splits[image]), None)
     if inside and outside and len({name for names in splits.values() for name in names}) == 1:
@@ -280,5 +293,5 @@ def refuse_misread_folders(folder: Path):
 def images_below(folder: Path) -> list[Path]:
     """The relative paths of the images of a folder."""
     extensions = image_extensions()
-    paths = (Path(path) for path in walk(str(folder), Counter(), []))
+    paths = (Path(path) for path in _walk(str(folder), Counter(), []))
     return sorted(path.relative_to(folder) for path in paths if path.suffix.lower() in extensions)

@@ -18,12 +18,18 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 
+__all__ = [
+    "Patient", "SHARED_MEMORY", "approximate_position", "free_shared_memory", "handed_over", "outlive_stop_signals",
+    "reader_states", "resume", "view_loader", "worker_options",
+]  # fmt: skip
+
+
 logger = logging.getLogger(__name__)
 
-PATIENCE = 30 * 60  # seconds without a batch, after which a run gives up; a lost connection is tried again for 10 min
+_PATIENCE = 30 * 60  # seconds without a batch, after which a run gives up; a lost connection is tried again for 10 min
 POLL_SECONDS = 5  # how often the workers are looked at while a batch is awaited
 SHARED_MEMORY = Path("/dev/shm")
-LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")  # what a Unix socket's address has room for
+_LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")  # what a Unix socket's address has room for
 
 
 # --- Waiting ---------------------------------------------------------------------------------------------------------
@@ -37,9 +43,9 @@ def worker_options(num_workers: int) -> dict:
         ValueError: if TMPDIR is so long that workers could not hand over their batches.
     """
     folder = multiprocessing.util.get_temp_dir() if num_workers else ""
-    if len(os.path.dirname(folder)) > LONGEST_TMPDIR:
+    if len(os.path.dirname(folder)) > _LONGEST_TMPDIR:
         raise ValueError(
-            f"TMPDIR={os.path.dirname(folder)} is longer than {LONGEST_TMPDIR} characters, and loader workers put a "
+            f"TMPDIR={os.path.dirname(folder)} is longer than {_LONGEST_TMPDIR} characters, and loader workers put a "
             "socket there; set TMPDIR to a shorter path, or dataloader_num_workers to 0"
         )
     return {"num_workers": num_workers, "timeout": POLL_SECONDS if num_workers else 0}
@@ -58,12 +64,12 @@ class Patient:
         OSError: while iterating, when a worker died or could not hand over its batch.
     """
 
-    def __init__(self, loader, patience: float = PATIENCE):
+    def __init__(self, loader, patience: float = _PATIENCE):
         others, self.patience = set(multiprocessing.active_children()), patience
         try:
             self.batches = iter(loader)
         except OSError as error:
-            raise shared_memory_error(error) or error from error
+            raise _shared_memory_error(error) or error from error
         self.workers = [child for child in multiprocessing.active_children() if child not in others]
 
     def __iter__(self) -> Iterator:
@@ -79,7 +85,7 @@ class Patient:
             except Exception as error:
                 if dead := self._dead(error):
                     raise OSError(dead) from error
-                if full := shared_memory_error(error):
+                if full := _shared_memory_error(error):
                     raise full from error
                 if "DataLoader timed out" not in str(error):  # after POLL_SECONDS, not for the first time perhaps
                     raise
@@ -106,7 +112,7 @@ class Patient:
         return None
 
 
-def shared_memory_error(error: Exception) -> OSError | None:
+def _shared_memory_error(error: Exception) -> OSError | None:
     """What to say of an error, of this process or a worker, that a full /dev/shm caused."""
     is_of_a_queue = getattr(error, "errno", None) == errno.ENOSPC and error.filename is None
     if not is_of_a_queue and not any(word in str(error) for word in ("shared memory", "/torch_")):
@@ -134,7 +140,7 @@ def handed_over(tensor: torch.Tensor) -> torch.Tensor:
 # --- The loader of the trainer ---------------------------------------------------------------------------------------
 
 
-def collate(samples: list[dict]) -> dict:
+def _collate(samples: list[dict]) -> dict:
     """Samples -> `{"views": uint8 (B, 2, C, H, W), "bad": [reason], "images": [name]}`."""
     return {
         "views": handed_over(torch.stack([sample["views"] for sample in samples])),
@@ -166,7 +172,7 @@ def view_loader(stream, batch_size: int, num_workers: int = 0, **options) -> Sta
         )  # fmt: skip
         num_workers = fewer
     options = {**worker_options(num_workers), **options}
-    return StatefulDataLoader(stream, batch_size, collate_fn=collate, worker_init_fn=outlive_stop_signals, **options)
+    return StatefulDataLoader(stream, batch_size, collate_fn=_collate, worker_init_fn=outlive_stop_signals, **options)
 
 
 def outlive_stop_signals(worker_id: int):

@@ -51,7 +51,7 @@ def read_bytes(image: dict | None) -> bytes:
     if encoded is None:
         is_remote = "://" in path
         try:
-            with open_file(path) if is_remote else open(path, "rb") as file:
+            with _open_file(path) if is_remote else open(path, "rb") as file:
                 encoded = file.read()
         except Exception as error:  # anything from a broken archive to a protocol that there is not
             if is_remote and isinstance(error, connection_errors()) and not is_gone(error):
@@ -63,7 +63,7 @@ def read_bytes(image: dict | None) -> bytes:
     return encoded
 
 
-def open_file(path: str):
+def _open_file(path: str):
     """A file of a file system that fsspec knows; of an archive, whose index is read once and not for every file."""
     inner, *archive = path.split("::", 1)
     if not archive or "://" not in inner:

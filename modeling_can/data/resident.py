@@ -17,8 +17,8 @@ import psutil
 import torch
 from datasets.distributed import split_dataset_by_node
 from torch.nn.functional import interpolate
-from tqdm.auto import tqdm
 
+from ..progress import progress_bar
 from .bad_samples import append_line, ledger_line, ledger_lines, refuse_bad
 from .crops import RandomCrops
 from .decoding import BadImage, decode
@@ -27,11 +27,14 @@ from .reading import image_name
 from .sources import ImageSource
 
 
+__all__ = ["CropPlan", "ResidentImages", "ResidentLoader", "crop", "read_images", "resident_images", "resize_weights"]
+
+
 logger = logging.getLogger(__name__)
 
 MEMORY_FRACTION = 0.25  # of the device's free memory, which the images may take; twice as much while they are sorted
-MARGIN = 256 / 224  # images that are brought to one size keep this much more than a view has
-SEVERAL_SIZES = "the images have several sizes"
+_MARGIN = 256 / 224  # images that are brought to one size keep this much more than a view has
+_SEVERAL_SIZES = "the images have several sizes"
 
 
 @dataclass
@@ -57,7 +60,14 @@ class ResidentImages:
                 append_line(log, line)
         if self.bad:
             num_seen = len(self.names) + len(self.bad)
-            refuse_bad(source_name, len(self.bad), num_seen, max_bad_fraction, self.bad[-1][1], log)
+            refuse_bad(
+                source_name=source_name,
+                num_bad=len(self.bad),
+                num_seen=num_seen,
+                max_bad_fraction=max_bad_fraction,
+                last=self.bad[-1][1],
+                ledger=log,
+            )
 
 
 def resident_images(
@@ -76,11 +86,18 @@ def resident_images(
     if not choice or (choice == "auto" and (not is_gpu or source.is_remote or source.num_images() is None)):
         return None, None
     memory = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
-    read = functools.partial(read_images, source, crops, device, num_workers, MEMORY_FRACTION * memory)
+    read = functools.partial(
+        read_images,
+        source=source,
+        crops=crops,
+        device=device,
+        num_workers=num_workers,
+        max_bytes=MEMORY_FRACTION * memory,
+    )
     images, remark = read(), None
-    if images == SEVERAL_SIZES and choice is True:
+    if images == _SEVERAL_SIZES and choice is True:
         images = read(same_size=True)
-        remark = f"{SEVERAL_SIZES}: each was resized and cropped to {' x '.join(map(str, one_size(crops)))} pixels"
+        remark = f"{_SEVERAL_SIZES}: each was resized and cropped to {' x '.join(map(str, _one_size(crops)))} pixels"
     if isinstance(images, str):
         if choice is True:
             raise ValueError(f"data_on_device=true, but {images}; set data_on_device to false")
@@ -92,7 +109,7 @@ def resident_images(
 # --- Decoding --------------------------------------------------------------------------------------------------------
 
 
-class DecodeOnce(torch.utils.data.IterableDataset):
+class _DecodeOnce(torch.utils.data.IterableDataset):
     """
     One pass over a source, its rows assigned to the workers: `(pixels (C, H, W), checksum, name)` of each image, or
     `(reason, line)` of a bad one. With `shape`, images of another size are brought to it.
@@ -115,10 +132,10 @@ class DecodeOnce(torch.utils.data.IterableDataset):
                     yield error.reason, ledger_line(self.source.name, image, error)
                     continue
                 name = image_name({**image, "bytes": encoded})
-                yield pixels if self.shape is None else fit(pixels, self.shape), zlib.crc32(encoded), name
+                yield pixels if self.shape is None else _fit(pixels, self.shape), zlib.crc32(encoded), name
 
 
-def fit(pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _fit(pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """An image `(C, H, W)` of this shape: resized until one side fits, the other cropped around the center."""
     scale = max(wanted / side for wanted, side in zip(shape, pixels.shape[1:], strict=True))
     size = [max(wanted, round(side * scale)) for wanted, side in zip(shape, pixels.shape[1:], strict=True)]
@@ -128,9 +145,9 @@ def fit(pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return pixels[:, top : top + shape[0], left : left + shape[1]]
 
 
-def one_size(crops: RandomCrops) -> tuple[int, int]:
+def _one_size(crops: RandomCrops) -> tuple[int, int]:
     """What images of several sizes are brought to, (height, width)."""
-    return tuple(round(MARGIN * side) for side in crops.image_shape)
+    return tuple(round(_MARGIN * side) for side in crops.image_shape)
 
 
 def read_images(
@@ -159,17 +176,17 @@ def read_images(
         ValueError: if no image can be used.
         OSError: if the source cannot be read.
     """
-    shape = one_size(crops) if same_size else None
-    decoder = DecodeOnce(source, crops.decoding, shape)
+    shape = _one_size(crops) if same_size else None
+    decoder = _DecodeOnce(source, crops.decoding, shape)
     options = {"collate_fn": list, "worker_init_fn": outlive_stop_signals, **worker_options(num_workers)}
     loader = torch.utils.data.DataLoader(decoder, batch_size=128, **options)
     first = list(itertools.islice(decoder, 16))  # which often tells that it is in vain, before workers decode hundreds
     num_images, pixels, keys, bad = source.num_images() or 0, [], [], []
-    for samples in itertools.chain([first], tqdm(Patient(loader), "decoding", disable=None)):
+    for samples in itertools.chain([first], progress_bar(Patient(loader), "decoding", unit="batches")):
         good = [sample for sample in samples if len(sample) == 3]
         shape = shape or (good[0][0].shape[1:] if good else None)
         if any(image.shape[1:] != shape for image, *_ in good):
-            return SEVERAL_SIZES
+            return _SEVERAL_SIZES
         needed = max(num_images, len(keys)) * sum(image.numel() for image, *_ in good[:1])
         if needed > max_bytes:
             return f"the decoded images take {needed / 1e9:.3g} GB, more than the {max_bytes / 1e9:.3g} GB set apart"
@@ -226,7 +243,7 @@ def resize_weights(low: torch.Tensor, high: torch.Tensor, size: int, new_size: i
     return ((weights / step).round() * step).float()
 
 
-def halves(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _halves(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two parts of so few bits that their products with pixels are exact in TF32, which a GPU may be set to."""
     coarse = (128 * weights).round() / 128
     return coarse, weights - coarse
@@ -247,13 +264,17 @@ def crop(images: torch.Tensor, boxes: torch.Tensor, image_shape: tuple[int, int]
         uint8 of shape `(batch_size, num_views, num_channels, *image_shape)`.
     """
     left, upper, right, lower = boxes.flatten(0, 1).unbind(1)
-    across = resize_weights(left, right, images.shape[3], image_shape[1], resample).unflatten(0, boxes.shape[:2])
-    down = resize_weights(upper, lower, images.shape[2], image_shape[0], resample).unflatten(0, boxes.shape[:2])
+    across = resize_weights(
+        low=left, high=right, size=images.shape[3], new_size=image_shape[1], resample=resample
+    ).unflatten(0, boxes.shape[:2])
+    down = resize_weights(
+        low=upper, high=lower, size=images.shape[2], new_size=image_shape[0], resample=resample
+    ).unflatten(0, boxes.shape[:2])
     rows = sum(
-        images.float()[:, None] @ part.mT[:, :, None] for part in halves(across)
+        images.float()[:, None] @ part.mT[:, :, None] for part in _halves(across)
     )  # (B, V, C, height, new width)
     rows = (rows + 0.5).floor().clamp(0, 255)
-    views = sum(part[:, :, None] @ rows for part in halves(down))
+    views = sum(part[:, :, None] @ rows for part in _halves(down))
     return (views + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -276,14 +297,14 @@ class CropPlan(torch.utils.data.Dataset):
         indices, boxes = [], []
         for place in range(first, first + self.batch_size):
             epoch, place = divmod(place, len(self.checksums))
-            image = shuffled(len(self.checksums), self.crops.seed, epoch)[place]
+            image = _shuffled(len(self.checksums), self.crops.seed, epoch)[place]
             indices.append(image)
             boxes.append(self.crops.boxes(self.size, epoch, int(self.checksums[image])))
         return torch.tensor(indices), torch.tensor(boxes, dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=2)  # a batch lies in two epochs at most, unless the set is tiny
-def shuffled(num_images: int, seed: int, epoch: int) -> list[int]:
+def _shuffled(num_images: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng((seed, epoch)).permutation(num_images).tolist()
 
 
@@ -301,7 +322,14 @@ class ResidentLoader:
     def __init__(self, images, crops, batch_size, num_workers=0, process_index=0, num_processes=1):
         self.images, self.crops, self.num_workers, self.next_batch = images, crops, num_workers, 0
         size = images.pixels.shape[3], images.pixels.shape[2]
-        self.plan = CropPlan(images.checksums, size, crops, batch_size, process_index, num_processes)
+        self.plan = CropPlan(
+            checksums=images.checksums,
+            size=size,
+            crops=crops,
+            batch_size=batch_size,
+            process_index=process_index,
+            num_processes=num_processes,
+        )
 
     def __iter__(self):
         loader = torch.utils.data.DataLoader(

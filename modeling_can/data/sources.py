@@ -42,14 +42,17 @@ from .reading import connection_errors, encoded, is_gone, located, read_bytes
 from .tars import PartlyDecoded
 
 
+__all__ = ["ImageSource"]
+
+
 logger = logging.getLogger(__name__)
 
-FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
+_FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow", ".jsonl": "json"}
 RETRY_SECONDS = (1, 5, 20, 60, 120)  # waits before a connection is tried again
 STALL_SECONDS = 60  # of silence, after which a connection counts as failed
 
 
-def retry_here_alone():
+def _retry_here_alone():
     """
     datasets reads a broken connection up to 20 times more, 5 s apart, which a tar stream never survives. Instead, the
     readers here open it anew from where the block began.
@@ -100,7 +103,7 @@ class ImageSource:
         extra_columns=(),
         config_name=None,
     ):
-        retry_here_alone()
+        _retry_here_alone()
         given = {"dataset_name": dataset_name, "data_dir": data_dir, "data_files": data_files, "dataset": dataset}
         given = {name: value for name, value in given.items() if value is not None and value != ""}
         if len(given) != 1:
@@ -154,12 +157,12 @@ class ImageSource:
         if data_files:
             first = data_files if isinstance(data_files, str) else data_files[0]
             suffix = suffix_of(first)
-            if suffix not in FORMATS:
-                raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(FORMATS)}")
+            if suffix not in _FORMATS:
+                raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(_FORMATS)}")
             files = [data_files] if isinstance(data_files, str) else data_files
             refuse_braces(files)
             refuse_missing(files)
-            arguments = {"path": FORMATS[suffix], "data_files": list(map(literal_pattern, files))}
+            arguments = {"path": _FORMATS[suffix], "data_files": list(map(literal_pattern, files))}
             if str(first).startswith(("http://", "https://")):
                 import aiohttp  # slow, and only this needs it
 
@@ -229,7 +232,7 @@ class ImageSource:
             dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
         if not isinstance(dataset, datasets.IterableDataset):
             raise ValueError(f"dataset is a {type(dataset).__name__}; give one split, a Dataset or IterableDataset")
-        if any(name.startswith("BufferShuffled") for name, _ in steps(dataset)):
+        if any(name.startswith("BufferShuffled") for name, _ in _steps(dataset)):
             raise ValueError(
                 "dataset has a shuffle buffer, whose images are lost when reading goes on after a fault or a resume; "
                 "leave out .shuffle(), the images are shuffled here"
@@ -249,7 +252,7 @@ class ImageSource:
                 raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
         self.image_columns = columns
         # datasets deals the number of rows to skip or take to the shards: other rows for any number of readers
-        counted = [is_part for name, is_part in steps(dataset) if name.startswith(("SkipExamples", "TakeExamples"))]
+        counted = [is_part for name, is_part in _steps(dataset) if name.startswith(("SkipExamples", "TakeExamples"))]
         if any(counted):
             raise ValueError(
                 "dataset joins parts that were made by .skip() or .take(), which then begin and end elsewhere; use "
@@ -344,7 +347,7 @@ class ImageSource:
         time.sleep(RETRY_SECONDS[num_failures])
 
 
-def steps(dataset: datasets.IterableDataset):
+def _steps(dataset: datasets.IterableDataset):
     """What this data set was made by, each as the name of datasets' class for it and whether it made a part of it."""
     waiting = [(dataset._ex_iterable, False)]
     while waiting:

@@ -30,7 +30,7 @@ __all__ = ["ViewStream", "mean_and_std"]
 
 logger = logging.getLogger(__name__)
 
-MAX_EMPTY_EPOCHS = 20  # in a row: a reader may be given nothing but empty shards by chance
+_MAX_EMPTY_EPOCHS = 20  # in a row: a reader may be given nothing but empty shards by chance
 
 
 class ViewStream(torch.utils.data.IterableDataset):
@@ -151,7 +151,7 @@ class ViewStream(torch.utils.data.IterableDataset):
                 state["num_rows"] += len(images)
                 state |= {"rows": rows_after, "block": state["block"] + 1, "offset": 0}
             num_empty = 0 if state["num_rows"] else num_empty + 1
-            if num_empty == MAX_EMPTY_EPOCHS:  # or it would spin for ever
+            if num_empty == _MAX_EMPTY_EPOCHS:  # or it would spin for ever
                 raise ValueError(
                     f"{self.source.name} has no rows for reader {reader} of {num_readers}; start fewer processes, or "
                     "lower dataloader_num_workers"
@@ -168,7 +168,14 @@ class ViewStream(torch.utils.data.IterableDataset):
                 f"{self.source.name} has no usable image among the {num_seen} rows of reader {reader} of {num_readers}"
                 f"; use fewer readers, or check that the files are images. The last bad one: {last}"
             )
-        refuse_bad(self.source.name, num_bad, num_seen, self.max_bad_fraction, last, self.ledger)
+        refuse_bad(
+            source_name=self.source.name,
+            num_bad=num_bad,
+            num_seen=num_seen,
+            max_bad_fraction=self.max_bad_fraction,
+            last=last,
+            ledger=self.ledger,
+        )
 
 
 def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -7,6 +7,9 @@ In a file of its own, because datasets replaces `open` and the like in the file 
 from datasets.packaged_modules.webdataset.webdataset import EXTENSION_TO_COMPRESSION_FS_FILE_CLS, WebDataset
 
 
+__all__ = ["PartlyDecoded", "damaged"]
+
+
 class PartlyDecoded(WebDataset):
     """To become the class of a `WebDataset` builder, whose `used` are then the columns to decode."""
 
@@ -15,7 +18,7 @@ class PartlyDecoded(WebDataset):
 
     def _get_pipeline_from_tar(self, tar_path, tar_iterator):
         # datasets unpacks compressed members even where it decodes none.
-        members = ((name, file) for name, file in tar_iterator if not is_compressed(name) or name.endswith(self.used))
+        members = ((name, file) for name, file in tar_iterator if not _is_compressed(name) or name.endswith(self.used))
         for example in super()._get_pipeline_from_tar(tar_path, members):
             for column in self.used:
                 decode = WebDataset.DECODERS.get(column.split(".")[-1].lower())
@@ -27,7 +30,7 @@ class PartlyDecoded(WebDataset):
             yield example
 
 
-def is_compressed(name: str) -> bool:
+def _is_compressed(name: str) -> bool:
     return f".{name.split('.')[-1].lower()}" in EXTENSION_TO_COMPRESSION_FS_FILE_CLS
 
 

@@ -14,3 +14,5 @@ A file for each protocol: what it refuses, how it runs, how its figures are show
 - `report`: table, card, figure, remarks. `export`: a classifier to use.
 - `embed`, `part_files`: embeddings of any images. `probe`: what the trainer measures again and again.
 """
+
+__all__ = []

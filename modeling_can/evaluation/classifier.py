@@ -1,19 +1,19 @@
 """An encoder under a new head: at another size, with adapters, its layers in groups; saved, and asked."""
 
+import contextlib
 import inspect
 import logging
-import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..files import new_folder
 from ..modeling_can import resize_positions
+from ..optimization import decays
 from ..progress import INSTALL
-from ..training import decays
 from .encoders import Preprocessor, classifier_class, load_config, load_model
 from .features import Extractor, Pictures
 from .sets import Split
@@ -143,22 +143,16 @@ def with_adapters(model: nn.Module, rank: int) -> nn.Module:
 
 
 def save(model: nn.Module, preprocessor: Preprocessor, output_dir: Path, is_main: bool) -> nn.Module:
-    """The model, its adapters merged; the first process writes it under another name and renames it."""
-    partial = output_dir.with_name(output_dir.name + ".partial")
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    if hasattr(model, "merge_and_unload"):
+    """The model, its adapters merged; the first process writes it into a new folder."""
+    with new_folder(output_dir) if is_main else contextlib.nullcontext() as partial:
+        if hasattr(model, "merge_and_unload"):
+            if is_main:
+                model.save_pretrained(partial / "adapter", save_embedding_layers=False)
+                (partial / "adapter" / "README.md").unlink(missing_ok=True)  # peft's, empty but for a local path
+            model = model.merge_and_unload()
         if is_main:
-            model.save_pretrained(partial / "adapter", save_embedding_layers=False)
-            (partial / "adapter" / "README.md").unlink(missing_ok=True)  # peft's, empty but for a path on this machine
-        model = model.merge_and_unload()
-    if is_main:
-        model.save_pretrained(partial)
-        preprocessor.save_pretrained(partial)
-        if output_dir.exists():
-            output_dir.rmdir()  # it is empty
-        os.replace(partial, output_dir)
+            model.save_pretrained(partial)
+            preprocessor.save_pretrained(partial)
     return model
 
 

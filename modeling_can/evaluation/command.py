@@ -11,10 +11,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..files import write
 from ..hub import update_card
+from ..optimization import mixed_precision
 from ..progress import tell
 from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
-from ..training import mixed_precision
 from .embed import embed_task
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
@@ -74,9 +74,9 @@ def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict
             f"{accelerator.device}"
         )
     for entry in entries:
-        _measure(setup, entry, plan[entry.name], results, started)
+        _measure(setup=setup, entry=entry, tasks=plan[entry.name], results=results, started=started)
     if setup.is_main:
-        _finish(setup, entries, reference, results, started)
+        _finish(setup=setup, entries=entries, reference=reference, results=results, started=started)
     accelerator.end_training()
     return results
 
@@ -98,14 +98,14 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
     """The labelled set, and what the protocols make of it before a model is loaded."""
     with accelerator.local_main_process_first():
         data = load_labelled(
-            settings.dataset_name,
-            settings.dataset_config_name,
-            settings.train_split,
-            settings.test_split,
-            settings.image_column,
-            settings.label_column or "label",
-            settings.test_size,
-            settings.seed,
+            dataset_name=settings.dataset_name,
+            config_name=settings.dataset_config_name,
+            train_split=settings.train_split,
+            test_split=settings.test_split,
+            image_column=settings.image_column,
+            label_column=settings.label_column or "label",
+            test_size=settings.test_size,
+            seed=settings.seed,
         )
     setup = Setup(settings, fine_tuning, accelerator, data)
     for name, protocol in PROTOCOLS.items():

@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,21 +16,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import ClassLabel, Value
 from PIL import Image
-from tqdm import tqdm
 
 from ..data import ImageSource, append_line, ledger_line, refuse_bad
 from ..data.decoding import BadImage
 from ..data.loading import Patient, handed_over, worker_options
 from ..files import write
-from ..progress import tell
+from ..progress import progress_bar, tell
 from .encoders import pooled
 from .entries import load
 from .part_files import LEDGER, Unit, begin, part_files, read_ledger, schema_of, totals, unit_of
 
 
-__all__ = ["Batch", "embed", "embed_task", "end_with"]
-
-LINE_SECONDS = 30  # between lines of progress where stderr is no terminal
+__all__ = ["embed", "embed_task", "end_with"]
 
 
 # --- The task --------------------------------------------------------------------------------------------------------
@@ -52,12 +48,12 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
 
     def source_with(label_column: str | None) -> ImageSource:
         return ImageSource(
-            settings.dataset_name,
-            settings.data_dir,
-            settings.data_files,
-            settings.dataset_split,
-            settings.image_column,
-            settings.streaming,
+            dataset_name=settings.dataset_name,
+            data_dir=settings.data_dir,
+            data_files=settings.data_files,
+            split=settings.dataset_split,
+            image_column=settings.image_column,
+            streaming=settings.streaming,
             extra_columns=tuple(filter(None, (settings.id_column, label_column))),
             config_name=settings.dataset_config_name,
         )
@@ -74,11 +70,11 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
         "mixed_precision": accelerator.mixed_precision,
     }
     figures = embed(
-        source,
-        encoder.preprocessor.decode,
-        encode,
-        settings.output_dir,
-        facts,
+        source=source,
+        prepare=encoder.preprocessor.decode,
+        encode=encode,
+        output_dir=settings.output_dir,
+        facts=facts,
         batch_size=min(settings.batch_size, settings.rows_per_file),
         num_workers=settings.dataloader_num_workers,
         dtype=settings.embedding_dtype,
@@ -160,25 +156,12 @@ def embed(
             than `max_bad_fraction` of the process's images are bad, once it has passed 1,000 or come to its end.
         OSError: when a shard cannot be read, as in `ViewStream`.
     """
-    if dtype not in ("float16", "float32"):
-        raise ValueError(f"dtype={dtype!r}; embeddings are kept as 'float16' or 'float32'")
     if not 0 < batch_size <= rows_per_file:
         raise ValueError(f"batch_size={batch_size} must be from 1 to rows_per_file={rows_per_file}")
-    _check_column(source, "id_column", id_column)
-    _check_column(source, "label_column", label_column)
-    folder, num_shards = Path(output_dir), source.num_shards
-    settings = {
-        "source": source.name,
-        "source_split": source.split,
-        "source_fingerprint": source.fingerprint,
-        "source_shards": num_shards,
-        "embedding_dtype": dtype,
-        "id_column": id_column,
-        "label_column": label_column,
-    }
+    folder, settings = Path(output_dir), _settings(source, dtype, id_column, label_column)
     assert not facts.keys() & settings.keys(), "a fact has the name of a setting"
-    num_parts = begin(folder, {**facts, **settings}, num_processes * max(1, num_workers), process_index)
-    num_units, files = num_shards * num_parts, part_files(folder)
+    num_parts = begin(folder, {**facts, **settings}, num_processes * max(1, num_workers))
+    num_units, files = source.num_shards * num_parts, part_files(folder)
     units = {index: Unit(folder, index, files[index]) for index in range(process_index, num_units, num_processes)}
     for path in folder.glob("part-*.partial"):  # of a run that was killed
         if unit_of(path) in units:
@@ -186,13 +169,25 @@ def embed(
     known_bad, last = read_ledger(folder / LEDGER, units, num_parts)
 
     todo = [(index, unit.next_row) for index, unit in units.items() if not unit.done]
-    batches = _Batches(source, prepare, todo, num_parts, known_bad, batch_size, id_column, label_column)
+    batches = _Batches(
+        source=source,
+        prepare=prepare,
+        todo=todo,
+        num_parts=num_parts,
+        known_bad=known_bad,
+        batch_size=batch_size,
+        id_column=id_column,
+        label_column=label_column,
+    )
     loader = _loader(batches, min(num_workers, len(todo)))
     num_before = num_good = sum(unit.num_images for unit in units.values())
     num_bad = sum(unit.bad.total() for unit in units.values())
     num_images = source.num_images() if process_index == 0 else None
+    refuse = functools.partial(refuse_bad, source.name, max_bad_fraction=max_bad_fraction, ledger=folder / LEDGER)
     schema, start = None, time.monotonic()
-    with _progress_bar(num_images and num_images * len(units) // num_units, num_good + num_bad, process_index) as bar:
+    shown = {"unit": "images", "is_shown": process_index == 0, "lines": True}
+    total = num_images and num_images * len(units) // num_units
+    with progress_bar(description="embedding", total=total, initial=num_good + num_bad, **shown) as bar:
         for batch in Patient(loader):
             unit, ids = units[batch.unit], batch.ids
             embeddings = _to_numpy(encode(batch.images), ids, dtype) if ids else None
@@ -205,10 +200,27 @@ def embed(
             num_good, num_bad = num_good + len(ids), num_bad + len(batch.reasons)
             bar.update(len(ids) + len(batch.reasons))
             if num_good + num_bad >= 1000:
-                refuse_bad(source.name, num_bad, num_good + num_bad, max_bad_fraction, last, folder / LEDGER)
-    refuse_bad(source.name, num_bad, num_good + num_bad, max_bad_fraction, last, folder / LEDGER)
+                refuse(num_bad, num_good + num_bad, last=last)
+    refuse(num_bad, num_good + num_bad, last=last)
     new_images, seconds = num_good - num_before, time.monotonic() - start
     return {**totals(folder), "new_images": new_images, "images_per_second": new_images / seconds}
+
+
+def _settings(source, dtype: str, id_column: str | None, label_column: str | None) -> dict:
+    """What is kept beside `facts`; refuses what cannot be."""
+    if dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype={dtype!r}; embeddings are kept as 'float16' or 'float32'")
+    _check_column(source, "id_column", id_column)
+    _check_column(source, "label_column", label_column)
+    return {
+        "source": source.name,
+        "source_split": source.split,
+        "source_fingerprint": source.fingerprint,
+        "source_shards": source.num_shards,
+        "embedding_dtype": dtype,
+        "id_column": id_column,
+        "label_column": label_column,
+    }
 
 
 def _check_column(source, field: str, name: str | None):
@@ -245,31 +257,11 @@ def _embedding_size(prepare, encode) -> int:
     return encode(prepare(buffer.getvalue())[None]).shape[1]
 
 
-def _progress_bar(total: int | None, initial: int, process_index: int) -> tqdm:
-    """Images, images a second and the time left; of the first process alone."""
-    options = {"dynamic_ncols": True}
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt} images, {rate_noinv_fmt}, {remaining} left"
-        options = {"file": _Lines(), "bar_format": line, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
-    return tqdm(desc="embedding", total=total, initial=initial, unit=" images", disable=process_index != 0, **options)
-
-
-class _Lines:
-    """A file for tqdm: what it would write over and over becomes a line each time."""
-
-    def write(self, text: str):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 # --- Reading: in the loader's workers --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class Batch:
+class _Batch:
     """
     The images of a unit's rows from `first_row` up to `next_row`, stacked, with their ids and labels; of the bad ones
     the reasons, and the ledger's lines on those that it lacks. The last batch of a unit, perhaps empty, is `done`.
@@ -312,20 +304,20 @@ class _Batches(torch.utils.data.IterableDataset):
 
     def _read(self, unit: int, first_row: int):
         shard, part = divmod(unit, self.num_parts)
-        batch, row = Batch(unit, first_row), 0
+        batch, row = _Batch(unit, first_row), 0
         for block, _ in self.source.blocks(self.source.shard(shard), block_size=self.batch_size):
             images = self.source.images(block)
             ids, labels = (block.get(name, [None] * len(images)) for name in (self.id_column, self.label_column))
             for image, own_id, label in zip(images, ids, labels, strict=True):
                 if row >= first_row and row % self.num_parts == part:
-                    self._add(batch, f"{shard}:{row}", image, own_id, label)
+                    self._add(batch=batch, place=f"{shard}:{row}", image=image, own_id=own_id, label=label)
                     if self.batch_size in (len(batch.ids), len(batch.reasons)):
                         yield batch.close(row + 1)
-                        batch = Batch(unit, row + 1)
+                        batch = _Batch(unit, row + 1)
                 row += 1
         yield batch.close(row, done=True)
 
-    def _add(self, batch: Batch, place: str, image: dict | None, own_id, label):
+    def _add(self, batch: _Batch, place: str, image: dict | None, own_id, label):
         if self.id_column and own_id is None:
             raise ValueError(f"id_column={self.id_column!r} of {self.source.name} is null in {place}; choose another")
         if place in self.known_bad:

@@ -4,8 +4,6 @@ import copy
 import hashlib
 import inspect
 import json
-import os
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +20,16 @@ from transformers import (
 )
 
 from .. import __version__
+from ..conversion.reading import no_conversion_service
 from ..data.decoding import DECODING, decode
 from ..progress import quiet
+from ..provenance import installed_versions
 
 
 __all__ = [
     "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "load_config", "load_encoder", "load_model",
     "load_preprocessor", "pooled", "untrained",
 ]  # fmt: skip
-
-# Or transformers would ask a service to convert a pickle on the Hub, which opens a public pull request there.
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 POOLINGS = ("mean", "cls", "both")
 
@@ -152,8 +149,7 @@ class Preprocessor:
 
     def facts(self) -> dict:
         """Everything that its result depends on."""
-        installed = {package: version(package) for package in ("transformers", "pillow", "simplejpeg")}
-        versions = {"modeling-can": __version__, **installed}
+        versions = {"modeling-can": __version__, **installed_versions(("transformers", "pillow", "simplejpeg"))}
         numbers = json.loads(self.processor.to_json_string())
         kind = type(self.processor).__name__
         return {**numbers, **self.sizes, "class": kind, "decoding": self.decoding, "versions": versions}
@@ -315,7 +311,7 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
         ValueError: if it cannot be found, is of no kind that `auto_class` knows, has its weights in a pickle, or has
             weights missing or of another shape, which would stay random without a word.
     """
-    with quiet():
+    with quiet(), no_conversion_service():
         try:
             model, info = auto_class.from_pretrained(
                 name,

@@ -47,16 +47,18 @@ def _entry(setup: Setup, encoder: Encoder, name: str, path: str | None = None) -
         with setup.accelerator.autocast():
             return encoder(encoder.preprocessor.normalise(pictures.to(setup.device, non_blocking=True)))
 
-    return Entry(name, encoder.preprocessor, encode, digest, path, encoder)
+    return Entry(
+        name=name, preprocessor=encoder.preprocessor, encode=encode, digest=digest, path=path, encoder=encoder
+    )
 
 
 def load(path: str, settings) -> Encoder:
     return load_encoder(
-        path,
-        settings.processor_name_or_path,
-        settings.image_shape,
-        settings.trust_remote_code,
-        settings.decoding,
+        name=path,
+        processor_name=settings.processor_name_or_path,
+        image_size=settings.image_shape,
+        trust_remote_code=settings.trust_remote_code,
+        decoding=settings.decoding,
     )
 
 

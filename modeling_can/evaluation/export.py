@@ -86,7 +86,9 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
             picture.save(partial / f"examples/{number}.jpg", quality=95)
         entries = card_results(results, {"exported": figures}, entry.name)
         figures["test_images_seen_without_labels"] = results["models"][entry.name]["test_images_seen_without_labels"]
-        card = classifier_card(folder.resolve().name, results, figures, examples, entries)
+        card = classifier_card(
+            name=folder.resolve().name, results=results, figures=figures, examples=examples, eval_results=entries
+        )
         write(partial / "README.md", card)
     return figures
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from ..data import located, read_bytes
 from ..data.decoding import BadImage
 from ..data.loading import Patient, worker_options
+from ..files import new_file
 from .sets import Split
 
 
@@ -166,15 +166,12 @@ def cached(folder: Path | None, facts: dict, make: Callable[[], dict | None], pr
         return arrays
     arrays = make()
     if arrays is not None:
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            metadata = {"facts": json.dumps(facts, default=str)}
-            safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata)
-            os.replace(partial, path)
+            with new_file(path) as partial:
+                safetensors.numpy.save_file(contiguous, partial, {"facts": json.dumps(facts, default=str)})
         except (OSError, SafetensorError) as error:  # a full disk costs the cache, not the evaluation
-            if partial.exists():
-                partial.unlink()
             logger.warning("features are not cached: %s", error)
     return arrays
 

@@ -51,7 +51,14 @@ def few_shot_predictions(
     predictions, moments = [], mean_and_std(train)
     for draw in range(num_draws):
         chosen = draw_shots(labels, shots, np.random.default_rng((seed, draw)))
-        probe = linear_probe(train[chosen], labels[chosen], num_classes, seed, device, moments)
+        probe = linear_probe(
+            features=train[chosen],
+            labels=labels[chosen],
+            num_classes=num_classes,
+            seed=seed,
+            device=device,
+            moments=moments,
+        )
         predictions.append(probe.predict(test))
     return predictions
 
@@ -70,9 +77,15 @@ class FewShot(Protocol):
         settings, labels, figures = setup.settings, setup.data.train.labels, {}
         for shots in settings.shots:
             draws = few_shot_predictions(
-                features.train, labels, features.test, setup.num_classes, shots, settings.num_draws, settings.seed,
-                setup.device,
-            )  # fmt: skip
+                train=features.train,
+                labels=labels,
+                test=features.test,
+                num_classes=setup.num_classes,
+                shots=shots,
+                num_draws=settings.num_draws,
+                seed=settings.seed,
+                device=setup.device,
+            )
             right = np.stack([predictions == setup.data.test.labels for predictions in draws])
             accuracies = right.mean(axis=1)
             figures[shots] = {

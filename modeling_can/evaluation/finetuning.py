@@ -5,6 +5,7 @@ given no test images: those are for `class_predictions`, once everything is chos
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.utils import is_peft_available
 
+from ..averages import MetricAverage
 from ..fields import check, option
-from ..progress import INSTALL, tell
-from ..training import MetricAverage, NonFiniteGuard, interlude, learning_rate
+from ..files import check_new_folder
+from ..optimization import NonFiniteGuard, learning_rate, peak_learning_rate
+from ..progress import INSTALL, LINE_SECONDS, progress_bar, tell
+from ..random_state import interlude
 from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
 from .encoders import Preprocessor
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
@@ -29,7 +32,7 @@ __all__ = ["FineTune", "tuned_folder", "FineTuned", "FineTuning", "finetune"]
 
 # MAE's for ViT-B; and with adapters, by the quickstart's CAN at rank 8 on a held-out fifth of sample_data: 68.2, 74.1,
 # 79.3, 44.1 % at 1.5e-3, 5e-3, 1.5e-2, 5e-2 (10 epochs, batch 128), 79.3 and 80.4 % at the first two (40, batch 1024)
-FULL, LORA = {"base_learning_rate": 5e-4, "layer_decay": 0.65}, {"base_learning_rate": 5e-3, "layer_decay": 1.0}
+_FULL, _LORA = {"base_learning_rate": 5e-4, "layer_decay": 0.65}, {"base_learning_rate": 5e-3, "layer_decay": 1.0}
 LOG_STEPS = 10  # between looks at the loss, which wait for the device
 
 
@@ -63,7 +66,7 @@ class FineTuning:
                 f"layer_decay={self.layer_decay} with lora_rank={self.lora_rank}: adapters have one learning rate; "
                 "leave out one of the two"
             )
-        for name, default in (LORA if self.lora_rank else FULL).items():
+        for name, default in (_LORA if self.lora_rank else _FULL).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         check(self)
@@ -113,29 +116,34 @@ def finetune(
         FloatingPointError: on all processes, if the gradient is not finite; no such update is made.
     """
     output_dir, device = Path(output_dir), accelerator.device
-    index, count, num_parts = (
-        accelerator.process_index, accelerator.num_processes, recipe.gradient_accumulation_steps
-    )  # fmt: skip
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"output_dir={output_dir} is not empty; give another one, or remove it")
+    index, count = accelerator.process_index, accelerator.num_processes
+    num_parts = recipe.gradient_accumulation_steps
+    check_new_folder(output_dir)
     pairs, why = (2, " x 2, as images are mixed in pairs") if recipe.mixes else (1, "")
     unit, why = count * num_parts * pairs, f"processes x gradient_accumulation_steps{why}"
     batch_size = fitting_batch_size(len(train), recipe.batch_size, unit, why)
     share, size = batch_size // count, batch_size // count // num_parts
-    augment = Augmentation(
-        preprocessor, batch_size, seed,
-        recipe.flip_probability, recipe.randaugment_magnitude, recipe.random_erasing_probability,
-    )  # fmt: skip
+    make_inputs = _input_maker(
+        recipe=recipe, preprocessor=preprocessor, num_classes=len(class_names), batch_size=batch_size, seed=seed
+    )
 
     torch.manual_seed(seed)
-    model, optimizer = _model_and_optimizer(name, class_names, preprocessor, accelerator, recipe, trust_remote_code)
+    model, optimizer = _model_and_optimizer(
+        name=name,
+        class_names=class_names,
+        preprocessor=preprocessor,
+        accelerator=accelerator,
+        recipe=recipe,
+        trust_remote_code=trust_remote_code,
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
 
     steps = (len(train), batch_size, recipe.num_epochs, seed)
     num_steps = recipe.num_epochs * (len(train) // batch_size)
-    warmup_steps, peak = round(recipe.warmup_ratio * num_steps), recipe.base_learning_rate * batch_size / 256
+    warmup_steps = round(recipe.warmup_ratio * num_steps)
+    peak = peak_learning_rate(recipe.base_learning_rate, batch_size)
     mine = slice(index * share, (index + 1) * share)
-    loader = crop_loader(train, preprocessor, Share(mine, *steps), seed, num_workers)
+    loader = crop_loader(train, preprocessor, Share(mine, *steps), seed=seed, num_workers=num_workers)
     average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
     guard = NonFiniteGuard(optimizer.optimizer, count)
     report = _Report(num_steps, batch_size, accelerator.is_main_process)
@@ -149,12 +157,7 @@ def finetune(
         step_loss = 0.0
         for part in range(num_parts):
             here, first = slice(part * size, (part + 1) * size), mine.start + part * size
-            pixel_values = augment(crops[here], step, first)
-            targets = nn.functional.one_hot(labels[here], len(class_names)).float()
-            if recipe.mixes:
-                pixel_values, targets = mix(
-                    pixel_values, targets, recipe.mixup_alpha, recipe.cutmix_alpha, seed, step, first // 2
-                )
+            pixel_values, targets = make_inputs(crops[here], labels[here], step, first)
             with accelerator.no_sync(model) if part + 1 < num_parts else contextlib.nullcontext():
                 logits = model(pixel_values=pixel_values).logits.float()
                 loss = nn.functional.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
@@ -183,6 +186,40 @@ def finetune(
     return FineTuned(model, facts)
 
 
+def _input_maker(
+    recipe: FineTuning, preprocessor: Preprocessor, num_classes: int, batch_size: int, seed: int
+) -> Callable[[torch.Tensor, torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]:
+    """
+    `(crops, labels, step, first) -> (pixel_values, targets)`, augmented and mixed, of consecutive images of a step,
+    which are its images from `first` on.
+    """
+    augment = Augmentation(
+        preprocessor=preprocessor,
+        batch_size=batch_size,
+        seed=seed,
+        flip_probability=recipe.flip_probability,
+        randaugment_magnitude=recipe.randaugment_magnitude,
+        random_erasing_probability=recipe.random_erasing_probability,
+    )
+
+    def make_inputs(crops, labels, step, first):
+        pixel_values = augment(crops, step, first)
+        targets = nn.functional.one_hot(labels, num_classes).float()
+        if not recipe.mixes:
+            return pixel_values, targets
+        return mix(
+            images=pixel_values,
+            targets=targets,
+            mixup_alpha=recipe.mixup_alpha,
+            cutmix_alpha=recipe.cutmix_alpha,
+            seed=seed,
+            step=step,
+            first_pair=first // 2,
+        )
+
+    return make_inputs
+
+
 def _model_and_optimizer(
     name: str,
     class_names: list[str],
@@ -195,8 +232,12 @@ def _model_and_optimizer(
     device = accelerator.device
     with accelerator.local_main_process_first():  # which downloads it
         model = new_classifier(
-            name, class_names, preprocessor.image_size, recipe.drop_path_rate, trust_remote_code
-        ).to(device)  # fmt: skip
+            name=name,
+            class_names=class_names,
+            image_size=preprocessor.image_size,
+            drop_path_rate=recipe.drop_path_rate,
+            trust_remote_code=trust_remote_code,
+        ).to(device)
     freeze_unused(model, torch.zeros(2, preprocessor.num_channels, *preprocessor.image_size, device=device))
     if recipe.lora_rank:
         model = with_adapters(model, recipe.lora_rank)
@@ -210,7 +251,7 @@ class _Report:
     def __init__(self, num_steps: int, batch_size: int, is_main: bool):
         self.num_steps, self.batch_size, self.is_main, self.loss, self.seconds = num_steps, batch_size, is_main, 0, 0
         self.began = self.told = time.perf_counter()
-        self.bar = tqdm(total=num_steps, desc="fine-tuning", dynamic_ncols=True, disable=None if is_main else True)
+        self.bar = progress_bar(description="fine-tuning", total=num_steps, unit="steps", is_shown=is_main)
 
     def __call__(self, step: int, epoch: int, loss: float):
         now = time.perf_counter()
@@ -218,7 +259,7 @@ class _Report:
         text = f"loss {loss:.3f}, {step * self.batch_size / self.seconds:.0f} images/s"
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix_str(text)
-        if self.is_main and self.bar.disable and (now - self.told > 30 or step == self.num_steps):
+        if self.is_main and self.bar.disable and (now - self.told > LINE_SECONDS or step == self.num_steps):
             self.told = now
             tell(f"fine-tuning, epoch {epoch + 1}, step {step} of {self.num_steps}: {text}")
         if step == self.num_steps:
@@ -244,20 +285,24 @@ class FineTune(Protocol):
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
         settings, folder = setup.settings, tuned_folder(setup, entry)
         model, facts = finetune(
-            entry.path,
-            setup.data.train,
-            setup.data.class_names,
-            entry.preprocessor,
-            setup.accelerator,
-            folder,
-            setup.fine_tuning,
-            settings.seed,
-            settings.dataloader_num_workers,
-            settings.trust_remote_code,
+            name=entry.path,
+            train=setup.data.train,
+            class_names=setup.data.class_names,
+            preprocessor=entry.preprocessor,
+            accelerator=setup.accelerator,
+            output_dir=folder,
+            recipe=setup.fine_tuning,
+            seed=settings.seed,
+            num_workers=settings.dataloader_num_workers,
+            trust_remote_code=settings.trust_remote_code,
         )
         with setup.accelerator.autocast():
             predictions = class_predictions(
-                model, entry.preprocessor, setup.data.test, setup.extractor, f"{entry.name}: fine-tuned"
+                model=model,
+                preprocessor=entry.preprocessor,
+                split=setup.data.test,
+                extractor=setup.extractor,
+                description=f"{entry.name}: fine-tuned",
             )
         return None if predictions is None else {**setup.score(predictions), "folder": str(folder), **facts}
 

@@ -17,13 +17,12 @@ __all__ = [
     "fit_probe",
     "INVERSE_PENALTIES",
     "LinearClassifier",
-    "MAX_ITERATIONS",
     "linear_probe",
     "mean_and_std",
 ]
 
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the linear probe, the strongest penalty first
-MAX_ITERATIONS = 100  # for each, from where the one before ended; the held-out images judge an unfinished fit as any
+_MAX_ITERATIONS = 100  # for each, from where the one before ended; the held-out images judge an unfinished fit as any
 
 
 class LinearClassifier(NamedTuple):
@@ -101,7 +100,7 @@ def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.n
     from sklearn.exceptions import ConvergenceWarning  # slow to import, and only this needs it
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
+    model = LogisticRegression(max_iter=_MAX_ITERATIONS, warm_start=True)
 
     def fit(features, labels, inverse_penalty):
         present = np.unique(labels)
@@ -130,7 +129,7 @@ def _torch_logistic_regression(num_classes: int, device):
         if weights is None:
             weights = torch.zeros(features.shape[1] + 1, num_classes, device=device, requires_grad=True)
         optimizer = torch.optim.LBFGS(
-            [weights], max_iter=MAX_ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+            [weights], max_iter=_MAX_ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe"
         )
 
         def closure():
@@ -165,4 +164,10 @@ class LinearProbe(Protocol):
 
 def fit_probe(setup: Setup, train: np.ndarray) -> LinearClassifier:
     """Of features of all training images."""
-    return linear_probe(train, setup.data.train.labels, setup.num_classes, setup.settings.seed, setup.device)
+    return linear_probe(
+        features=train,
+        labels=setup.data.train.labels,
+        num_classes=setup.num_classes,
+        seed=setup.settings.seed,
+        device=setup.device,
+    )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..training import learning_rate
+from ..optimization import learning_rate, peak_learning_rate
 from .encoders import POOLINGS, Encoder, pooled
 from .features import ALONE, Extractor, Pictures, Processes
 from .protocol import Entry, Features, Measure, Protocol, Setup
@@ -21,7 +21,7 @@ from .training_images import Augmentation, Share, crop_loader, epochs, fitting_b
 
 __all__ = [
     "LinearProbeSGD",
-    "BASE_LEARNING_RATES", "Heads", "Representations", "SGDProbe", "head_predictions", "linear_probe_sgd",
+    "BASE_LEARNING_RATES", "Heads", "SGDProbe", "head_predictions", "linear_probe_sgd",
     "train_step",
 ]  # fmt: skip
 
@@ -68,7 +68,7 @@ def train_step(heads: Heads, optimizer, representations, labels: torch.Tensor, r
     optimizer.step()
 
 
-class Representations:
+class _Representations:
     """
     Pixel values -> the pooled features of several numbers of layers and poolings, from one pass.
 
@@ -101,13 +101,13 @@ class Representations:
 class SGDProbe(NamedTuple):
     """
     Args:
-        heads (`Heads`), represent (`Representations`): All that were trained, the same on every process.
+        heads (`Heads`), represent (`_Representations`): All that were trained, the same on every process.
         chosen (`int`): Which one is the best on the images held out.
         table (`list[dict]`): Layers, pooling, learning rate and held-out accuracy, in [0, 1], of each head.
     """
 
     heads: Heads
-    represent: Representations
+    represent: _Representations
     chosen: int
     table: list[dict]
 
@@ -119,7 +119,7 @@ class SGDProbe(NamedTuple):
 
 def head_predictions(
     heads: Heads,
-    represent: Representations,
+    represent: _Representations,
     split: Split,
     extractor: Extractor = Extractor(),  # noqa: B008  frozen
     description: str = "",
@@ -179,7 +179,7 @@ def linear_probe_sgd(
     share = batch_size // processes.count
     mine = slice(processes.index * share, (processes.index + 1) * share)
     augment = Augmentation(encoder.preprocessor, batch_size, seed, flip_probability)
-    represent = Representations(encoder, layers)
+    represent = _Representations(encoder, layers)
     device = represent.device
     heads = Heads(represent.widths, len(base_learning_rates), num_classes).to(device).train()
     optimizer = torch.optim.SGD(heads.parameters(), lr=0.0, momentum=0.9)
@@ -187,14 +187,21 @@ def linear_probe_sgd(
 
     part, steps = train.select(fit), (len(fit), batch_size, num_epochs, seed)
     num_steps = num_epochs * (len(fit) // batch_size)
-    loader = crop_loader(part, encoder.preprocessor, Share(mine, *steps), seed, num_workers)
+    loader = crop_loader(part, encoder.preprocessor, Share(mine, *steps), seed=seed, num_workers=num_workers)
     for step, (_, rows), crops in zip(progress(range(num_steps)), epochs(*steps), loader, strict=True):
         crops = crops[:, 0].to(device, non_blocking=True)
         features = gather(torch.cat(represent(augment(crops, step, mine.start)), dim=1))
         labels = torch.from_numpy(part.labels[rows]).to(device)  # of all processes: all know the order
-        rate = learning_rate(step, num_steps, 0, batch_size / 256)
+        rate = learning_rate(step, num_steps, 0, peak_learning_rate(1.0, batch_size))
         with torch.autocast(device.type, enabled=False):
-            train_step(heads, optimizer, features.split(represent.widths, dim=1), labels, rates, rate)
+            train_step(
+                heads=heads,
+                optimizer=optimizer,
+                representations=features.split(represent.widths, dim=1),
+                labels=labels,
+                rates=rates,
+                rate=rate,
+            )
 
     held_out = train.select(held_out)
     predictions = head_predictions(heads, represent, held_out, Extractor(batch_size, num_workers, processes))
@@ -215,16 +222,16 @@ class LinearProbeSGD(Protocol):
         settings, description = setup.settings, f"{entry.name}: linear probe, SGD"
         with setup.accelerator.autocast():
             probe = linear_probe_sgd(
-                entry.encoder,
-                setup.data.train,
-                setup.num_classes,
-                settings.sgd_num_epochs,
-                settings.sgd_batch_size,
-                settings.sgd_base_learning_rates,
-                settings.sgd_layers,
+                encoder=entry.encoder,
+                train=setup.data.train,
+                num_classes=setup.num_classes,
+                num_epochs=settings.sgd_num_epochs,
+                batch_size=settings.sgd_batch_size,
+                base_learning_rates=settings.sgd_base_learning_rates,
+                layers=settings.sgd_layers,
                 seed=settings.seed,
                 gather=setup.accelerator.gather,
-                progress=partial(setup.progress, description=description, unit="step"),
+                progress=partial(setup.progress, description=description, unit="steps"),
                 num_workers=settings.dataloader_num_workers,
                 processes=setup.processes,
             )

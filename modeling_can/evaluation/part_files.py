@@ -11,7 +11,6 @@ from what the files say. So each row of the source is in exactly one file or, if
 
 import collections
 import json
-import os
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from ..files import flush_to_disk
+from ..files import new_file, write
 
 
 __all__ = ["LEDGER", "Unit", "begin", "part_files", "read_ledger", "schema_of", "totals", "unit_of"]
@@ -30,19 +29,15 @@ _KEY = b"unit"  # of a file's metadata
 SAVE_SECONDS = 600  # that embeddings wait at most until they are written, if a file is not full before
 
 
-def begin(folder: Path, settings: dict, num_readers: int, process_index: int) -> int:
+def begin(folder: Path, settings: dict, num_readers: int) -> int:
     """Of how many units a shard consists, as it was written when the folder was begun; or is now, by any process."""
     path, files = folder / "embedding.json", part_files(folder)  # in the other order, another process may be between
-    partial = path.with_name(f"{path.name}.{process_index}.partial")
-    partial.unlink(missing_ok=True)
     if not path.exists():
         if files:
             raise ValueError(f"output_dir={folder} has part files but no embedding.json; set another --output_dir")
         folder.mkdir(parents=True, exist_ok=True)
         units = {"units_per_shard": -(-num_readers // settings["source_shards"])}
-        partial.write_text(json.dumps({**settings, **units}, indent=2) + "\n")
-        flush_to_disk(partial)
-        os.replace(partial, path)
+        write(path, json.dumps({**settings, **units}, indent=2) + "\n")
     begun, settings = json.loads(path.read_text()), json.loads(json.dumps(settings))
     num_parts = begun.pop("units_per_shard")
     different = [
@@ -153,13 +148,10 @@ class Unit:
     def _write(self, schema: pyarrow.Schema):
         state = {"next_row": self.next_row, "num_images": self.num_images, "bad": self.bad, "done": self.done}
         path = self.folder / _file_name(self.index, self.num_files)
-        partial = path.with_name(f"{path.name}.partial")
         # There is next to nothing to gain by compressing embeddings.
         options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         schema = schema.with_metadata({**schema.metadata, _KEY: json.dumps(state)})
-        with pyarrow.parquet.ParquetWriter(partial, schema, **options) as writer:
+        with new_file(path) as partial, pyarrow.parquet.ParquetWriter(partial, schema, **options) as writer:
             if self.waiting:  # datasets reads no group of 0 rows
                 writer.write_table(pyarrow.Table.from_batches(self.waiting, schema), row_group_size=10_000)
-        flush_to_disk(partial)
-        os.replace(partial, path)
         self.num_files, self.waiting = self.num_files + 1, []

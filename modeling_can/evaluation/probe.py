@@ -38,7 +38,14 @@ class Probe:
         device: str | torch.device = "cpu",
     ):
         try:
-            self.set = load_labelled(dataset_name, config_name, train_split, test_split, image_column, label_column)
+            self.set = load_labelled(
+                dataset_name=dataset_name,
+                config_name=config_name,
+                train_split=train_split,
+                test_split=test_split,
+                image_column=image_column,
+                label_column=label_column,
+            )
         except ValueError as error:
             message = f"probe_dataset_name={dataset_name}: {error} (here all these names begin with probe_)"
             raise ValueError(message) from error

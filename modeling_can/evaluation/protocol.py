@@ -1,9 +1,7 @@
 """What a protocol is, and what all of them are given: the setup, the entries to measure, their features."""
 
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from ..metrics import Accuracy
-from ..progress import tell
+from ..progress import progress_bar
 from .encoders import Encoder, Preprocessor, pooled
 from .features import Extractor, Pictures, Processes, cached
 from .scores import bootstrap_interval
@@ -132,17 +129,8 @@ class Setup:
         """The raw pixels have one kind of features."""
         return self.settings.pooling if entry.encoder else "mean"
 
-    def progress(self, rounds, description: str, unit: str = "batch") -> Iterator:
-        """A bar, or where there is no terminal a line every half minute."""
-        bar = tqdm(
-            rounds, description, unit=unit, dynamic_ncols=True, disable=not self.is_main or not sys.stderr.isatty()
-        )
-        told = time.monotonic()
-        for index, item in enumerate(bar):
-            yield item
-            if self.is_main and bar.disable and time.monotonic() - told > 30:
-                told = time.monotonic()
-                tell(f"{description}: {index + 1} of {len(rounds)}")
+    def progress(self, rounds, description: str, unit: str = "batches") -> Iterable:
+        return progress_bar(rounds, description, unit=unit, is_shown=self.is_main, lines=True)
 
     def score(self, predictions: np.ndarray, labels: np.ndarray | None = None) -> dict:
         """Accuracy and its interval."""

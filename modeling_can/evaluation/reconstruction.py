@@ -8,15 +8,15 @@ import torch
 from transformers import AutoModelForPreTraining
 
 from ..modeling_can import CANForPreTraining
-from ..visualization import errors_of, reconstruct, reconstruction_sheet
+from ..plots import errors_of, reconstruct, reconstruction_sheet
 from .encoders import Preprocessor, load_model
 from .features import Pictures
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 
 
-__all__ = ["Reconstruction", "reconstruction_errors"]
+__all__ = ["Reconstruction"]
 
-NUM_DRAWN = 6  # rows of the sheet
+_NUM_DRAWN = 6  # rows of the sheet
 
 
 class Reconstruction(Protocol):
@@ -47,7 +47,9 @@ class Reconstruction(Protocol):
         def errors(batch):
             pictures, indices = batch
             pixels = preprocessor.normalise(pictures.to(device))
-            return reconstruction_errors(model, pixels, indices.tolist(), std, seed)
+            return _reconstruction_errors(
+                model=model, pixel_values=pixels, indices=indices.tolist(), std=std, seed=seed
+            )
 
         pictures = Pictures(test, partial(_with_index, preprocessor))
         made = setup.extractor(errors, pictures, f"{entry.name}: reconstruction")
@@ -61,10 +63,12 @@ class Reconstruction(Protocol):
         if "noise" in made:
             figures["noise_reduction"] = self._below(setup, made["noise"].mean(), made["residual"])
         path = setup.output_dir / "figures" / f"reconstruction-{file_name(entry.name)}.png"
-        few = torch.stack([preprocessor.decode(test.read(row)) for row in range(min(NUM_DRAWN, len(test)))])
+        few = torch.stack([preprocessor.decode(test.read(row)) for row in range(min(_NUM_DRAWN, len(test)))])
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            reconstruction_sheet(model, preprocessor.normalise(few).to(device), mean, std, path)
+            reconstruction_sheet(
+                model=model, pixel_values=preprocessor.normalise(few).to(device), mean=mean, std=std, path=path
+            )
         return {**figures, "picture": str(path)}
 
     @staticmethod
@@ -89,7 +93,7 @@ def _with_index(preprocessor: Preprocessor, encoded: bytes, index: int) -> tuple
     return preprocessor.decode(encoded), index
 
 
-def reconstruction_errors(
+def _reconstruction_errors(
     model: CANForPreTraining, pixel_values: torch.Tensor, indices: list[int], std: tuple[float, ...], seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """
@@ -109,4 +113,5 @@ def reconstruction_errors(
         noise.append(torch.randn(pixel_values.shape[1:], generator=generator))
         scores.append(torch.rand(config.num_patches, generator=generator))
     noise, scores = (torch.stack(x).to(pixel_values.device) for x in (noise, scores))
-    return errors_of(reconstruct(model, pixel_values, None, noise, scores), pixel_values, std, config)
+    made = reconstruct(model, pixel_values, pixel_noise=noise, masking_scores=scores)
+    return errors_of(made, pixel_values, std, config)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from huggingface_hub import EvalResult
+from matplotlib.figure import Figure
 
 from ..hub import short_name
-from ..visualization import plain, save_figure
+from ..plots import plain, save_figure
 from .protocol import Measure
 from .tasks import PROTOCOLS
 
@@ -92,7 +92,8 @@ def evaluation_figure(results: dict[str, dict], path: Path) -> bool:
         return False
     shown = [model for model, tasks in results.items() if tasks.keys() & panels.keys()]
     colours = {model: f"C{index}" for index, model in enumerate(shown)}
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3.6), squeeze=False)
+    figure = Figure((1 + 4 * len(panels), 3.6))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (task, panel) in zip(axes[0], panels.items(), strict=True):
         ticks = []
         for model, tasks in results.items():

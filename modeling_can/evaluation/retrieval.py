@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
-from ..visualization import plain, save_figure
+from ..plots import plain, save_figure
 from .knn import nearest_neighbours
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 
 
 __all__ = ["Retrieval", "retrieval_sheet"]
 
-QUERIES, SHOWN = 8, 7  # rows of the sheet, and neighbours in each
+_QUERIES, _SHOWN = 8, 7  # rows of the sheet, and neighbours in each
 
 
 class Retrieval(Protocol):
@@ -24,21 +24,21 @@ class Retrieval(Protocol):
 
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict:
         data, labels = setup.data, setup.data.test.labels
-        _, nearest = nearest_neighbours(features.train, features.test, SHOWN, setup.device)
+        _, nearest = nearest_neighbours(features.train, features.test, _SHOWN, setup.device)
         right = data.train.labels[nearest] == labels[:, None]
-        rows = np.random.default_rng(setup.settings.seed).permutation(len(labels))[:QUERIES]
+        rows = np.random.default_rng(setup.settings.seed).permutation(len(labels))[:_QUERIES]
         draw = lambda split, row: entry.preprocessor.shown(split.read(row))  # noqa: E731
         path = setup.output_dir / "figures" / f"retrieval-{file_name(entry.name)}.png"
         retrieval_sheet(
-            torch.stack([draw(data.test, row) for row in rows]),
-            torch.stack([torch.stack([draw(data.train, row) for row in nearest[query]]) for query in rows]),
-            right[rows],
-            [data.class_names[label] for label in labels[rows]],
-            path,
+            queries=torch.stack([draw(data.test, row) for row in rows]),
+            neighbours=torch.stack([torch.stack([draw(data.train, row) for row in nearest[query]]) for query in rows]),
+            right=right[rows],
+            names=[data.class_names[label] for label in labels[rows]],
+            path=path,
         )
         share = right.mean(axis=1)
         interval = setup.interval(share)
-        return {"precision": float(share.mean()), "interval": interval, "neighbours": SHOWN, "picture": str(path)}
+        return {"precision": float(share.mean()), "interval": interval, "neighbours": _SHOWN, "picture": str(path)}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
         heading = f"of {figures['neighbours']} neighbours right"
@@ -71,7 +71,8 @@ def retrieval_sheet(
     grid = framed(framed(pictures, border, frames), border, torch.ones(1))
     sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
     width = 1.2 * pictures.shape[1]
-    figure, axis = plt.subplots(figsize=(width + 0.8, width * sheet.shape[0] / sheet.shape[1] + 0.4))
+    figure = Figure((width + 0.8, width * sheet.shape[0] / sheet.shape[1] + 0.4))
+    axis = figure.subplots()
     axis.imshow(sheet, interpolation="nearest")
     rows, columns = sheet.shape[0] / len(pictures), sheet.shape[1] / pictures.shape[1]
     axis.xaxis.tick_top()

@@ -245,7 +245,13 @@ class Robustness(Protocol):
         clean = _logits(setup, entry, classify, test)
         corrupted = Corrupted(entry.preprocessor, [name for names in groups.values() for name in names], SEVERITIES,
                               settings.seed)  # fmt: skip
-        predictions = corrupted_predictions(classify, test, corrupted, setup.extractor, f"{entry.name}: corrupted")
+        predictions = corrupted_predictions(
+            classify=classify,
+            split=test,
+            corrupted=corrupted,
+            extractor=setup.extractor,
+            description=f"{entry.name}: corrupted",
+        )
         further = {
             name: (_logits(setup, entry, classify, other.split), other)
             for name, other in setup.prepared[self.name].items()

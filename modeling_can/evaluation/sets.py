@@ -175,7 +175,8 @@ def load_labelled(
     Raises:
         ValueError: as `load_split`; if there is a single class, or a test label that no training image has.
     """
-    train, names = load_split(dataset_name, config_name, train_split, image_column, label_column)
+    columns = {"image_column": image_column, "label_column": label_column}
+    train, names = load_split(dataset_name, config_name, train_split, **columns)
     known = np.unique(train.labels)
     if len(known) < 2:
         raise ValueError(f"{train.name} has a single class, {names[known[0]]!r}; a test needs two or more")
@@ -184,7 +185,7 @@ def load_labelled(
         if not len(held_out):
             raise ValueError(f"test_size={test_size} of {train.name} is no image of any class; raise it")
         return LabelledSet(train.select(rest), train.select(held_out), names)
-    test, test_names = load_split(dataset_name, config_name, test_split, image_column, label_column)
+    test, test_names = load_split(dataset_name, config_name, test_split, **columns)
     unseen = [
         test_names[label] for label in np.unique(test.labels) if test_names[label] not in {names[k] for k in known}
     ]

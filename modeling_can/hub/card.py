@@ -14,16 +14,19 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
 from ..data.folders import SAMPLE_DATA, counts, load_arguments
-from ..diagnostics import duration
 from ..files import write
+from ..progress import duration
 
 
-CARD_TEMPLATE, CLASSIFIER_TEMPLATE, EXPORT_TEMPLATE = (
+__all__ = ["EXPORTS", "classifier_card", "export_card", "short_name", "update_card", "write_card"]
+
+
+_CARD_TEMPLATE, _CLASSIFIER_TEMPLATE, _EXPORT_TEMPLATE = (
     Path(__file__).parent / "templates" / f"{name}.md" for name in ("card", "classifier", "export")
 )
-EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
-PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as run_eval.py calls them
-EXAMPLES = ("chelsea", "coffee", "rocket")  # photographs of the bundled tiles
+_EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
+_PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as run_eval.py calls them
+_EXAMPLES = ("chelsea", "coffee", "rocket")  # photographs of the bundled tiles
 EXPORTS = {
     "can": "CAN's own class",
     "dinov2": "transformers' DINOv2, with no code to trust",
@@ -56,15 +59,15 @@ def update_card(folder: str, results: list[EvalResult]):
     new = {identity(result) for result in results}
     card.data.model_name = card.data.model_name or name
     card.data.eval_results = [r for r in card.data.eval_results or [] if identity(r) not in new] + results
-    begin, end = EVALUATION
+    begin, end = _EVALUATION
     if begin not in card.text or end not in card.text:
         card.text = f"{card.text.rstrip()}\n\n## Evaluation\n\n{begin}\n{end}\n"
     before, after = card.text.split(begin)[0], card.text.split(end)[-1]
-    card.text = f"{before}{begin}\n{evaluation_table(card.data.eval_results)}\n{end}{after}"
+    card.text = f"{before}{begin}\n{_evaluation_table(card.data.eval_results)}\n{end}{after}"
     write(path, str(card))
 
 
-def evaluation_table(results: list[EvalResult]) -> str:
+def _evaluation_table(results: list[EvalResult]) -> str:
     """What a `model-index` holds, as a table in Markdown; values as they stand there."""
     lines = [
         "All results in this card's `model-index`, as they stand there, in brackets their 95 % intervals over the "
@@ -77,7 +80,7 @@ def evaluation_table(results: list[EvalResult]) -> str:
         value = f"{result.metric_value}" + (f" ({interval[0]} to {interval[1]})" if interval else "")
         measure = result.metric_name or result.metric_type
         cells = (result.dataset_name, result.dataset_split or "not named", measure, value)
-        lines.append(f"| {' | '.join(map(escaped, cells))} |")
+        lines.append(f"| {' | '.join(map(_escaped, cells))} |")
     return "\n".join(lines)
 
 
@@ -104,16 +107,16 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         # Of weights from other people's images or weights only their trainer can say under which licence they are.
         license="apache-2.0" if is_sample and not recipe["model_name_or_path"] else None,
         tags=["can", "self-supervised-learning", "masked-image-modeling", "contrastive-learning"],
-        datasets=None if is_sample else hub_id(recipe["dataset_name"]),
-        base_model=hub_id(recipe["model_name_or_path"]),
+        datasets=None if is_sample else _hub_id(recipe["dataset_name"]),
+        base_model=_hub_id(recipe["model_name_or_path"]),
         # Nobody else's pictures are shown. The Hub takes them where it has a widget for the pipeline tag.
-        widget=write_examples(folder) if is_sample else None,
+        widget=_write_examples(folder) if is_sample else None,
         model_name=name if is_probed else None,  # a word of model-index
-        eval_results=probe_results(recipe, results) if is_probed else None,
+        eval_results=_probe_results(recipe, results) if is_probed else None,
     )
     card = ModelCard.from_template(
         data,
-        CARD_TEMPLATE,
+        _CARD_TEMPLATE,
         name=name,
         repo_id=repo_id if repo_id and "/" in repo_id else None,
         recipe=recipe,
@@ -124,11 +127,11 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         images=f"{count} of {named}",
         start=f", from the weights of `{recipe['model_name_or_path']}`," if recipe["model_name_or_path"] else "",
         probe_name=short_name(recipe["probe_dataset_name"]) if is_probed else None,
-        probe_rows=probe_rows(results) if is_probed else None,
-        evaluation=EVALUATION,
-        training_rows=training_rows(recipe, config, results, f"{count} of {named}").items(),
+        probe_rows=_probe_rows(results) if is_probed else None,
+        evaluation=_EVALUATION,
+        training_rows=_training_rows(recipe, config, results, f"{count} of {named}").items(),
         command=shlex.join(results["command"]),
-        launch=launcher(processes),
+        launch=_launcher(processes),
     )
     write(folder / "README.md", f"{card}\n")
 
@@ -138,24 +141,24 @@ def short_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def escaped(text: str) -> str:
+def _escaped(text: str) -> str:
     """Any text as Markdown shows it as it is, in one line."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
 
 
-def own_licence(source: str) -> str | None:
+def _own_licence(source: str) -> str | None:
     """The licence that the card in a folder states, if there is one."""
     path = Path(source) / "README.md"
     return ModelCard.load(path, ignore_metadata_errors=True).data.license if path.exists() else None
 
 
-def launcher(num_processes: int) -> str:
+def _launcher(num_processes: int) -> str:
     if num_processes == 1:
         return "python"
     return f"accelerate launch --config_file launch/ddp.yaml --num_processes {num_processes}"
 
 
-def hub_id(name: str | None) -> str | None:
+def _hub_id(name: str | None) -> str | None:
     """A name that was loaded, if it is one of the Hub's and no local path."""
     if name is None or Path(name).exists():
         return None
@@ -166,18 +169,18 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def write_examples(folder: Path) -> list[dict]:
+def _write_examples(folder: Path) -> list[dict]:
     """Some of the bundled test tiles, as pictures in `figures`, and the entries for the card's `widget`."""
     tiles, examples = datasets.load_dataset(**load_arguments(SAMPLE_DATA), split="test"), []
     names = tiles.features["label"].names
-    for photograph in EXAMPLES:
+    for photograph in _EXAMPLES:
         path = f"figures/example-{photograph}.png"
         tiles[tiles["label"][:].index(names.index(photograph))]["image"].save(folder / path)
         examples.append({"src": path, "example_title": photograph})
     return examples
 
 
-def probe_results(recipe: dict, results: dict) -> list[EvalResult]:
+def _probe_results(recipe: dict, results: dict) -> list[EvalResult]:
     """The trained encoder's figures as entries of `model-index`."""
     where, figures = short_name(recipe["probe_dataset_name"]), results["probe"]["CAN, pre-trained"]
     return [
@@ -194,21 +197,21 @@ def probe_results(recipe: dict, results: dict) -> list[EvalResult]:
                 "num_test_images": figures["num_test"],
             },
         )
-        for probe, title in PROBES.items()
+        for probe, title in _PROBES.items()
     ]
 
 
-def probe_rows(results: dict) -> list[list[str]]:
+def _probe_rows(results: dict) -> list[list[str]]:
     """For raw pixels, untrained and trained encoder: k-NN and linear probe in per cent, with their intervals."""
 
     def cell(figures: dict, probe: str) -> str:
         low, high = figures[f"{probe}_interval"]
         return f"{100 * figures[probe]:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
-    return [[name, *(cell(figures, probe) for probe in PROBES)] for name, figures in results["probe"].items()]
+    return [[name, *(cell(figures, probe) for probe in _PROBES)] for name, figures in results["probe"].items()]
 
 
-def training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images: str) -> dict[str, str]:
+def _training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images: str) -> dict[str, str]:
     """The facts of a run, by what they are."""
     processes = results["num_processes"]
     bad = ", ".join(f"{count:,} {reason}" for reason, count in results["bad_samples"].items())
@@ -269,8 +272,8 @@ def classifier_card(
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["can", "self-supervised-learning"] if figures["model_type"] == "can" else None,
-        base_model=hub_id(source),
-        datasets=hub_id(data["dataset_name"]),
+        base_model=_hub_id(source),
+        datasets=_hub_id(data["dataset_name"]),
         widget=[{"src": path, "example_title": label} for path, label in examples.items()],
         model_name=name,
         eval_results=eval_results,
@@ -278,20 +281,20 @@ def classifier_card(
     return str(
         ModelCard.from_template(
             card_data,
-            CLASSIFIER_TEMPLATE,
+            _CLASSIFIER_TEMPLATE,
             name=name,
             figures=figures,
             examples=examples,
             data=data,
             data_name=short_name(data["dataset_name"]),
             source=short_name(source),
-            classes=[escaped(name) for name in data["class_names"]],
+            classes=[_escaped(name) for name in data["class_names"]],
             baselines={
                 name: tasks["linear_probe"]["accuracy"]
                 for name, tasks in results["results"].items()
                 if name not in results["models"] and "linear_probe" in tasks
             },
-            launch=launcher(results["num_processes"]),
+            launch=_launcher(results["num_processes"]),
             machine=results["machine"],
             software=", ".join(f"{package} {number}" for package, number in results["versions"].items()),
             command=shlex.join(results["command"]),
@@ -316,9 +319,9 @@ def export_card(
     card_data = ModelCardData(
         library_name={"timm": "timm", "onnx": "onnx"}.get(target, "transformers"),
         pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
-        base_model=hub_id(source),
+        base_model=_hub_id(source),
         tags=["can", "self-supervised-learning"],
-        license=own_licence(source),
+        license=_own_licence(source),
     )
     checked = ", which compared its outputs with the source's on random pixels: equal to 1e-5"
     if target == "onnx":
@@ -326,10 +329,10 @@ def export_card(
     return str(
         ModelCard.from_template(
             card_data,
-            EXPORT_TEMPLATE,
+            _EXPORT_TEMPLATE,
             name=name,
             target=target,
-            source=source if hub_id(source) else Path(source).resolve().name,
+            source=source if _hub_id(source) else Path(source).resolve().name,
             is_file=Path(source).is_file(),
             has_processor=has_processor,
             described=EXPORTS[target],

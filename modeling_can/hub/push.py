@@ -23,16 +23,19 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 
 
+__all__ = ["LAST_CHECKPOINT", "Push", "STOP_SECONDS", "WAIT_SECONDS", "main", "unfinished_card"]
+
+
 PAUSES = (5.0, 30.0, 120.0)  # seconds before an upload is tried again, beside what huggingface_hub retries by itself
 REQUEST_SECONDS = 60.0  # for which the Hub may be silent
-UPLOAD_SECONDS = 3600.0  # for all of an upload; what has arrived by then is not sent again
+_UPLOAD_SECONDS = 3600.0  # for all of an upload; what has arrived by then is not sent again
 CHECK_SECONDS = 10.0  # for the question, before training, whether the Hub is there
 WAIT_SECONDS = 1800.0  # for the last upload, at the end of a run
 STOP_SECONDS = 5.0  # the same, where the run was told to stop
 
 # What stays here: checkpoints, which only the user can ask for, paths on this machine, and hidden files.
-EXCLUDED = ["checkpoints/*", "bad_samples.jsonl", ".*"]
-LINKED = (".safetensors", ".pt")  # large, and replaced or removed but never rewritten; all else is copied
+_EXCLUDED = ["checkpoints/*", "bad_samples.jsonl", ".*"]
+_LINKED = (".safetensors", ".pt")  # large, and replaced or removed but never rewritten; all else is copied
 LAST_CHECKPOINT = "last-checkpoint"  # its name in a repository, as transformers has it
 
 
@@ -87,7 +90,7 @@ class Push:
 
     def hand_over(self, message: str, fill=None, also: dict[str, Path] | None = None):
         """
-        Uploads the output folder as it is now, later, but for `EXCLUDED`.
+        Uploads the output folder as it is now, later, but for `_EXCLUDED`.
 
         Args:
             message (`str`): Of the commit.
@@ -105,10 +108,10 @@ class Push:
                 fill(snapshot)
             for name, path in also.items():
                 for source in filter(Path.is_file, [path, *path.rglob("*")]):
-                    put(source, snapshot / name / source.relative_to(path))
-            for name in filter_repo_objects(self.names(), ignore_patterns=EXCLUDED):
+                    _put(source, snapshot / name / source.relative_to(path))
+            for name in filter_repo_objects(self.names(), ignore_patterns=_EXCLUDED):
                 if not (snapshot / name).exists():
-                    put(self.folder / name, snapshot / name)
+                    _put(self.folder / name, snapshot / name)
         except OSError as error:  # a full disk, say
             shutil.rmtree(snapshot, ignore_errors=True)
             with self.changed:
@@ -167,7 +170,7 @@ class Push:
         """For a shell: uploads the same files."""
         upload = ["hf", "upload", self.repo_id]
         options = ["--repo-type", "model", *(["--private"] if self.private else [])]
-        excluded = [word for pattern in EXCLUDED for word in ("--exclude", pattern)]
+        excluded = [word for pattern in _EXCLUDED for word in ("--exclude", pattern)]
         text = shlex.join([*upload, str(self.folder), ".", *options, *excluded])
         if self.checkpoint:
             text += " && " + shlex.join([*upload, str(self.checkpoint), LAST_CHECKPOINT, *options])
@@ -195,7 +198,7 @@ class Push:
     def _upload(self, snapshot: Path, message: str) -> dict:
         job = {"repo_id": self.repo_id, "private": self.private, "folder": str(snapshot), "message": message}
         for pause in (*PAUSES, None):
-            answer = self._ask(job, UPLOAD_SECONDS)
+            answer = self._ask(job, _UPLOAD_SECONDS)
             if pause is None or not answer.get("is_worth_another_try"):
                 break
             with self.changed:
@@ -205,7 +208,7 @@ class Push:
         return answer
 
     def _ask(self, job: dict, seconds: float) -> dict:
-        """The answer of `do`, from a process of its own."""
+        """The answer of `_do`, from a process of its own."""
         with self.changed:
             if self.is_closed:
                 return {"error": "given up"}
@@ -236,10 +239,10 @@ class Push:
         return json.loads(answer.splitlines()[-1]) if process.returncode == 0 else lost
 
 
-def put(source: Path, target: Path):
+def _put(source: Path, target: Path):
     """A copy that stays as it is, whatever becomes of its source; without the space for it where that is safe."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix in LINKED:
+    if source.suffix in _LINKED:
         try:
             return os.link(source, target)
         except OSError:
@@ -268,7 +271,7 @@ A vision encoder, **in training**: these are the weights after step {step} of {n
 # --- The process -----------------------------------------------------------------------------------------------------
 
 
-def do(job: dict) -> dict:
+def _do(job: dict) -> dict:
     """
     Uploads a folder in one commit, and returns `repo_id` and `commit`; without a folder asks whether the repository
     `exists`. What fails returns `error`, in one line and without the token, the HTTP `status`, if there is one, and
@@ -316,7 +319,7 @@ def main():
     # The run holds the other end of the pipe: when it is killed, this ends as well.
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     os.nice(10)  # the loader of the data goes first
-    answer = json.dumps(do(job))
+    answer = json.dumps(_do(job))
     sys.stdout.write(answer)
     sys.stdout.flush()
     os._exit(0)  # without waiting for threads that may hang

@@ -1,1 +1,3 @@
 """From a recipe to a trained model."""
+
+__all__ = []

@@ -12,7 +12,6 @@ from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import ViTImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from ..conversion import normalisation, warm_start
 from ..data import ImageSource
@@ -21,10 +20,12 @@ from ..data.crops import RandomCrops
 from ..evaluation.encoders import Preprocessor
 from ..evaluation.probe import Probe
 from ..modeling_can import CANForPreTraining
-from ..progress import tell
+from ..optimization import mixed_precision, parameter_groups
+from ..progress import quiet, tell
+from ..random_state import interlude
 from ..rendezvous import INIT_METHOD
-from ..training import compile_model, how_to_compile, interlude, mixed_precision, parameter_groups
 from .checkpoints import whole_state
+from .compiling import compile_model, how_to_compile
 from .plan import Plan
 from .recipe import Recipe
 
@@ -129,14 +130,14 @@ def view_maker(recipe: Recipe) -> RandomCrops:
 
 def augmentation(recipe: Recipe) -> Augmentation:
     return Augmentation(
-        recipe.image_mean,
-        recipe.image_std,
-        recipe.flip_probability,
-        recipe.color_jitter,
-        recipe.color_jitter_probability,
-        recipe.greyscale_probability,
-        recipe.blur_probability,
-        recipe.blur_sigma,
+        mean=recipe.image_mean,
+        std=recipe.image_std,
+        flip_probability=recipe.flip_probability,
+        color_jitter=recipe.color_jitter,
+        color_jitter_probability=recipe.color_jitter_probability,
+        greyscale_probability=recipe.greyscale_probability,
+        blur_probability=recipe.blur_probability,
+        blur_sigma=recipe.blur_sigma,
         blur_kernel_size=max(3, min(recipe.config.image_shape) // 10 // 2 * 2 + 1),
         solarize_probability=recipe.solarize_probability,
     )
@@ -148,21 +149,19 @@ def image_processor(recipe: Recipe) -> ViTImageProcessor:
     `encoders.Preprocessor` it also says how to decode, where that is not the usual way.
     """
     height, width = recipe.config.image_shape
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # no word about torchvision, which this project does without
-    processor = ViTImageProcessor(
-        do_convert_rgb=recipe.config.num_channels == 3,
-        do_resize=True,
-        size={"shortest_edge": round(max(height, width) * 256 / 224)},
-        do_center_crop=True,
-        crop_size={"height": height, "width": width},
-        image_mean=list(recipe.image_mean),
-        image_std=list(recipe.image_std),
-        resample={"bilinear": 2, "bicubic": 3}[recipe.resample],
-        **{name: value for name, value in recipe.decoding.items() if value != "skip"},  # which is a choice of images
-    )
-    transformers_logging.set_verbosity(verbosity)
-    return processor
+    decoding = {name: value for name, value in recipe.decoding.items() if value != "skip"}  # a choice of images
+    with quiet():
+        return ViTImageProcessor(
+            do_convert_rgb=recipe.config.num_channels == 3,
+            do_resize=True,
+            size={"shortest_edge": round(max(height, width) * 256 / 224)},
+            do_center_crop=True,
+            crop_size={"height": height, "width": width},
+            image_mean=list(recipe.image_mean),
+            image_std=list(recipe.image_std),
+            resample={"bilinear": 2, "bicubic": 3}[recipe.resample],
+            **decoding,
+        )
 
 
 def probe_of(recipe: Recipe, device: torch.device) -> Probe | None:
@@ -170,14 +169,14 @@ def probe_of(recipe: Recipe, device: torch.device) -> Probe | None:
     if not recipe.probe_dataset_name:
         return None
     return Probe(
-        recipe.probe_dataset_name,
-        recipe.probe_dataset_config_name,
-        recipe.probe_train_split,
-        recipe.probe_test_split,
-        recipe.probe_image_column or recipe.image_column,
-        recipe.probe_label_column,
-        Preprocessor(image_processor(recipe)),
-        device,
+        dataset_name=recipe.probe_dataset_name,
+        config_name=recipe.probe_dataset_config_name,
+        train_split=recipe.probe_train_split,
+        test_split=recipe.probe_test_split,
+        image_column=recipe.probe_image_column or recipe.image_column,
+        label_column=recipe.probe_label_column,
+        preprocessor=Preprocessor(image_processor(recipe)),
+        device=device,
     )
 
 
@@ -246,7 +245,13 @@ def trained_model(recipe: Recipe, plan: Plan, accelerator: Accelerator, compiled
     )
     prepared, optimizer = accelerator.prepare(model.to(accelerator.device), optimizer)
     set_seed(recipe.seed, device_specific=True)
-    return Trained(prepared, optimizer, accelerator.unwrap_model(prepared), frozen, accelerator)
+    return Trained(
+        model=prepared,
+        optimizer=optimizer,
+        bare=accelerator.unwrap_model(prepared),
+        frozen=frozen,
+        accelerator=accelerator,
+    )
 
 
 def _tell_of_warm_start(recipe: Recipe, taken: list[str], new: list[str]):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..configuration_can import EARLIER
-from ..files import flush_to_disk
+from ..files import put_in_place
 from .recipe import Recipe, model_fields, training_fields
 
 
@@ -68,11 +67,7 @@ class Checkpoints:
             manifest = {file.name: describe_file(file) for file in sorted(partial.iterdir())}
             manifest = {"step": step, "num_processes": self.num_processes, "files": manifest}
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-            for file in (*partial.iterdir(), partial):
-                flush_to_disk(file)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(partial, path)
-            flush_to_disk(self.folder)
+            put_in_place(partial, path)
             place = self.paths().index(path) + 1
             later = self.paths()[place:]  # where this run was resumed from an earlier one: they took another course
             old = [p for p in self.paths()[: max(0, place - self.limit)] if p.name != f"step-{best}"]

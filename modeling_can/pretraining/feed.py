@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,12 @@ from accelerate import Accelerator
 from ..data import ImageSource, ViewStream, ledger_lines
 from ..data.loading import Patient, resume, view_loader
 from ..data.resident import ResidentLoader, resident_images
-from ..training import DataWait, StopSignals
 from .builders import augmentation, view_maker
 from .recipe import Recipe
+from .stopping import StopSignals
 
 
-__all__ = ["Feed", "reasons"]
+__all__ = ["DataWait", "Feed", "reasons"]
 
 
 class Feed:
@@ -45,7 +46,9 @@ class Feed:
             recipe.per_device_train_batch_size,
             recipe.dataloader_num_workers,
         )
-        self.resident, self.remark = resident_images(recipe.data_on_device, source, crops, self.device, num_workers)
+        self.resident, self.remark = resident_images(
+            choice=recipe.data_on_device, source=source, crops=crops, device=self.device, num_workers=num_workers
+        )
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # of decoding; that of training is reported
         if self.resident:
@@ -118,6 +121,37 @@ class Feed:
     def close(self):
         """Ends the workers; left to the garbage collector, each would take five seconds."""
         self.batches = self.loader = None
+
+
+class DataWait:
+    """
+    How long the device stood still for want of data: on a GPU measured there, because the CPU, which runs ahead, also
+    waits for data while the GPU still computes. `with` it around the reading of a batch.
+    """
+
+    def __init__(self, device: torch.device):
+        self.on_gpu, self.times = device.type == "cuda", []
+
+    def _now(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self):
+        self.began = self._now()  # on a GPU: when it is done with all that came before
+
+    def __exit__(self, *_):
+        self.times.append((self.began, self._now()))
+
+    def seconds(self) -> float:
+        """Since the last call, which waits for the device."""
+        times, self.times = self.times, []
+        if not self.on_gpu:
+            return sum(end - begin for begin, end in times)
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in times) / 1000
 
 
 def reasons(ledger: Path) -> Counter:

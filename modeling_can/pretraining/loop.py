@@ -16,7 +16,7 @@ from ..data import ImageSource, ViewStream, mean_and_std
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
 from ..provenance import run_facts
-from ..training import StoppedWaiting, StopSignals, rng_state, set_rng_state
+from ..random_state import rng_state, set_rng_state
 from . import results
 from .builders import (
     Trained,
@@ -37,9 +37,10 @@ from .recipe import Recipe
 from .run_folder import lock, prepare_folder, refuse_other_run, unlock
 from .run_log import RunLog
 from .step import TrainStep
+from .stopping import StoppedWaiting, StopSignals
 
 
-__all__ = ["Run", "run"]
+__all__ = ["Run", "run", "train"]
 
 
 @dataclass
@@ -114,7 +115,9 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     if checkpoint and Checkpoints.step(checkpoint) >= plan.max_steps:
         raise ValueError(f"max_steps={plan.max_steps} is not beyond {checkpoint}; give more")
     trained = trained_model(recipe, plan, accelerator, compiled, warm=not checkpoint)
-    train_step = TrainStep(trained.model, trained.optimizer, accelerator, recipe, plan)
+    train_step = TrainStep(
+        model=trained.model, optimizer=trained.optimizer, accelerator=accelerator, recipe=recipe, plan=plan
+    )
 
     # --- Where the run stands
     (output_dir / "figures").mkdir(parents=True, exist_ok=True)
@@ -140,7 +143,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         trained=trained,
         train_step=train_step,
         checkpoints=checkpoints,
-        log=RunLog(recipe, plan, accelerator, train_step.guard, progress),
+        log=RunLog(recipe=recipe, plan=plan, accelerator=accelerator, guard=train_step.guard, progress=progress),
         probing=Probing(probe, trained, accelerator),
         processor=image_processor(recipe),
         stop=StopSignals(_sum_over(accelerator), accelerator.device),
@@ -155,11 +158,11 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         parts.log.open_trackers(first_step)
     exact = feed.start([process["loader"] for process in own])  # first: starting workers draws a random number
     if checkpoint:
-        remarks = resume(parts, first_step, weights, shared, own, exact)
+        remarks = _resume(run=parts, first_step=first_step, weights=weights, shared=shared, own=own, exact=exact)
         _tell(is_main and f"resumed from {checkpoint} at step {first_step}; {remarks}")
     del weights, shared, own  # as large as the model and its optimizer once more
     if recipe.preflight:
-        preflight(parts, plan.max_steps - first_step)
+        _preflight(parts, plan.max_steps - first_step)
     if recipe.probe_dataset_name and not checkpoint:
         parts.log.probes |= {"raw pixels": parts.probing.raw_pixels(), "untrained encoder": parts.probing.encoder()}
     parts.log.open_files()
@@ -170,7 +173,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     return found
 
 
-def preflight(run: Run, num_steps: int):
+def _preflight(run: Run, num_steps: int):
     """Ends the process."""
     parts = (run.recipe, run.accelerator, run.feed, run.trained, run.train_step, run.stop)
     is_ready = Preflight(*parts, num_steps)()
@@ -187,7 +190,7 @@ def train(run: Run, first_step: int):
             try:
                 micro_batches, images = feed.next_step(run.plan.num_micro_batches, run.stop)
             except StoppedWaiting:
-                stop_waiting(run, step)
+                _stop_waiting(run, step)
             output = run.train_step(step, micro_batches, images)
             log.update(output)
 
@@ -199,9 +202,9 @@ def train(run: Run, first_step: int):
             stopping = run.stop.wanted() and not is_last
             regular = done % recipe.save_steps == 0
             if (stopping or regular or (probing and log.best["step"] == done)) and not is_last:
-                save(run, done, stopping, regular)
+                _save(run, done, stopping, regular)
             if stopping:
-                end_early(run, done)
+                _end_early(run, done)
     feed.close()
     run.accelerator.wait_for_everyone()
 
@@ -219,11 +222,11 @@ def _checkpoints(recipe: Recipe, accelerator: Accelerator) -> Checkpoints:
     )
 
 
-def save(run: Run, step: int, stopping: bool, regular: bool):
+def _save(run: Run, step: int, stopping: bool, regular: bool):
     """A checkpoint after so many steps; called by all processes. One that fails ends the run only where it stops."""
     saved = None
     try:
-        saved = checkpoint(run, step)
+        saved = _checkpoint(run, step)
     except OSError as error:
         if stopping:
             raise
@@ -235,7 +238,7 @@ def save(run: Run, step: int, stopping: bool, regular: bool):
         results.push_unfinished(run, step, saved)
 
 
-def checkpoint(run: Run, step: int) -> Path:
+def _checkpoint(run: Run, step: int) -> Path:
     run.log.report_nonfinite()
     weights, optimizer_state = whole_state(run.trained.model, run.trained.optimizer.optimizer)
     average = run.log.average
@@ -243,10 +246,10 @@ def checkpoint(run: Run, step: int) -> Path:
     progress = {"step": step, "ledger_bytes": run.feed.ledger_bytes, **run.log.state_dict()}
     shared = {"optimizer": optimizer_state, "progress": progress, "recipe": run.recipe.to_dict()}
     best = run.log.best
-    return run.checkpoints.save(step, weights, shared, own, best and best["step"])
+    return run.checkpoints.save(step=step, model_state=weights, shared=shared, own=own, best=best and best["step"])
 
 
-def resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dict], exact: bool) -> str:
+def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dict], exact: bool) -> str:
     """
     Weights, optimizer and random numbers of a checkpoint; returns what is other than it would have been, in words.
 
@@ -279,7 +282,7 @@ def resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[dic
 # --- Stopping --------------------------------------------------------------------------------------------------------
 
 
-def end_early(run: Run, step: int):
+def _end_early(run: Run, step: int):
     """After a signal, and the checkpoint that it asked for."""
     run.log.bar.close()
     number = run.stop.received or signal.SIGTERM  # another process received it
@@ -290,7 +293,7 @@ def end_early(run: Run, step: int):
     sys.exit(130 if number is signal.SIGINT else 0)
 
 
-def stop_waiting(run: Run, step: int):
+def _stop_waiting(run: Run, step: int):
     """After a signal that came while data did not: other processes may wait elsewhere, so that nothing is saved."""
     newest = run.checkpoints.paths()[-1:]
     advice = f"go on with --resume_from_checkpoint {newest[0]}" if newest else "nothing was saved"

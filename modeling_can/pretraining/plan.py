@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ..training import learning_rate
+from ..optimization import learning_rate, peak_learning_rate
 from .recipe import Recipe
 
 
@@ -45,7 +45,7 @@ class Plan:
             num_contrasted=global_batch_size if caching else global_batch_size // num_micro_batches,
             max_steps=max_steps,
             warmup_steps=round(recipe.warmup_ratio * max_steps),
-            peak_learning_rate=recipe.base_learning_rate * global_batch_size / 256,
+            peak_learning_rate=peak_learning_rate(recipe.base_learning_rate, global_batch_size),
         )
 
     def learning_rate(self, step: int) -> float:

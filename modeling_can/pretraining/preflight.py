@@ -9,7 +9,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from ..diagnostics import (
+from ..losses import contrastive_loss
+from ..plots import reconstruction_sheet
+from ..progress import duration, tell
+from ..random_state import interlude
+from .builders import Trained
+from .checks import (
     check_disk,
     check_gradients,
     check_optimizer,
@@ -17,17 +22,12 @@ from ..diagnostics import (
     check_positions,
     check_positives,
     check_shared_memory,
-    duration,
-    peak_memory,
 )
-from ..losses import contrastive_loss
-from ..progress import tell
-from ..training import StopSignals, interlude
-from ..visualization import reconstruction_sheet
-from .builders import Trained
+from .cost import peak_memory
 from .feed import Feed
 from .recipe import Recipe
 from .step import TrainStep, total_norm
+from .stopping import StopSignals
 
 
 __all__ = ["Preflight"]
@@ -66,8 +66,17 @@ class Preflight:
             image = Path(self.recipe.output_dir) / "figures" / "preflight.png"
             mean, std = self.recipe.image_mean, self.recipe.image_std
             with interlude():
-                reconstruction_sheet(whole.eval(), pixel_values[:4].flatten(0, 1), mean, std, image)
-            self._tell(checks, failures, seconds, how, len(images) * self.accelerator.num_processes, image)
+                reconstruction_sheet(
+                    model=whole.eval(), pixel_values=pixel_values[:4].flatten(0, 1), mean=mean, std=std, path=image
+                )
+            self._tell(
+                checks=checks,
+                failures=failures,
+                seconds=seconds,
+                how=how,
+                images_per_step=len(images) * self.accelerator.num_processes,
+                image=image,
+            )
         return not failures
 
     def _next_step(self) -> tuple[list, list[str]]:
@@ -115,11 +124,11 @@ class Preflight:
         }
         if recipe.config.contrastive_loss_weight > 0:
             checks["positives are matched, on all processes"] = check_positives(
-                contrastive_loss,
-                8,
-                recipe.config.projection_size,
-                self.accelerator.process_index,
-                self.accelerator.device,
+                contrastive_loss=contrastive_loss,
+                batch_size=8,
+                width=recipe.config.projection_size,
+                process=self.accelerator.process_index,
+                device=self.accelerator.device,
             )
         return checks
 

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 
 from ..evaluation.features import raw_pixels
 from ..evaluation.probe import Probe
-from ..training import interlude
+from ..random_state import interlude
 from .builders import Trained
 
 

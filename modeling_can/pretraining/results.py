@@ -7,20 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers.utils import logging as transformers_logging
-
 from ..data.folders import SAMPLE_DATA
-from ..diagnostics import duration, peak_memory, reachable_gain, training_flops
 from ..files import write
 from ..hub import write_card
 from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
-from ..progress import tell
-from ..training import StopSignals
-from ..visualization import curves
+from ..plots import curves
+from ..progress import duration, quiet, tell
 from .checkpoints import whole_state
+from .cost import peak_memory, training_flops
 from .feed import reasons
+from .health import reachable_gain
 from .recipe import Recipe
 from .run_folder import save_model
+from .stopping import StopSignals
 
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def finish(run: "Run", began: float) -> dict:
         log.draw(run.plan.max_steps, whole, run.feed.pixel_values)
         curves(log.lines, run.output_dir / "figures" / "curves.png")
         repo_id = recipe.repo_id if recipe.push_to_hub else None
-        write_card(run.output_dir, recipe.to_dict(), recipe.config, results, repo_id)
+        write_card(run.output_dir, recipe.to_dict(), recipe.config, results, repo_id=repo_id)
         _write(run.output_dir, results)  # last: it marks the run as finished
         _tell_summary(run.output_dir, recipe, results)
     accelerator.wait_for_everyone()
@@ -153,9 +152,8 @@ def push_unfinished(run: "Run", step: int, saved: Path):
 
 
 def _fill_snapshot(run: "Run", step: int, snapshot: Path):
-    transformers_logging.disable_progress_bar()
-    run.trained.bare.save_pretrained(snapshot, state_dict={})  # all but the weights, which the checkpoint has
-    transformers_logging.enable_progress_bar()
+    with quiet():
+        run.trained.bare.save_pretrained(snapshot, state_dict={})  # all but the weights, which the checkpoint has
     run.processor.save_pretrained(snapshot)
     name = run.recipe.repo_id.split("/")[-1]
     write(snapshot / "README.md", unfinished_card(name, step, run.plan.max_steps))

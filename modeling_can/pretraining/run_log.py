@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,15 +12,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tqdm.auto import tqdm
 
-from ..diagnostics import TERMS, duration, embedding_health, findings, trivial_losses, verdict
+from ..averages import MetricAverage
 from ..files import write
 from ..modeling_can import CANForPreTraining
-from ..progress import tell
-from ..training import MetricAverage, NonFiniteGuard, interlude
-from ..visualization import reconstruction_sheet
+from ..optimization import NonFiniteGuard
+from ..plots import reconstruction_sheet
+from ..progress import duration, progress_bar, tell
+from ..random_state import interlude
 from .feed import Feed
+from .health import TERMS, embedding_health, findings, trivial_losses, verdict
 from .plan import Plan
 from .recipe import Recipe
 from .step import StepOutput, step_metrics
@@ -80,9 +80,8 @@ class RunLog:
         """The steps that are to be done, 0-based, along a bar where there is a terminal; starts the clock."""
         self._logged_step, self._logged_at = first_step, time.perf_counter()
         self._started = self._logged_at
-        disable = not self.is_main or not sys.stderr.isatty()
         steps, total = range(first_step, self.plan.max_steps), self.plan.max_steps
-        self.bar = tqdm(steps, "pre-training", total, initial=first_step, dynamic_ncols=True, disable=disable)
+        self.bar = progress_bar(steps, "pre-training", total, initial=first_step, unit="steps", is_shown=self.is_main)
         yield from self.bar
         self._seconds_before, self._started = self.train_seconds, None
 
@@ -196,7 +195,13 @@ class RunLog:
         try:
             with interlude():
                 whole.eval()
-                reconstruction_sheet(whole, pixel_values[:6, 0], self.recipe.image_mean, self.recipe.image_std, path)
+                reconstruction_sheet(
+                    model=whole,
+                    pixel_values=pixel_values[:6, 0],
+                    mean=self.recipe.image_mean,
+                    std=self.recipe.image_std,
+                    path=path,
+                )
                 whole.train()
             image = np.asarray(Image.open(path).convert("RGB"))[None]
             for tracker in self.accelerator.trackers:

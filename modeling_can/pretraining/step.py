@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..configuration_can import CANConfig
-from ..diagnostics import embedding_spread
-from ..training import NonFiniteGuard, accumulated_backward, cached_backward
+from ..optimization import NonFiniteGuard
+from .gradient_caching import accumulated_backward, cached_backward
+from .health import embedding_spread
 from .plan import Plan
 from .recipe import Recipe
 

@@ -17,9 +17,10 @@ from experiments.cifar10 import runs
 from experiments.cifar10.one_run import of_the_log
 from experiments.cifar10.report import report
 from experiments.keeping import round_weights
-from modeling_can import CANConfig, CANForPreTraining, provenance
+from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.conversion import MAE_FILE, encoder_weights, join_qkv, their_name
 from modeling_can.pretraining.recipe import Recipe
+from modeling_can.provenance import git_commit
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -155,11 +156,10 @@ def test_a_report_of_gpu_runs_has_times_and_no_search(tmp_path, monkeypatch, cap
 
 def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
     commit = "0123456789" * 4
-    monkeypatch.setenv("GIT_DIR", str(tmp_path))
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    assert records.facts(seed=0)["commit"] is None
+    assert git_commit(tmp_path) is None
     monkeypatch.setenv("GIT_COMMIT", commit)
-    assert records.facts(seed=0)["commit"] == commit
+    assert git_commit(tmp_path) == commit
 
 
 def test_a_commit_is_dirty_where_code_differs_and_not_where_a_result_does(tmp_path, monkeypatch):
@@ -169,11 +169,12 @@ def test_a_commit_is_dirty_where_code_differs_and_not_where_a_result_does(tmp_pa
         (tmp_path / name).write_text("1\n")
     for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--message", "a"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "package" / "provenance.py"))
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    assert git_commit(tmp_path / "package") is None  # as site-packages in somebody's repository
     (tmp_path / "a.json").write_text("2\n")
-    assert re.fullmatch("[0-9a-f]{40}", records.facts(seed=0)["commit"])
+    assert re.fullmatch("[0-9a-f]{40}", git_commit(tmp_path))
     (tmp_path / "a.py").write_text("2\n")
-    assert re.fullmatch("[0-9a-f]{40}-dirty", records.facts(seed=0)["commit"])
+    assert re.fullmatch("[0-9a-f]{40}-dirty", git_commit(tmp_path))
 
 
 def test_a_json_goes_where_it_is_told_and_does_not_say_so(tmp_path, monkeypatch):

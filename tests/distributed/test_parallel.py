@@ -15,13 +15,9 @@ from testing_utils import ROOT, TOY, free_port, inputs, no_sync, run_processes, 
 from torch.nn.parallel import DistributedDataParallel
 
 import run_pretraining
+from modeling_can.optimization import learning_rate, parameter_groups
+from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
 from modeling_can.pretraining.step import total_norm
-from modeling_can.training import (
-    accumulated_backward,
-    cached_backward,
-    learning_rate,
-    parameter_groups,
-)
 
 
 STEPS, BATCH = 20, 8
@@ -152,7 +148,7 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
 SEEDS = """
 import os, sys, torch, run_pretraining
 from modeling_can.data.augmentations import Augmentation
-from modeling_can.training import MetricAverage
+from modeling_can.averages import MetricAverage
 
 forward = Augmentation.forward
 def told(self, views):

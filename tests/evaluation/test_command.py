@@ -242,7 +242,7 @@ def test_nothing_that_is_learnt_or_chosen_depends_on_the_test_labels(models, col
     monkeypatch.setattr(Setup, "score", spy)
     few = few_shot.few_shot_predictions
     monkeypatch.setattr(
-        few_shot, "few_shot_predictions", lambda *a: [made.append((p.tolist(), [])) or p for p in few(*a)]
+        few_shot, "few_shot_predictions", lambda **o: [made.append((p.tolist(), [])) or p for p in few(**o)]
     )
     for name, folder in {"true": colours, "planted": str(planted)}.items():
         made = []

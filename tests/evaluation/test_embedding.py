@@ -24,6 +24,7 @@ from faulty_server import FaultyServer
 from testing_utils import ROOT, add_to_tar, picture
 from tqdm import tqdm
 
+from modeling_can import progress
 from modeling_can.data import ImageSource
 from modeling_can.data.decoding import BadImage, decode
 from modeling_can.evaluation import embed as embedding
@@ -155,7 +156,7 @@ def test_embeddings_do_not_wait_for_a_full_file_for_ever(places, tmp_path, monke
 
 
 def test_progress_is_in_images_their_rate_and_the_time_left(places, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(embedding, "LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0)
     source = ImageSource(data_files=f"{places}/shard-*.parquet")
     embed_until_killed(source, tmp_path, 40)
     lines = capsys.readouterr().err.splitlines()

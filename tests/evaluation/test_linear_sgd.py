@@ -64,15 +64,15 @@ def test_the_probe_learns_with_heads_for_every_layer_pooling_and_rate(probe):
 
 def test_the_heads_are_trained_as_they_say(pretrained, monkeypatch):
     rates, seen, step = (0.1, 1e-9), [], linear_sgd.train_step
-    monkeypatch.setattr(linear_sgd, "train_step", lambda *arguments: seen.append(arguments) or step(*arguments))
+    monkeypatch.setattr(linear_sgd, "train_step", lambda **options: seen.append(options) or step(**options))
     probe = linear_probe_sgd(
         load_encoder(pretrained("CAN")), pictures(40), 4, 3, batch_size=16, base_learning_rates=rates, layers=(1,)
     )
-    defaults = seen[0][1].defaults
+    defaults = seen[0]["optimizer"].defaults
     assert (defaults["momentum"], defaults["weight_decay"], defaults["nesterov"]) == (0.9, 0, False)
     num_steps = 3 * (36 // 16)
     expected = [16 / 256 * (1 + math.cos(math.pi * i / num_steps)) / 2 for i in range(num_steps)]
-    assert [arguments[5] for arguments in seen] == pytest.approx(expected)
+    assert [options["rate"] for options in seen] == pytest.approx(expected)
     for weight in probe.heads.weights:  # of each representation
         assert weight[0].abs().max() > 1e-3 and weight[1].abs().max() < 1e-8
     assert [row["base_learning_rate"] for row in probe.table] == [0.1, 1e-9] * 3
@@ -103,7 +103,9 @@ def test_the_probe_is_chosen_on_images_that_it_was_not_trained_on(pretrained, mo
     train = pictures(120)
     train.labels = np.random.default_rng(0).permutation(train.labels)
     seen, make = [], linear_sgd.crop_loader
-    monkeypatch.setattr(linear_sgd, "crop_loader", lambda part, *rest: seen.append(part) or make(part, *rest))
+    monkeypatch.setattr(
+        linear_sgd, "crop_loader", lambda part, *rest, **options: seen.append(part) or make(part, *rest, **options)
+    )
     probe = linear_probe_sgd(load_encoder(pretrained("CAN")), train, 4, num_epochs=1, batch_size=32)
     held_out, fit = hold_out(train.labels, 0.1, 0)
     assert len(held_out) == 12 and len(seen[0]) == 108

@@ -23,11 +23,11 @@ from transformers import AutoImageProcessor
 from experiments.quickstart import card as quickstart_card
 from modeling_can import CANConfig, CANForPreTraining, CANModel
 from modeling_can.configuration_can import MAE, SIMCLR
-from modeling_can.diagnostics import duration
 from modeling_can.evaluation.knn import knn_predictions
 from modeling_can.hub import update_card, write_card
 from modeling_can.pretraining.builders import image_processor
 from modeling_can.pretraining.recipe import Recipe, parse_arguments
+from modeling_can.progress import duration
 
 
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/recipe.yaml"))

@@ -7,10 +7,7 @@ import torch
 from testing_utils import inputs, run_processes, tiny_config, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_can.training import (
-    accumulated_backward,
-    cached_backward,
-)
+from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
 
 
 def step(model, parts: list[dict], caching: bool, no_sync=contextlib.nullcontext):

@@ -6,7 +6,7 @@ import torch
 
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.configuration_can import MAE, SIMCLR
-from modeling_can.diagnostics import training_flops
+from modeling_can.pretraining.cost import training_flops
 
 
 LARGE = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)

@@ -23,7 +23,7 @@ from transformers.initialization import no_init_weights
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel
 from modeling_can.configuration_can import MAE, SIMCLR
 from modeling_can.modeling_can import patchify, random_masking, resize_positions, sincos_positions, unpatchify
-from modeling_can.training import parameter_groups
+from modeling_can.optimization import parameter_groups
 
 
 SQUARE = dict(image_size=32, patch_size=8)

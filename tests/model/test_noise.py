@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import run_pretraining
 from modeling_can import CANForPreTraining
-from modeling_can.diagnostics import reachable_gain
 from modeling_can.modeling_can import patchify
+from modeling_can.pretraining.health import reachable_gain
 
 
 def trivial(config, batch, mask) -> torch.Tensor:

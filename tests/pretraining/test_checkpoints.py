@@ -192,10 +192,10 @@ def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tm
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capfd):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modeling_can.pretraining.checkpoints.flush_to_disk", full)
+    monkeypatch.setattr("modeling_can.pretraining.checkpoints.put_in_place", full)
     monkeypatch.setattr("modeling_can.pretraining.run_log.reconstruction_sheet", full)
     results = run_pretraining.main([*RUN, f"--output_dir={tmp_path}", "--max_steps=12", "--log_with=none"])
     output = capfd.readouterr().out

@@ -11,10 +11,12 @@ from PIL import Image
 from testing_utils import tiny_model
 
 import run_pretraining
-from modeling_can import CANForPreTraining, training
-from modeling_can.pretraining import feed
+from modeling_can import CANForPreTraining
+from modeling_can.averages import MetricAverage
+from modeling_can.pretraining import compiling, feed, gradient_caching
+from modeling_can.pretraining.compiling import compile_model, how_to_compile
 from modeling_can.pretraining.recipe import Recipe, model_fields, training_fields
-from modeling_can.training import MetricAverage
+from modeling_can.random_state import rng_state, set_rng_state
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -183,13 +185,13 @@ def test_compiled_training_is_alike_and_compiles_once(places, tmp_path, monkeypa
     ],
 )
 def test_what_is_compiled(monkeypatch, choice, device, drop_path_rate, expected):
-    monkeypatch.setattr(training, "has_triton", lambda: True)
-    assert training.how_to_compile(choice, torch.device(device), drop_path_rate) == expected
+    monkeypatch.setattr(compiling, "has_triton", lambda: True)
+    assert how_to_compile(choice, torch.device(device), drop_path_rate) == expected
 
 
 def test_without_triton_nothing_is_compiled_by_itself(monkeypatch):
-    monkeypatch.setattr(training, "has_triton", lambda: False)
-    assert training.how_to_compile("auto", torch.device("cuda"), 0) is None
+    monkeypatch.setattr(compiling, "has_triton", lambda: False)
+    assert how_to_compile("auto", torch.device("cuda"), 0) is None
 
 
 @pytest.mark.slow
@@ -200,11 +202,11 @@ def test_compiled_blocks_repeat_their_random_numbers(checkpointing):
     model = tiny_model(hidden_dropout_prob=0.3).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    training.compile_model(model, "blocks")
-    pixels, state = torch.randn(8, 2, 3, 32, 48), training.rng_state()
+    compile_model(model, "blocks")
+    pixels, state = torch.randn(8, 2, 3, 32, 48), rng_state()
     with torch.no_grad():
         first = model(pixels, terms=()).image_embeds
-    training.set_rng_state(state)
+    set_rng_state(state)
     second = model(pixels)
     second.loss.backward()
     torch.testing.assert_close(second.image_embeds, first)
@@ -220,10 +222,10 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
             updates.append(([(g["lr"], tuple(g["betas"]), g["weight_decay"]) for g in self.param_groups], norm.item()))
             return super().step(*arguments, **options)
 
-    contrast, stream = training.contrastive_loss, feed.ViewStream
+    contrast, stream = gradient_caching.contrastive_loss, feed.ViewStream
     monkeypatch.setattr(torch.optim, "AdamW", Spied)
     monkeypatch.setattr(
-        training,
+        gradient_caching,
         "contrastive_loss",
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )

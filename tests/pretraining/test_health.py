@@ -11,22 +11,21 @@ from PIL import Image
 from testing_utils import run_processes, tiny_config, tiny_model
 
 import run_pretraining
-from modeling_can import diagnostics, modeling_can
+from modeling_can import modeling_can
 from modeling_can.data.crops import RandomCrops
-from modeling_can.diagnostics import (
-    check_disk,
-    check_positives,
-    duration,
+from modeling_can.losses import contrastive_loss, normalize_patches, patch_errors
+from modeling_can.pretraining import builders, checks
+from modeling_can.pretraining.checks import check_disk, check_positives
+from modeling_can.pretraining.cost import peak_memory
+from modeling_can.pretraining.health import (
     effective_rank,
     embedding_health,
     embedding_spread,
     findings,
-    peak_memory,
     trivial_losses,
     verdict,
 )
-from modeling_can.losses import contrastive_loss, normalize_patches, patch_errors
-from modeling_can.pretraining import builders
+from modeling_can.progress import duration
 
 
 TOY = ["--per_device_train_batch_size=8", "--hidden_size=32", "--num_hidden_layers=1", "--num_attention_heads=2",
@@ -211,7 +210,7 @@ def wrong_positives(monkeypatch):
 
 def full_disk(monkeypatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(diagnostics.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder: usage)
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -250,7 +249,7 @@ def test_the_room_for_checkpoints_is_weights_and_two_moments(tmp_path, monkeypat
     size = sum(p.numel() for p in model.parameters()) * 4
     for free, is_enough in ((size * 10, True), (size * 10 - 1, False)):
         usage = type("Usage", (), {"free": free})
-        monkeypatch.setattr(diagnostics.shutil, "disk_usage", lambda folder, usage=usage: usage)
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda folder, usage=usage: usage)
         assert (check_disk(tmp_path, 2, model.parameters()) is None) == is_enough
 
 

@@ -90,7 +90,7 @@ def test_a_planted_number_is_skipped_on_all_processes(tmp_path, num_processes, s
     (2, 1.0, False),  # of the other process, it seems
 ])  # fmt: skip
 def test_images_are_named_where_they_may_be_to_blame(num_processes, reconstruction, are_named):
-    from modeling_can.training import NonFiniteGuard
+    from modeling_can.optimization import NonFiniteGuard
 
     guard = NonFiniteGuard(torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))]), num_processes)
     terms = {"contrastive_loss": torch.tensor(torch.nan), "reconstruction_loss": torch.tensor(float(reconstruction))}
@@ -100,7 +100,7 @@ def test_images_are_named_where_they_may_be_to_blame(num_processes, reconstructi
 
 
 def test_a_step_that_is_skipped_leaves_weights_and_moments_alone():
-    from modeling_can.training import NonFiniteGuard
+    from modeling_can.optimization import NonFiniteGuard
 
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)

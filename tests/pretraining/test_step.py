@@ -7,8 +7,10 @@ import pytest
 import torch
 from testing_utils import tiny_config, tiny_model
 
+from modeling_can.averages import MetricAverage
+from modeling_can.optimization import parameter_groups
 from modeling_can.pretraining import step as a_step
-from modeling_can.training import MetricAverage, interlude, parameter_groups
+from modeling_can.random_state import interlude
 
 
 def test_matrices_decay_and_nothing_else_does():

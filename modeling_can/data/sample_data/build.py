@@ -15,8 +15,13 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 from skimage import data
 
+from modeling_can.progress import tell
 
-PHOTOGRAPHS = {  # label: loader. Sources and licences: README.md
+
+__all__ = ["main"]
+
+
+_PHOTOGRAPHS = {  # label: loader. Sources and licences: README.md
     "astronaut": data.astronaut,
     "brick": data.brick,
     "camera": data.camera,
@@ -30,47 +35,47 @@ PHOTOGRAPHS = {  # label: loader. Sources and licences: README.md
     "retina": data.retina,
     "rocket": data.rocket,
 }
-TILE = 40  # pixels
-LONGEST_SIDE = 640  # pixels; larger photographs are reduced, or their tiles would show next to nothing
-TRAIN_TILES, TEST_TILES = 240, 60  # of each photograph
-TRAIN_SHARDS = 4
+_TILE = 40  # pixels
+_LONGEST_SIDE = 640  # pixels; larger photographs are reduced, or their tiles would show next to nothing
+_TRAIN_TILES, _TEST_TILES = 240, 60  # of each photograph
+_TRAIN_SHARDS = 4
 
 
-def encode(tile: PIL.Image) -> bytes:
+def _encode(tile: PIL.Image) -> bytes:
     buffer = io.BytesIO()
     tile.save(buffer, "JPEG", quality=90, subsampling=0, optimize=True)
     return buffer.getvalue()
 
 
-def cut(photograph: PIL.Image, count: int) -> list[bytes]:
+def _cut(photograph: PIL.Image, count: int) -> list[bytes]:
     """`count` tiles on the coarsest square grid that has as many, evenly thinned out."""
     width, height = photograph.size
-    for stride in range(TILE, 0, -1):
-        corners = [(x, y) for y in range(0, height - TILE + 1, stride) for x in range(0, width - TILE + 1, stride)]
+    for stride in range(_TILE, 0, -1):
+        corners = [(x, y) for y in range(0, height - _TILE + 1, stride) for x in range(0, width - _TILE + 1, stride)]
         if len(corners) >= count:
             break
     chosen = [corners[i] for i in np.linspace(0, len(corners) - 1, count).round().astype(int)]
-    return [encode(photograph.crop((x, y, x + TILE, y + TILE))) for x, y in chosen]
+    return [_encode(photograph.crop((x, y, x + _TILE, y + _TILE))) for x, y in chosen]
 
 
 def main():
     folder = Path(__file__).parent
     train, test = [], []
-    for label, load in enumerate(PHOTOGRAPHS.values()):
+    for label, load in enumerate(_PHOTOGRAPHS.values()):
         photograph = PIL.fromarray(load()).convert("RGB")
-        photograph.thumbnail((LONGEST_SIDE, LONGEST_SIDE), PIL.Resampling.LANCZOS)
+        photograph.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), PIL.Resampling.LANCZOS)
         width, height = photograph.size
-        train += [(tile, label) for tile in cut(photograph.crop((0, 0, width // 2, height)), TRAIN_TILES)]
-        test += [(tile, label) for tile in cut(photograph.crop((width - width // 2, 0, width, height)), TEST_TILES)]
+        train += [(tile, label) for tile in _cut(photograph.crop((0, 0, width // 2, height)), _TRAIN_TILES)]
+        test += [(tile, label) for tile in _cut(photograph.crop((width - width // 2, 0, width, height)), _TEST_TILES)]
 
-    features = Features({"image": Image(), "label": ClassLabel(names=list(PHOTOGRAPHS))})
+    features = Features({"image": Image(), "label": ClassLabel(names=list(_PHOTOGRAPHS))})
     order = np.random.default_rng(0).permutation(len(train))
-    shards = [(f"train-{i:05d}-of-{TRAIN_SHARDS:05d}", [train[k] for k in order[i::TRAIN_SHARDS]])
-              for i in range(TRAIN_SHARDS)]  # fmt: skip
+    shards = [(f"train-{i:05d}-of-{_TRAIN_SHARDS:05d}", [train[k] for k in order[i::_TRAIN_SHARDS]])
+              for i in range(_TRAIN_SHARDS)]  # fmt: skip
     for name, rows in [*shards, ("test-00000-of-00001", test)]:
         columns = {"image": [{"bytes": tile, "path": None} for tile, _ in rows], "label": [y for _, y in rows]}
         Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
-        print(f"{name}: {len(rows)} tiles, {(folder / f'{name}.parquet').stat().st_size / 1e6:.2f} MB")
+        tell(f"{name}: {len(rows)} tiles, {(folder / f'{name}.parquet').stat().st_size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,28 @@
 """
-Does it work, and what does it cost? Measures of a run's health, the plain sentences that they add up to, the checks
-before it starts, and its arithmetic.
+Is a run healthy? Measures without labels, the losses of a model that has learnt nothing, and the plain sentences that
+they add up to.
 
 Legend: B images, N images that are contrasted with each other (over micro-batches and processes), d embedding width,
 P pixels per patch.
 """
 
-import copy
 import math
-import shutil
-import sys
-from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from .configuration_can import CANConfig
-from .data.loading import SHARED_MEMORY, free_shared_memory
-from .losses import normalize_patches
-from .modeling_can import CANForPreTraining, patchify
+from ..configuration_can import CANConfig
+from ..losses import normalize_patches
+from ..modeling_can import patchify
+
+
+__all__ = [
+    "TERMS", "effective_rank", "embedding_health", "embedding_spread", "findings", "reachable_gain", "trivial_losses",
+    "verdict",
+]  # fmt: skip
 
 
 TERMS = {"contrastive": "C", "reconstruction": "A", "denoising": "N"}
-EARLY = 100  # steps
+_EARLY = 100  # steps
 
 
 # --- Measures --------------------------------------------------------------------------------------------------------
@@ -131,8 +129,8 @@ def findings(
             The run's lines of `metrics.jsonl`, the newest last; the last five are judged together, and all lines that
             have one for the k-NN accuracy. What a line lacks is not judged.
         warmup_steps, max_steps (`int`):
-            What the model learns is judged after the warm-up, a tenth of the steps and `EARLY` steps: before, every
-            model looks dead.
+            What the model learns is judged after the warm-up, a tenth of the steps and 100 steps: before, every model
+            looks dead.
         untrained_knn (`float`, *optional*): k-NN accuracy before training.
     """
     last = lines[-1]
@@ -210,149 +208,4 @@ def verdict(lines: list[dict], warmup_steps: int, max_steps: int, untrained_knn:
 
 
 def _is_early(step: int, warmup_steps: int, max_steps: int) -> bool:
-    return step <= max(EARLY, warmup_steps, 0.1 * max_steps)
-
-
-# --- Preflight -------------------------------------------------------------------------------------------------------
-# Each check returns what is wrong, in a sentence with the fix, or None.
-
-
-def check_pixels(pixel_values: torch.Tensor) -> str | None:
-    """
-    Whether normalised pixels `(B, V, C, H, W)` are finite, two views differ, and, of 16 images and more, each
-    channel has about mean 0 and deviation 1.
-    """
-    pixels = pixel_values.float()
-    mean, std = pixels.mean(dim=(0, 1, 3, 4)), pixels.std(dim=(0, 1, 3, 4))
-    if not pixels.isfinite().all():
-        return "the normalised pixels are not finite; check image_mean and image_std"
-    if len(pixels) >= 16 and (mean.abs().max() > 1.5 or std.min() < 0.2 or std.max() > 3):
-        return (
-            f"the normalised pixels have mean {_numbers(mean)} and deviation {_numbers(std)}, far from 0 and 1; "
-            "set image_mean and image_std to those of your images (--measure_mean_std finds them)"
-        )
-    if pixels.shape[1] == 2 and torch.equal(pixels[:, 0], pixels[:, 1]):
-        return "the two views of every image are the same; augmentation is off"
-    return None
-
-
-def check_gradients(model: nn.Module, norm: Callable[[list], torch.Tensor]) -> str | None:
-    """Whether every trainable parameter got a finite gradient that is not zero; `norm` takes a list of gradients."""
-    missing, zero = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            missing.append(name)
-        elif parameter.requires_grad and not name.endswith("k_proj.bias"):  # softmax does not see a constant of keys
-            size = float(norm([parameter.grad]))
-            if size == 0 or not math.isfinite(size):
-                zero.append(f"{name} ({size})")
-    if missing or zero:
-        return f"parameters without a gradient: {', '.join(missing) or 'none'}; zero or not finite: {', '.join(zero)}"
-    return None
-
-
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """Whether the optimiser holds every trainable parameter once, and nothing else."""
-    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    left_out = [name for key, name in trainable.items() if key not in held]
-    if left_out or len(held) != len(trainable):
-        return f"the optimiser holds {len(held)} of {len(trainable)} parameters; left out: {', '.join(left_out)}"
-    return None
-
-
-def check_positions(model: nn.Module) -> str | None:
-    """Whether all patches differ in the tables of positions: one of zeros makes a ViT blind to order."""
-    for name, table in model.named_buffers():
-        if name.endswith("position_embeddings"):
-            rows = table[0, 1:].float()
-            if len(rows) > 1 and len(rows.unique(dim=0)) < len(rows):
-                return f"{name} gives different patches the same position"
-    return None
-
-
-def check_positives(
-    contrastive_loss: Callable, batch_size: int, width: int, process: int, device: torch.device
-) -> str | None:
-    """
-    Whether each image meets its own second view as its positive, on every process: embeddings that are the same for
-    the views of an image, and random otherwise, must have a loss near 0.
-
-    Args:
-        contrastive_loss (callable): `(image_embeds, temperature) -> loss`, over all processes, which all call it.
-        batch_size, width (`int`): B of this process, d.
-        process (`int`): Its rank, so that every process has images of its own.
-    """
-    generator = torch.Generator().manual_seed(process)
-    embeds = nn.functional.normalize(torch.randn(batch_size, 1, width, generator=generator), dim=-1)
-    loss = contrastive_loss(embeds.expand(-1, 2, -1).to(device), 0.01).item()
-    if loss > 0.1:
-        return f"an image's positive is not its own other view: {loss:.3g} nats for embeddings that tell all apart"
-    return None
-
-
-def check_disk(folder: Path, num_checkpoints: int, parameters: Iterable[nn.Parameter]) -> str | None:
-    """Whether the file system of `folder` has room for the checkpoints, one more being written, and the model."""
-    weights = sum(p.numel() * 4 for p in parameters)
-    needed = weights * (3 * (num_checkpoints + 1) + 1)  # a checkpoint: weights and two moments of AdamW
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        return f"{folder} has {free / 1e9:.1f} GB free, checkpoints need {needed / 1e9:.1f}; lower save_total_limit"
-    return None
-
-
-def check_shared_memory(num_workers: int, batch_bytes: float) -> str | None:
-    """Whether there is room for what the loader workers of a process hand over: two batches each, and one more."""
-    needed, free = batch_bytes * (2 * num_workers + 1) if num_workers else 0, free_shared_memory()
-    if free < needed:
-        return (
-            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, the batches of {num_workers} loader workers need "
-            f"{needed / 1e6:.0f}; make it larger (docker run --shm-size=8g), or lower dataloader_num_workers"
-        )
-    return None
-
-
-# --- Arithmetic and memory -------------------------------------------------------------------------------------------
-
-
-def training_flops(config: CANConfig, num_views: int = 2) -> float:
-    """
-    FLOPs of forward and backward of the views of an image. What is computed twice (gradient checkpointing, gradient
-    caching) counts once; the comparison of the embeddings, which grows with the batch, does not count.
-    """
-    batch_size = 2
-    config = copy.deepcopy(config)  # the attention that is set below is no business of the caller's model
-    with torch.device("meta"):
-        model = CANForPreTraining(config)
-        pixel_values = torch.empty(batch_size, num_views, config.num_channels, *config.image_shape)
-    model.set_attn_implementation("eager")  # the counter does not see the products inside sdpa on a CPU
-    with FlopCounterMode(display=False) as counter:
-        # The contrastive loss would gather embeddings from the other processes.
-        output = model(pixel_values, terms=("reconstruction", "denoising"))
-        losses = (output.loss, None if output.image_embeds is None else output.image_embeds.sum())
-        sum(loss for loss in losses if loss is not None).backward()
-    return counter.get_total_flops() / batch_size
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes, at most so far: of tensors on a GPU; of this whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # there is none on Windows, where hub.py and what evaluates import this module too
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# --- Words -----------------------------------------------------------------------------------------------------------
-
-
-def duration(seconds: float) -> str:
-    """`3 d 4 h`, `2 h 5 min`, `3 min`, `40 s`."""
-    for unit, size, smaller, parts in (("d", 86_400, "h", 24), ("h", 3600, "min", 60)):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} {int(seconds % size * parts / size)} {smaller}"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
-
-
-def _numbers(values: torch.Tensor) -> str:
-    return ", ".join(f"{value:.2f}" for value in values.tolist())
+    return step <= max(_EARLY, warmup_steps, 0.1 * max_steps)

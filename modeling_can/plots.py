@@ -1,17 +1,18 @@
-"""Pictures of a run: what the model reconstructs, and how its numbers moved."""
+"""
+Figures of a run: what the model reconstructs, and how its metrics moved.
+
+Drawn without pyplot, which would choose a backend for the whole process and keep every figure.
+"""
 
 from pathlib import Path
 
-import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import nn
 
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from .configuration_can import CANConfig  # noqa: E402
-from .modeling_can import CANForPreTraining, patchify, unpatchify  # noqa: E402
+from .configuration_can import CANConfig
+from .losses import patch_statistics
+from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 
 __all__ = [
@@ -58,7 +59,8 @@ def reconstruct(
     clean, noised_patches = patchify(pixel_values, config.patch_shape), patchify(noised, config.patch_shape)
     predicted_pixels = logits
     if config.norm_pix_loss:  # back to true colours, with the statistics that normalised the target
-        predicted_pixels = logits * (clean.var(-1, keepdim=True) + 1e-6) ** 0.5 + clean.mean(-1, keepdim=True)
+        patch_mean, patch_std = patch_statistics(clean)
+        predicted_pixels = logits * patch_std + patch_mean
     predicted_noise = logits if config.denoising_loss_weight > 0 else torch.zeros_like(logits)
     hidden, nan = encoded.mask[:, :, None].bool(), torch.tensor(float("nan"), device=logits.device)
     patches = {
@@ -143,9 +145,8 @@ def reconstruction_sheet(
     grid = grid.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     grid = nn.functional.pad(grid, (4, 4, 4, 4), value=1.0)
     sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).expand(-1, -1, 3)
-    figure, axis = plt.subplots(
-        figsize=(1.6 * len(columns), 1.6 * len(columns) * sheet.shape[0] / sheet.shape[1] + 0.3)
-    )
+    figure = Figure((1.6 * len(columns), 1.6 * len(columns) * sheet.shape[0] / sheet.shape[1] + 0.3))
+    axis = figure.subplots()
     axis.imshow(sheet, interpolation="nearest")
     axis.xaxis.tick_top()
     axis.set_xticks([(column + 0.5) * sheet.shape[1] / len(columns) for column in range(len(columns))], list(columns))
@@ -171,7 +172,8 @@ def curves(metrics: list[dict], path: Path) -> None:
         "images_per_second": "images a second", "data_wait": "share of the time waiting for data",
     }  # fmt: skip
     panels = {name: title for name, title in panels.items() if any(name in line for line in metrics)}
-    figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(14, 5), squeeze=False)
+    figure = Figure((14, 5))
+    axes = figure.subplots(2, (len(panels) + 1) // 2, squeeze=False)
     for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
         trivial = name.removesuffix("_loss") + "_trivial"
         for key, style in ((name, "-"), (trivial, "--")):
@@ -188,8 +190,8 @@ def curves(metrics: list[dict], path: Path) -> None:
     save_figure(figure, path)
 
 
-def save_figure(figure, path: Path):
+def save_figure(figure: Figure, path: Path):
+    """As PNG, into a folder that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
