@@ -2,6 +2,7 @@
 Worker processes that load data: batches from them, a place to resume from, and never a wait without end.
 """
 
+import contextlib
 import errno
 import logging
 import multiprocessing.connection
@@ -98,8 +99,12 @@ class Patient:
 
     def _dead(self, error: Exception) -> str | None:
         """How a worker ended, if one did; its end shows a moment later than the connection that broke."""
-        if isinstance(error, ConnectionError | EOFError):
-            multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=1)
+        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD, which may come in between
+            if isinstance(error, ConnectionError | EOFError):
+                ended = multiprocessing.connection.wait([worker.sentinel for worker in self.workers], timeout=1)
+                for worker in self.workers:
+                    if worker.sentinel in ended:
+                        worker.join(1)  # its files are closed; its status may yet have to come
         for worker in self.workers:
             if worker.exitcode:
                 number = -worker.exitcode
