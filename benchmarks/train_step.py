@@ -147,7 +147,7 @@ def recipe_arguments(size: str) -> list[str]:
 
 def preset(size: str):
     """The configuration of a preset recipe."""
-    return parse_arguments(recipe_arguments(size), None, "").config
+    return parse_arguments(recipe_arguments(size), "").config
 
 
 def stepper(model, batch, device, **optimizer_options):

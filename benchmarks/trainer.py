@@ -35,7 +35,7 @@ from train_step import SIZES, recipe_arguments
 
 
 sys.path.insert(0, str(ROOT))
-import run_pretraining  # noqa: E402
+
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.optimization import parameter_groups  # noqa: E402
 from modeling_can.pretraining.builders import augmentation  # noqa: E402
@@ -55,7 +55,7 @@ def write_pictures(folder: Path, number: int = 256):
 
 
 def bare(argv: list[str], num_steps: int) -> dict:
-    recipe = parse_arguments(argv, run_pretraining.QUICKSTART, "")
+    recipe = parse_arguments(argv, "")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = CANForPreTraining(recipe.config).to(device).train()
@@ -101,7 +101,7 @@ def trainer(
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
         line = logged(metrics)[1]
-    batch = parse_arguments(argv, run_pretraining.QUICKSTART, "").per_device_train_batch_size * processes
+    batch = parse_arguments(argv, "").per_device_train_batch_size * processes
     return {"step_seconds": batch / line["images_per_second"], "data_wait": line["data_wait"],
             "gpu_busy": statistics.mean(busy) if busy else None}  # fmt: skip
 

@@ -19,10 +19,10 @@ from PIL import Image
 from testing_utils import ROOT, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from demo.app import QUICKSTART, Demo, build, enlarged, main, write_examples
 from demo.screenshot import chromium, running_app, wait_for_pictures
 from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
 from modeling_can.data.decoding import BadImage
+from modeling_can.demo import QUICKSTART, Demo, build, enlarged, main, write_examples
 from modeling_can.plots import reconstruct, true_colours
 
 

@@ -84,7 +84,7 @@ def test_settings_know_no_room():
     assert not any(module.startswith(".") for module in imports(PACKAGE / "files.py"))
     for path in PACKAGE.rglob("*.py"):  # cards and evaluation read a recipe's file; a Recipe is the trainer's alone
         recipes = {module for module in imports(path) if module.split(".")[-1] == "recipe"}
-        assert not recipes or path.parent.name == "pretraining", path
+        assert not recipes or path.parent.name == "pretraining" or path.name in ("api.py", "cli.py"), path
 
 
 IMPORT_ALL = """
@@ -148,7 +148,7 @@ def test_a_module_says_what_is_public(path):
     }
     imported = {
         alias.asname or alias.name
-        for node in nodes
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }

@@ -5,14 +5,13 @@ The command, which writes the encoder of a source into a new folder:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from ..hub import EXPORTS
 from ..modeling_can import CANForImageClassification
-from ..progress import quiet, tell
+from ..progress import quiet, report_errors, tell
 from .export import convert
 from .importing import has_classifier
 from .processors import preprocessing
@@ -21,9 +20,14 @@ from .processors import preprocessing
 __all__ = ["main"]
 
 
-def main(argv: list[str] | None = None):
+def main(
+    argv: list[str] | None = None,
+    description: str = "Weights from other models and for them.",
+    program: str = "python -m modeling_can.conversion",
+):
+    """The command line; raises ValueError or OSError for what the user can fix."""
     parser = argparse.ArgumentParser(
-        prog="python -m modeling_can.conversion", description="Weights from other models and for them."
+        prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "source", help="folder or Hub id of a CAN, ViT, ViT-MAE, DINOv2 or timm ViT, or a .pth / .safetensors of MAE's"
@@ -41,11 +45,8 @@ def main(argv: list[str] | None = None):
         "--num_attention_heads", type=int, help="of a file of weights, which does not tell, if its width is unusual"
     )
     arguments = parser.parse_args(argv)
-    try:
-        with quiet():
-            model = convert(**vars(arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(f"modeling_can.conversion: {error}")
+    with quiet():
+        model = convert(**vars(arguments))
     config, kind = model.config, type(model).__name__
     tell(
         f"{arguments.source} -> {arguments.folder} ({arguments.target}): {kind}, {config.num_hidden_layers} layers of "
@@ -65,4 +66,5 @@ def _source_has_classifier(name_or_path: str) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors("modeling_can.conversion"):
+        main()

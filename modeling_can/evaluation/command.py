@@ -1,7 +1,6 @@
 """The order of an evaluation: processes, data, models, checks; then the tasks of each model; then what is shown."""
 
 import json
-import os
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
 from .finetuning import FineTuning
 from .overlap import seen_in_pretraining
+from .processes import check_processes, forget_settings
 from .protocol import Entry, Features, Setup
 from .report import CAPTION, card_results, evaluation_figure, remarks, table
 from .sets import load_labelled
@@ -82,15 +82,12 @@ def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict
 
 
 def _processes(settings: Settings) -> Accelerator:
+    forget_settings()
     accelerator = Accelerator(
         mixed_precision=mixed_precision(settings.mixed_precision),
         kwargs_handlers=[InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(days=30))],  # they wait
     )
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise ValueError(
-            f"{os.environ['WORLD_SIZE']} processes were launched, and each takes itself for the only one; on a CPU "
-            "set ACCELERATE_USE_CPU=true"
-        )
+    check_processes(accelerator)
     return accelerator
 
 

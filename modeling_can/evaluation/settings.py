@@ -18,7 +18,7 @@ from .robustness import GROUPS
 from .tasks import TASKS
 
 
-__all__ = ["Settings", "parse", "prefixed"]
+__all__ = ["Settings", "make_settings", "parse", "prefixed"]
 
 
 @dataclass
@@ -144,14 +144,28 @@ def prefixed(kind: type, prefix: str) -> list[dataclasses.Field]:
     return renamed
 
 
-def parse(argv: list[str] | None, description: str | None = None) -> tuple[Settings, FineTuning]:
+def parse(
+    argv: list[str] | None, description: str | None = None, program: str | None = None
+) -> tuple[Settings, FineTuning]:
     """The settings of a command line."""
-    groups = {"evaluation": list(dataclasses.fields(Settings)), "finetune": prefixed(FineTuning, "finetune")}
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program,
+        usage="%(prog)s [--key value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _, values = read_flags(parser, groups, argv)
-    values = parse_values(values, [f for fields in groups.values() for f in fields])
+    _, values = read_flags(parser, _groups(), argv)
+    return make_settings(values)
+
+
+def _groups() -> dict[str, list[dataclasses.Field]]:
+    return {"evaluation": list(dataclasses.fields(Settings)), "finetune": prefixed(FineTuning, "finetune")}
+
+
+def make_settings(values: dict) -> tuple[Settings, FineTuning]:
+    """The settings of values by the names of the flags. Raises ValueError as the classes do, and for unknown names."""
+    values = parse_values(values, [f for fields in _groups().values() for f in fields])
     training = {name.removeprefix("finetune_"): v for name, v in values.items() if name.startswith("finetune_")}
     settings = {name: value for name, value in values.items() if not name.startswith("finetune_")}
     return Settings(**settings), FineTuning(**training)

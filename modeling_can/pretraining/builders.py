@@ -19,6 +19,7 @@ from ..data.augmentations import Augmentation
 from ..data.crops import RandomCrops
 from ..evaluation.encoders import Preprocessor
 from ..evaluation.probe import Probe
+from ..evaluation.processes import check_processes, forget_settings
 from ..modeling_can import CANForPreTraining
 from ..optimization import mixed_precision, parameter_groups
 from ..progress import quiet, tell
@@ -46,6 +47,7 @@ def processes(recipe: Recipe) -> Accelerator:
             "--gradient_accumulation_steps after the script's name, and 1 in accelerate's configuration"
         )
     output_dir = Path(recipe.output_dir)
+    forget_settings()
     accelerator = Accelerator(
         mixed_precision=mixed_precision(recipe.mixed_precision),
         log_with=_trackers(recipe.log_with),
@@ -57,6 +59,7 @@ def processes(recipe: Recipe) -> Accelerator:
             InitProcessGroupKwargs(init_method=INIT_METHOD, timeout=timedelta(hours=2)),
         ],
     )
+    check_processes(accelerator)
     if accelerator.is_fsdp2:
         keep_sharding_exact(accelerator.state.fsdp_plugin)
     if accelerator.device.type == "cuda":  # the one way that compiling bears

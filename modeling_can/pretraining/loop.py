@@ -1,7 +1,6 @@
 """A run: recipe -> source -> model -> loop -> results."""
 
 import signal
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,7 +74,8 @@ class Run:
 
 def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     """
-    Runs a recipe; returns what `results.json` holds.
+    Runs a recipe; returns what `results.json` holds. A run that a signal stopped has saved a checkpoint and returns
+    `{"stopped_by": name of the signal, "step": ...}`, a preflight `{"ready": bool}`.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): Instead of the recipe's source.
@@ -85,6 +85,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         ValueError: for what the user can fix.
         FloatingPointError: if a gradient is not finite, and the recipe says stop.
         OSError: if the images cannot be read, or the model cannot be written into the folder.
+        InterruptedError: if a signal came while the run waited for data.
     """
     began, output_dir = time.perf_counter(), Path(recipe.output_dir)
     finished = None if recipe.overwrite_output_dir else refuse_other_run(recipe, output_dir)  # before it takes time
@@ -162,27 +163,26 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         _tell(is_main and f"resumed from {checkpoint} at step {first_step}; {remarks}")
     del weights, shared, own  # as large as the model and its optimizer once more
     if recipe.preflight:
-        _preflight(parts, plan.max_steps - first_step)
+        return _preflight(parts, plan.max_steps - first_step)
     if recipe.probe_dataset_name and not checkpoint:
         parts.log.probes |= {"raw pixels": parts.probing.raw_pixels(), "untrained encoder": parts.probing.encoder()}
     parts.log.open_files()
-    train(parts, first_step)
-    found = results.finish(parts, began)
+    found = train(parts, first_step) or results.finish(parts, began)
     if own_folder:
         unlock(own_folder)
     return found
 
 
-def _preflight(run: Run, num_steps: int):
-    """Ends the process."""
+def _preflight(run: Run, num_steps: int) -> dict:
     parts = (run.recipe, run.accelerator, run.feed, run.trained, run.train_step, run.stop)
     is_ready = Preflight(*parts, num_steps)()
+    run.feed.close()
     run.accelerator.end_training()
-    sys.exit(0 if is_ready else 1)
+    return {"ready": is_ready}
 
 
-def train(run: Run, first_step: int):
-    """The loop, from step `first_step` on; ends the process where a signal asks for it."""
+def train(run: Run, first_step: int) -> dict | None:
+    """The loop, from step `first_step` on. Where a signal stops it: what `run` returns."""
     recipe, log, feed = run.recipe, run.log, run.feed
     run.trained.model.train()
     with run.stop:
@@ -204,9 +204,10 @@ def train(run: Run, first_step: int):
             if (stopping or regular or (probing and log.best["step"] == done)) and not is_last:
                 _save(run, done, stopping, regular)
             if stopping:
-                _end_early(run, done)
+                return _end_early(run, done)
     feed.close()
     run.accelerator.wait_for_everyone()
+    return None
 
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -282,15 +283,16 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
 # --- Stopping --------------------------------------------------------------------------------------------------------
 
 
-def _end_early(run: Run, step: int):
+def _end_early(run: Run, step: int) -> dict:
     """After a signal, and the checkpoint that it asked for."""
     run.log.bar.close()
+    run.feed.close()
     number = run.stop.received or signal.SIGTERM  # another process received it
     _tell(run.is_main and f"stopped by {number.name} after step {step}; go on with --resume_from_checkpoint latest")
     if run.push and run.push.finish(STOP_SECONDS)["error"]:
         tell(f"{run.push.repo_id} is not up to date: {run.push.error}. It will be when the run goes on")
     run.accelerator.end_training()
-    sys.exit(130 if number is signal.SIGINT else 0)
+    return {"stopped_by": number.name, "step": step}
 
 
 def _stop_waiting(run: Run, step: int):
@@ -298,7 +300,7 @@ def _stop_waiting(run: Run, step: int):
     newest = run.checkpoints.paths()[-1:]
     advice = f"go on with --resume_from_checkpoint {newest[0]}" if newest else "nothing was saved"
     name = run.stop.received.name
-    sys.exit(f"stopped by {name} after step {step}, while the run waited for data; {advice}")
+    raise InterruptedError(f"stopped by {name} after step {step}, while the run waited for data; {advice}")
 
 
 # --- Between processes -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ A `Recipe` is the exact input of a run. It is checked when it is made, so that a
 
 import argparse
 import dataclasses
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,30 @@ from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, load_yaml, option, parse_values, read_flags
 
 
-__all__ = ["LENGTH", "SOURCE", "Recipe", "model_fields", "parse_arguments", "training_fields"]
+__all__ = [
+    "LENGTH",
+    "QUICKSTART",
+    "SOURCE",
+    "Recipe",
+    "make_recipe",
+    "model_fields",
+    "parse_arguments",
+    "training_fields",
+]
+
+QUICKSTART = "can-quickstart"
 
 SOURCE = ("dataset_name", "dataset_config_name", "data_dir", "data_files")
 LENGTH = ("max_steps", "num_train_epochs", "num_train_samples")  # the first that is set counts
+_FIRST_OF_GROUP = {  # of `--help`
+    "dataset_name": "data",
+    "num_views": "views",
+    "max_steps": "length",
+    "model_name_or_path": "start",
+    "per_device_train_batch_size": "optimization",
+    "output_dir": "output",
+    "push_to_hub": "the Hub",
+}
 
 
 @dataclass
@@ -265,18 +286,36 @@ def model_fields() -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(CANConfig) if f.name in CANConfig.__annotations__ and f.name != "model_type"]
 
 
-def parse_arguments(argv: list[str] | None, default_recipe: Path, description: str) -> Recipe:
+def parse_arguments(argv: list[str] | None, description: str, program: str | None = None) -> Recipe:
     """
-    `[RECIPE.yaml] [--key value ...]` -> Recipe; the command line counts last. A flag without a value is `true`.
+    `[RECIPE] [--key value ...]` -> Recipe; the command line counts last. A flag without a value is `true`.
 
     Raises:
-        ValueError: as `Recipe`; also for a recipe file that does not exist.
+        ValueError: as `make_recipe`.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("recipe", nargs="?", type=Path, default=default_recipe, help=f"YAML; default {default_recipe}")
-    arguments, overrides = read_flags(parser, {"training": training_fields(), "model": model_fields()}, argv)
-    values = _read(arguments.recipe.expanduser())
-    if any(overrides.get(key) for key in SOURCE if key != "dataset_config_name"):
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s [RECIPE] [--key value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    presets = ", ".join(_presets())
+    parser.add_argument("recipe", nargs="?", default=QUICKSTART, help=f"a YAML file, or one of {presets}")
+    arguments, overrides = read_flags(parser, _groups(), argv)
+    return make_recipe(arguments.recipe, overrides)
+
+
+def make_recipe(recipe: str | Path | dict, overrides: dict) -> Recipe:
+    """
+    A recipe (the name of a preset, a YAML file, or values by key), with `overrides` in place of its own values.
+    Another source or length replaces all that the recipe says of source or length.
+
+    Raises:
+        ValueError: as `Recipe.from_dict`; also for a recipe that does not exist.
+    """
+    values = dict(recipe) if isinstance(recipe, dict) else _read(_find(recipe))
+    if any(key in overrides for key in SOURCE if key != "dataset_config_name"):
         if values.get("probe_dataset_name") == values.get("dataset_name"):
             values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones
         values = {key: value for key, value in values.items() if key not in SOURCE}
@@ -285,10 +324,38 @@ def parse_arguments(argv: list[str] | None, default_recipe: Path, description: s
     return Recipe.from_dict({**values, **overrides})
 
 
+def _groups() -> dict[str, list[dataclasses.Field]]:
+    """The fields as `--help` shows them, a group after the other."""
+    groups, group = {}, None
+    for f in training_fields():
+        group = _FIRST_OF_GROUP.get(f.name, group)
+        groups.setdefault(group, []).append(f)
+    return groups | {"model": model_fields()}
+
+
+def _presets() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    package = Path(__file__).parents[1]
+    folders = (package / "recipes", package.parent / "model_cards")  # installed, or in a checkout
+    folder = next((folder for folder in folders if folder.is_dir()), package)
+    return {path.parent.name: path for path in sorted(folder.glob("*/recipe.yaml"))}
+
+
+def _find(recipe: str | Path) -> Path:
+    path, presets = Path(recipe).expanduser(), _presets()
+    if path.is_file():
+        return path
+    if str(recipe) in presets:
+        return presets[str(recipe)]
+    near = difflib.get_close_matches(str(recipe), presets, n=1)
+    raise ValueError(
+        f"there is no recipe {recipe}"
+        + (f"; did you mean {near[0]}?" if near else f"; give a YAML file, or one of {', '.join(presets)}")
+    )
+
+
 def _read(path: Path) -> dict:
     """The keys of a recipe file; `ValueError` for what is no recipe."""
-    if not path.is_file():
-        raise ValueError(f"there is no recipe {path}; the presets are model_cards/*/recipe.yaml")
     values = load_yaml(path)
     if values is None:  # a copy that failed, more often than a wish for nothing but defaults
         raise ValueError(f"{path} is empty; write `key: value` lines, as in model_cards/*/recipe.yaml")

@@ -280,7 +280,7 @@ def test_the_command_refuses_in_words_and_leaves_nothing_behind(source, tmp_path
         ([str(tmp_path / "nowhere"), "--to", "vit", str(tmp_path / "out")], "nowhere.* cannot be read"),
         ([str(tmp_path / "oblong"), "--to", "dinov2", str(tmp_path / "out")], "makes a grid of 4 x 6"),
     ):
-        with pytest.raises(SystemExit, match=f"modeling_can.conversion: .*{message}"):
+        with pytest.raises((ValueError, OSError), match=message):
             main(arguments)
     assert listing(tmp_path) == before
 

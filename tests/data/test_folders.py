@@ -188,7 +188,7 @@ def test_names_are_literal_where_such_a_file_exists(tmp_path, name):
         assert ImageSource(str(folder / "shards"), split="test", streaming=streaming).num_images() == 2
     assert load_labelled(str(folder / "p"), test_split="train").class_names == ["cat [1]", "dog"]
     words = ["--data_files", str(folder / "train.parquet"), "--max_steps=1"]
-    recipe = parse_arguments(words, run_pretraining.QUICKSTART, "")
+    recipe = parse_arguments(words, "")
     assert recipe.data_files == str(folder / "train.parquet")
     for words in ([str(folder)], [str(folder), "other"]):
         settings, _ = parse(["--model_name_or_path", *words, "--dataset_name=sample_data"])
@@ -226,7 +226,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     several = Recipe.from_dict({"data_files": ["~/a.tar", "https://host/~me/b.tar"], "max_steps": 1}).data_files
     assert several == (f"{tmp_path}/a.tar", "https://host/~me/b.tar")
     (tmp_path / "recipe.yaml").write_text("data_dir: ~/photos\nmax_steps: 1\n")
-    assert parse_arguments(["~/recipe.yaml"], run_pretraining.QUICKSTART, "").data_dir == f"{tmp_path}/photos"
+    assert parse_arguments(["~/recipe.yaml"], "").data_dir == f"{tmp_path}/photos"
     names = ("output_dir", "dataset_name", "processor_name_or_path", "feature_cache", "further_sets", "data_dir",
              "data_files", "reference_model")  # fmt: skip
     settings, _ = parse(["--model_name_or_path", "~/m", "~/n", *(f"--{name}=~/x" for name in names)])

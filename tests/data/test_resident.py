@@ -193,9 +193,8 @@ def test_a_run_resumes_exactly_and_counts_bad_images_once(folder, tmp_path, capf
 
 def test_preflight_counts_bad_images(folder, tmp_path, capfd):
     (folder / "broken.png").write_bytes(b"no image")
-    with pytest.raises(SystemExit) as end:
-        train(folder, tmp_path / "out", preflight=True)
-    assert end.value.code == 0 and "bad       1 images so far" in capfd.readouterr().out
+    found = train(folder, tmp_path / "out", preflight=True)
+    assert found == {"ready": True} and "bad       1 images so far" in capfd.readouterr().out
 
 
 def test_too_many_bad_images_stop_the_run(folder, tmp_path):

@@ -364,7 +364,7 @@ def test_every_recipe_has_a_card(folder):
 @pytest.mark.parametrize("folder", UNTRAINED, ids=lambda folder: folder.name)
 def test_a_card_without_results_claims_nothing(folder):
     card = ModelCard.load(folder / "README.md")
-    recipe = parse_arguments([], folder / "recipe.yaml", "")
+    recipe = parse_arguments([str(folder / "recipe.yaml")], "")
     assert "**No results yet.**" in card.text
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "datasets"}  # no licence where no weights are
     assert card.data.datasets == [recipe.dataset_name] and "#" not in card.text.replace(f"# {folder.name}", "")

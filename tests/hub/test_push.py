@@ -244,12 +244,12 @@ def test_what_cannot_work_is_refused_at_once(tmp_path, monkeypatch):
         (["--push_to_hub", "--hub_strategy=never"], "hub_strategy='never' is not one of end, every_save, checkpoint"),
     ):
         with pytest.raises(ValueError, match=message):
-            parse_arguments(flags, run_pretraining.QUICKSTART, "")
+            parse_arguments(flags, "")
 
 
 def test_who_repeats_a_recipe_does_not_push():
     flags = ["--push_to_hub", "--hub_model_id=me/model", "--hub_private", "--hub_strategy=end"]
-    recipe = parse_arguments(flags, run_pretraining.QUICKSTART, "")
+    recipe = parse_arguments(flags, "")
     again = Recipe.from_dict(recipe.to_dict())
     assert not again.push_to_hub and again.hub_model_id is None and "hub" not in recipe.to_yaml()
 

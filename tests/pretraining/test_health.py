@@ -12,6 +12,7 @@ from testing_utils import run_processes, tiny_config, tiny_model
 
 import run_pretraining
 from modeling_can import modeling_can
+from modeling_can.cli import exit_status
 from modeling_can.data.crops import RandomCrops
 from modeling_can.losses import contrastive_loss, normalize_patches, patch_errors
 from modeling_can.pretraining import builders, checks
@@ -156,9 +157,8 @@ def test_a_planted_fault_is_named_in_log_metrics_results_and_card(tmp_path, monk
 
 
 def preflight(folder, *options) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        run_pretraining.main([*TOY, "--preflight", "--max_steps=1000", f"--output_dir={folder}", *options])
-    return stopped.value.code
+    argv = [*TOY, "--preflight", "--max_steps=1000", f"--output_dir={folder}", *options]
+    return exit_status(run_pretraining.main(argv))
 
 
 def test_preflight_says_ready_and_leaves_the_folder_free(tmp_path, capfd):

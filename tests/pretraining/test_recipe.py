@@ -12,7 +12,7 @@ QUICKSTART = ROOT / "model_cards" / "can-quickstart" / "recipe.yaml"
 
 
 def parse(*argv: str) -> Recipe:
-    return parse_arguments(list(argv), QUICKSTART, "")
+    return parse_arguments(list(argv), "")
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("model_cards/*/recipe.yaml")), ids=lambda path: path.parent.name)
@@ -126,10 +126,10 @@ def test_wrong_words_are_refused_with_the_fix(argv, message):
 def test_words_of_yaml_are_no_numbers(tmp_path):
     (tmp_path / "recipe.yaml").write_text("data_dir: a\nmax_steps: true\n")
     with pytest.raises(ValueError, match="max_steps=True is not of type int"):
-        parse_arguments([str(tmp_path / "recipe.yaml")], QUICKSTART, "")
+        parse_arguments([str(tmp_path / "recipe.yaml")], "")
     (tmp_path / "recipe.yaml").write_text("data_dir: a\nmax_steps: 5\nmixed_precision: no\n")
     with pytest.raises(ValueError, match="mixed_precision=False is not of type str; put words in quotes"):
-        parse_arguments([str(tmp_path / "recipe.yaml")], QUICKSTART, "")
+        parse_arguments([str(tmp_path / "recipe.yaml")], "")
 
 
 def test_a_configuration_goes_with_its_data_set(tmp_path):
@@ -140,7 +140,7 @@ def test_a_configuration_goes_with_its_data_set(tmp_path):
         (["--data_dir=c"], (None, None)),
         (["--dataset_config_name=c"], ("a", "c")),
     ):
-        recipe = parse_arguments([str(tmp_path / "recipe.yaml"), *flags], QUICKSTART, "")
+        recipe = parse_arguments([str(tmp_path / "recipe.yaml"), *flags], "")
         assert (recipe.dataset_name, recipe.dataset_config_name) == expected
 
 
@@ -178,5 +178,5 @@ def test_a_probe_on_the_recipes_own_data_goes_with_them():
 def test_a_recipe_that_is_no_mapping_is_refused_with_file_line_and_fix(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as caught:
-        parse_arguments([str(tmp_path / "mine.yaml"), "--max_steps=4"], QUICKSTART, "")
+        parse_arguments([str(tmp_path / "mine.yaml"), "--max_steps=4"], "")
     assert "mine.yaml" in str(caught.value) or "is not of type" in str(caught.value)
