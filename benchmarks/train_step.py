@@ -5,7 +5,8 @@ How fast is one optimizer step, and how much of the machine's peak matmul throug
     python benchmarks/train_step.py --size large --batch_size 64 --orders 1    # a GPU
     python benchmarks/train_step.py --size cifar --batch_size 1024 --rows straightforward,compiled
 
-A step is the forward pass of both views, the backward pass and AdamW; in bf16 autocast on a GPU. The rows (--rows):
+A step is the forward pass of both views, the backward pass and AdamW; in bf16 autocast on a GPU. Ours is the trainer's
+`TrainStep`, with its guard against gradients that are not finite. The rows (--rows):
 
 straightforward, straightforward-compiled   CAN as one writes it down (straightforward.py), AdamW as torch has it by
                                             default; and with its blocks compiled
@@ -40,6 +41,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
+from accelerate import Accelerator
 from records import ROOT, add_out, facts, save
 from straightforward import Block, StraightforwardCAN
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +54,7 @@ from modeling_can.optimization import parameter_groups
 from modeling_can.pretraining.compiling import compile_model
 from modeling_can.pretraining.cost import training_flops
 from modeling_can.pretraining.recipe import parse_arguments
+from modeling_can.pretraining.step import TrainStep
 from modeling_can.random_state import interlude
 
 
@@ -151,8 +154,19 @@ def preset(size: str):
 
 
 def stepper(model, batch, device, **optimizer_options):
-    """A function that makes one optimizer step."""
+    """A function that makes one optimizer step; of a CAN, unless the optimizer is another, the trainer's own."""
     model.to(device).train()
+    if isinstance(model, CANForPreTraining) and not optimizer_options:
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" else "no")
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        step = TrainStep(
+            model=model,
+            optimizer=accelerator.prepare(optimizer),
+            accelerator=accelerator,
+            config=model.config,
+            learning_rate=lambda step: 1e-4,
+        )
+        return lambda: step(0, [lambda: {"pixel_values": batch}], [])
     options = optimizer_options or ({} if isinstance(model, StraightforwardCAN) else {"fused": True})
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4, betas=(0.9, 0.95), **options)
 

@@ -27,14 +27,10 @@ def pretrain(argv: list[str] | None = None, dataset=None, program: str = "modeli
 
     Every key of a recipe is a flag, and flags count last.
     """
-    from dataclasses import replace
-
     from .pretraining.loop import run
-    from .pretraining.recipe import SOURCE, parse_arguments
+    from .pretraining.recipe import parse_arguments
 
     recipe = parse_arguments(argv, _description(pretrain), program)
-    if dataset is not None:
-        recipe = replace(recipe, **dict.fromkeys(SOURCE))
     return run(recipe, dataset, _words(program, argv))
 
 

@@ -329,4 +329,4 @@ MAE = {
     "denoising_loss_weight": 0,
 }
 
-__all__ = ["MAE", "SIMCLR", "CANConfig", "num_visible_patches"]
+__all__ = ["AUTO_MAP", "EARLIER", "MAE", "SIMCLR", "CANConfig", "num_visible_patches"]

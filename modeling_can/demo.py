@@ -24,19 +24,19 @@ from .progress import INSTALL, tell
 __all__ = ["QUICKSTART", "Demo", "build", "enlarged", "main", "write_examples"]
 
 QUICKSTART = "out/can-quickstart"
-SHOWN = 320  # pixels of the longer side of a picture, at least
+_SHOWN = 320  # pixels of the longer side of a picture, at least
 # Test tiles, which the quickstart did not train on: photograph -> which of its 60.
-EXAMPLES = {"chelsea": 48, "astronaut": 48, "coffee": 18, "rocket": 24, "retina": 15, "brick": 12}
-HELP = """
+_EXAMPLES = {"chelsea": 48, "astronaut": 48, "coffee": 18, "rocket": 24, "retina": 15, "brick": 12}
+_HELP = """
 ## What a CAN sees, fills in and takes for noise
 Some patches of the picture are hidden (hatched), the rest gets a little noise. From that alone the model fills in
 what is hidden, and says what of the rest is noise.
 """
-NOTES = """
+_NOTES = """
 On visible patches the reconstruction is the input less the predicted noise. In the noise pictures grey is none; they
 are amplified, so that the largest noise of training fills their range.
 """
-CSS = """
+_CSS = """
 .gradio-container { max-width: 1280px !important; padding-top: 0.5rem !important; }
 .above label[data-testid="block-label"] { position: static; border: none; box-shadow: none; width: 100%; }
 .picture img { width: 100%; height: auto; image-rendering: pixelated;
@@ -166,16 +166,16 @@ def _decibels(signal: float, error: float) -> float:
 def enlarged(picture: torch.Tensor, visible: torch.Tensor) -> np.ndarray:
     """Values in [0, 1] and where they count, `(1, C, H, W)` both -> RGBA, enlarged by nearest neighbours."""
     rgba = torch.cat([picture.expand(-1, 3, -1, -1), visible[:, :1].float()], dim=1)[0]
-    scale = math.ceil(SHOWN / max(rgba.shape[-2:]))
+    scale = math.ceil(_SHOWN / max(rgba.shape[-2:]))
     rgba = rgba.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     return (255 * rgba).round().byte().permute(1, 2, 0).numpy()
 
 
 def write_examples(folder: Path) -> list[tuple[str, str]]:
-    """Writes the tiles of EXAMPLES as files; returns (path, photograph) of each."""
+    """Writes the tiles of _EXAMPLES as files; returns (path, photograph) of each."""
     tiles, names = load_split("sample_data", split="test")
     examples = []
-    for name, number in EXAMPLES.items():
+    for name, number in _EXAMPLES.items():
         row = np.flatnonzero(tiles.labels == names.index(name))[number]
         path = folder / f"{name}.jpg"
         path.write_bytes(tiles.read(row))
@@ -215,7 +215,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
 
     # Pictures of visitors are deleted after a day.
     with gr.Blocks(title="CAN", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(HELP)
+        gr.Markdown(_HELP)
         encoded = gr.State(Path(examples[0][0]).read_bytes())
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -248,7 +248,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
                         if row == names[3:]:
                             with gr.Column(min_width=150):
                                 words = gr.Markdown(elem_id="words", container=True)
-                                gr.Markdown(NOTES)
+                                gr.Markdown(_NOTES)
 
         gallery.select(example, None, encoded, show_progress="hidden")
         upload.upload(usable, upload, encoded, show_progress="hidden")
@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None, description: str | None = __doc__, progr
             quiet=True,  # about sharing
             prevent_thread_lock=True,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            css=CSS,
+            css=_CSS,
             footer_links=[],
             max_file_size="50mb",
         )

@@ -183,7 +183,7 @@ def read_flags(
         for f in group_fields:
             text = f.metadata["option"].help if "option" in f.metadata else "see CANConfig"
             text = f"{text} (default {f.default})"
-            number = several if typing.get_origin(f.type) is tuple else {"nargs": "?", "const": "true"}
+            number = several if _takes_several(f.type) else {"nargs": "?", "const": "true"}
             arguments.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **number)
     argv = sys.argv[1:] if argv is None else argv
     known = [f for group_fields in groups.values() for f in group_fields]
@@ -192,6 +192,12 @@ def read_flags(
     if stray:
         raise ValueError(f"unexpected {stray[0]!r}; write --key value")
     return arguments, {f.name: getattr(arguments, f.name) for f in known if hasattr(arguments, f.name)}
+
+
+def _takes_several(annotation) -> bool:
+    """Whether a tuple is the type, or one of a union."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
+    return any(typing.get_origin(kind) is tuple for kind in kinds)
 
 
 class _Joined(argparse.Action):

@@ -30,7 +30,7 @@ from .configuration_can import CANConfig, num_visible_patches
 from .losses import contrastive_loss, full_precision, masked_mean, normalize_patches, patch_errors
 
 
-TERMS = ("contrastive", "reconstruction", "denoising")
+_TERMS = ("contrastive", "reconstruction", "denoising")
 
 
 @dataclass
@@ -637,7 +637,7 @@ class CANForPreTraining(CANPreTrainedModel):
         noise_level: torch.Tensor | None = None,
         masking_scores: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        terms: tuple[str, ...] = TERMS,
+        terms: tuple[str, ...] = _TERMS,
         return_loss: bool = True,  # by this transformers' Trainer knows that there is a loss without labels
         **kwargs: Unpack[TransformersKwargs],
     ) -> CANForPreTrainingOutput:
@@ -663,8 +663,8 @@ class CANForPreTraining(CANPreTrainedModel):
             ValueError: for a wrong number of axes, views, channels or pixels, or a batch without negatives.
         """
         self._check_views(pixel_values)
-        if unknown := [term for term in terms if term not in TERMS]:
-            raise ValueError(f"terms={terms} names {unknown[0]!r}, which is not one of {', '.join(TERMS)}")
+        if unknown := [term for term in terms if term not in _TERMS]:
+            raise ValueError(f"terms={terms} names {unknown[0]!r}, which is not one of {', '.join(_TERMS)}")
         noise, noise_level = self._draw_noise(pixel_values, pixel_noise, noise_level)  # sigma * e, sigma (B, V)
         noised = pixel_values if noise is None else pixel_values + noise
         encoded = self._encode(noised, masking_scores, interpolate_pos_encoding, **kwargs)

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from testing_utils import free_port, inputs, tiny_model
 from torch.utils._pytree import tree_map
@@ -22,7 +23,8 @@ from modeling_can.averages import MetricAverage
 from modeling_can.optimization import NonFiniteGuard, learning_rate, parameter_groups
 from modeling_can.pretraining.checkpoints import Checkpoints
 from modeling_can.pretraining.compiling import compile_model
-from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
+from modeling_can.pretraining.gradient_caching import cached_backward
+from modeling_can.pretraining.step import TrainStep, step_metrics
 
 
 DEVICE = torch.device(os.environ.get("TEST_GPU_DEVICE", "cuda"))
@@ -240,46 +242,38 @@ def test_a_non_finite_gradient_leaves_the_weights_alone():
 
 @pytest.mark.parametrize("how, caching", [("eager", False), ("eager", True), ("blocks", False), ("blocks", True)])
 def test_a_step_never_waits_for_the_device(how, caching):
-    """As run_pretraining.py makes it, from uint8 views in pinned memory to the averages of the log."""
-    from modeling_can.pretraining.step import step_metrics, total_norm
-
+    """The trainer's step, from uint8 views in pinned memory to the averages of the log."""
     model, augment = model_on(DEVICE), augmentation().to(DEVICE)
     if how != "eager":
         compile_model(model, how)
         augment.compile_transform()
+    accelerator = Accelerator(cpu=not ON_GPU, mixed_precision="bf16")
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3, betas=(0.9, 0.95), fused=True)
-    guard, average = NonFiniteGuard(optimizer), MetricAverage(lambda tensor: tensor)
-    backward = accumulated_backward
-    if caching:
-        backward = partial(cached_backward, config=model.config)
+    train_step = TrainStep(
+        model=model,
+        optimizer=accelerator.prepare(optimizer),
+        accelerator=accelerator,
+        config=model.config,
+        learning_rate=partial(learning_rate, max_steps=10, warmup_steps=2, peak=1e-3),
+        caching=caching,
+        max_grad_norm=1.0,
+    )
+    average = MetricAverage(lambda tensor: tensor)
     views = torch.randint(256, (2 if caching else 1, BATCH, 2, 3, 64, 64), dtype=torch.uint8)
     views = views.pin_memory() if ON_GPU else views
-
-    def forward(**batch):
-        with torch.autocast(DEVICE.type, torch.bfloat16):
-            return model(**batch)
 
     def make_inputs(part):
         return {"pixel_values": augment(part)}
 
     def update(step):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 10, 2, 1e-3)
-        micro_batches = [partial(make_inputs, part.to(DEVICE, non_blocking=True)) for part in views]
-        terms = backward(forward, micro_batches, backward=torch.Tensor.backward, no_sync=contextlib.nullcontext)
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        norm = total_norm([p.grad for p in parameters])
-        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
-        finite = guard.check(step, norm, terms, ["a.jpg"])
-        optimizer.step()
-        optimizer.zero_grad()
-        average.update(step_metrics(terms, model.config, norm), finite)
+        output = train_step(step, [partial(make_inputs, part.to(DEVICE, non_blocking=True)) for part in views], ["a"])
+        average.update(step_metrics(output.terms, model.config, output.grad_norm), output.finite)
 
     for step in range(5):
         with contextlib.nullcontext() if step < 2 else steady():  # compiles, allocates
             update(step)
     averages = average.compute()
-    assert guard.report() == [] and {*LOSSES, "grad_norm", "embedding_spread"} == averages.keys()
+    assert train_step.guard.report() == [] and {*LOSSES, "grad_norm", "embedding_spread"} == averages.keys()
     assert all(map(math.isfinite, averages.values()))
 
 

@@ -14,9 +14,17 @@ from torch import nn
 
 
 __all__ = [
-    "Augmentation", "RandAugment", "blur_with_convolutions", "blur_with_products", "equalize", "grayscale",
-    "random_boxes", "solarize",
-]  # fmt: skip
+    "ADJUSTMENTS",
+    "OPERATIONS",
+    "Augmentation",
+    "RandAugment",
+    "blur_with_convolutions",
+    "blur_with_products",
+    "equalize",
+    "grayscale",
+    "random_boxes",
+    "solarize",
+]
 
 
 logger = logging.getLogger(__name__)

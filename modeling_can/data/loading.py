@@ -20,9 +20,18 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 
 __all__ = [
-    "Patient", "SHARED_MEMORY", "approximate_position", "free_shared_memory", "handed_over", "outlive_stop_signals",
-    "reader_states", "resume", "view_loader", "worker_options",
-]  # fmt: skip
+    "POLL_SECONDS",
+    "SHARED_MEMORY",
+    "Patient",
+    "approximate_position",
+    "free_shared_memory",
+    "handed_over",
+    "outlive_stop_signals",
+    "reader_states",
+    "resume",
+    "view_loader",
+    "worker_options",
+]
 
 
 logger = logging.getLogger(__name__)

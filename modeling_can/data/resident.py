@@ -1,6 +1,6 @@
 """
 A data set that is decoded once and stays on the device that trains, as uint8. Random resized crops are computed there,
-in the boxes that `views.RandomCrops` draws for the same image, epoch and seed.
+in the boxes that `crops.RandomCrops` draws for the same image, epoch and seed.
 
 For small images: a GPU trains on 32 x 32 pixels several times faster than worker processes decode and crop them.
 """
@@ -27,7 +27,16 @@ from .reading import image_name
 from .sources import ImageSource
 
 
-__all__ = ["CropPlan", "ResidentImages", "ResidentLoader", "crop", "read_images", "resident_images", "resize_weights"]
+__all__ = [
+    "MEMORY_FRACTION",
+    "CropPlan",
+    "ResidentImages",
+    "ResidentLoader",
+    "crop",
+    "read_images",
+    "resident_images",
+    "resize_weights",
+]
 
 
 logger = logging.getLogger(__name__)

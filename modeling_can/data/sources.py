@@ -42,7 +42,7 @@ from .reading import connection_errors, encoded, is_gone, located, read_bytes
 from .tars import PartlyDecoded
 
 
-__all__ = ["ImageSource"]
+__all__ = ["RETRY_SECONDS", "STALL_SECONDS", "ImageSource"]
 
 
 logger = logging.getLogger(__name__)

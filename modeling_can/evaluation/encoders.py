@@ -45,8 +45,8 @@ class Preprocessor:
         processor: A transformers image processor.
         image_size (`(int, int)`, *optional*): Height and width that the model gets, instead of the processor's own.
         decoding (`dict`, *optional*):
-            `transparent_background` and `high_bit_depth` of `views.decode`, instead of what the processor says, to
-            which `run_pretraining.py` adds those that are not the default.
+            `transparent_background` and `high_bit_depth` of `decode`, instead of what the processor says, to which the
+            trainer adds those that are not the default.
     """
 
     def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
@@ -106,7 +106,7 @@ class Preprocessor:
         )
 
     def decode(self, encoded: bytes, index: int | None = None) -> torch.Tensor:
-        """The same for an encoded picture, whatever its index; raises what `views.decode` raises."""
+        """The same for an encoded picture, whatever its index; raises what `data.decoding.decode` raises."""
         return self(decode(encoded, self.num_channels, **self.decoding))
 
     def shown(self, encoded: bytes) -> torch.Tensor:

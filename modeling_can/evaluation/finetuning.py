@@ -28,7 +28,7 @@ from .sets import Split
 from .training_images import STEP, Augmentation, Share, crop_loader, epochs, fitting_batch_size, mix
 
 
-__all__ = ["FineTune", "tuned_folder", "FineTuned", "FineTuning", "finetune"]
+__all__ = ["LOG_STEPS", "FineTune", "FineTuned", "FineTuning", "finetune", "tuned_folder"]
 
 # MAE's for ViT-B; and with adapters, by the quickstart's CAN at rank 8 on a held-out fifth of sample_data: 68.2, 74.1,
 # 79.3, 44.1 % at 1.5e-3, 5e-3, 1.5e-2, 5e-2 (10 epochs, batch 128), 79.3 and 80.4 % at the first two (40, batch 1024)

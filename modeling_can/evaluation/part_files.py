@@ -22,7 +22,17 @@ import pyarrow.parquet
 from ..files import new_file, write
 
 
-__all__ = ["LEDGER", "Unit", "begin", "part_files", "read_ledger", "schema_of", "totals", "unit_of"]
+__all__ = [
+    "LEDGER",
+    "SAVE_SECONDS",
+    "Unit",
+    "begin",
+    "part_files",
+    "read_ledger",
+    "schema_of",
+    "totals",
+    "unit_of",
+]
 
 LEDGER = "bad_samples.jsonl"
 _KEY = b"unit"  # of a file's metadata
@@ -130,7 +140,7 @@ class Unit:
         self.waiting, self.waiting_since = [], 0.0
 
     def add(self, batch, embeddings: np.ndarray | None, schema: pyarrow.Schema | None, rows_per_file: int):
-        """Takes an `embed.Batch`; writes a file when it would become too long, after a while, and at the end."""
+        """Takes an `embed._Batch`; writes a file when it would become too long, after a while, and at the end."""
         assert batch.first_row == self.next_row, "the batches of a unit come in order"
         if sum(rows.num_rows for rows in self.waiting) + len(batch.ids) > rows_per_file:
             self._write(schema)

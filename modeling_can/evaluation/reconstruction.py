@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForPreTraining
 
-from ..modeling_can import CANForPreTraining
 from ..plots import errors_of, reconstruct, reconstruction_sheet
 from .encoders import Preprocessor, load_model
 from .features import Pictures
@@ -94,7 +93,7 @@ def _with_index(preprocessor: Preprocessor, encoded: bytes, index: int) -> tuple
 
 
 def _reconstruction_errors(
-    model: CANForPreTraining, pixel_values: torch.Tensor, indices: list[int], std: tuple[float, ...], seed: int = 0
+    model: torch.nn.Module, pixel_values: torch.Tensor, indices: list[int], std: tuple[float, ...], seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """
     How well each image is completed and denoised, at the largest noise level. Noise and mask depend on the seed and

@@ -64,11 +64,13 @@ class Settings:
     dataloader_num_workers: int = option(
         0, "loader processes for each process", minimum=0, aliases=("workers", "num_workers")
     )
-    mixed_precision: str = option("auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU")
+    mixed_precision: str = option(
+        "auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU", choices=("auto", "no", "bf16")
+    )
     feature_cache: str | None = option(
         f"{HF_HOME}/modeling-can/features", "folder of extracted features, or none", path=True
     )
-    seed: int = option(0, "of splits, draws, intervals, noise and training")
+    seed: int = option(0, "of splits, draws, intervals, noise and training", minimum=0)
     export_classifier: str | None = option(
         None, "new folder for the probe or fine-tuned model, to classify with", path=True
     )
@@ -77,7 +79,9 @@ class Settings:
     # linear_probe_sgd
     sgd_num_epochs: int = option(10, "linear_probe_sgd: passes over the training images", minimum=1)
     sgd_batch_size: int = option(256, "linear_probe_sgd: images of one step, of all processes together", minimum=1)
-    sgd_base_learning_rates: tuple[float, ...] = option(BASE_LEARNING_RATES, "linear_probe_sgd: for 256 images a step")
+    sgd_base_learning_rates: tuple[float, ...] = option(
+        BASE_LEARNING_RATES, "linear_probe_sgd: for 256 images a step", above=0, required=True
+    )
     sgd_layers: tuple[int, ...] = option(
         (1, 4), "linear_probe_sgd: how many of the last blocks, side by side", minimum=1, required=True
     )
@@ -126,7 +130,7 @@ class Settings:
 
     @property
     def decoding(self) -> dict:
-        """What `views.decode` is told other than the model's processor says."""
+        """What `data.decoding.decode` is told other than the model's processor says."""
         return {name: getattr(self, name) for name in DECODING if getattr(self, name)}
 
     @property

@@ -23,7 +23,17 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 
 
-__all__ = ["LAST_CHECKPOINT", "Push", "STOP_SECONDS", "WAIT_SECONDS", "main", "unfinished_card"]
+__all__ = [
+    "CHECK_SECONDS",
+    "LAST_CHECKPOINT",
+    "PAUSES",
+    "REQUEST_SECONDS",
+    "STOP_SECONDS",
+    "WAIT_SECONDS",
+    "Push",
+    "main",
+    "unfinished_card",
+]
 
 
 PAUSES = (5.0, 30.0, 120.0)  # seconds before an upload is tried again, beside what huggingface_hub retries by itself

@@ -10,7 +10,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import ViTImageProcessor
 
 from ..conversion import normalisation, warm_start
@@ -25,7 +24,7 @@ from ..optimization import mixed_precision, parameter_groups
 from ..progress import quiet, tell
 from ..random_state import interlude
 from ..rendezvous import INIT_METHOD
-from .checkpoints import whole_state
+from .checkpoints import is_sharded, whole_state
 from .compiling import compile_model, how_to_compile
 from .plan import Plan
 from .recipe import Recipe
@@ -209,7 +208,7 @@ class Trained:
 
     def in_one_piece(self) -> CANForPreTraining | None:
         """The model for the main process to look at; called by all processes, for each may hold a part of it."""
-        if not any(isinstance(p, DTensor) for p in self.bare.parameters()):  # not sharded
+        if not is_sharded(self.bare):
             return self.bare
         weights, _ = whole_state(self.model)
         if not self.accelerator.is_main_process:

@@ -16,13 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from ..configuration_can import EARLIER
 from ..files import put_in_place
 from .recipe import Recipe, model_fields, training_fields
 
 
-__all__ = ["Checkpoints", "changed_fields", "describe_file", "restore", "whole_state"]
+__all__ = ["Checkpoints", "changed_fields", "describe_file", "in_one_piece", "is_sharded", "restore", "whole_state"]
 
 
 class Checkpoints:
@@ -148,6 +149,16 @@ def describe_file(path: Path) -> dict:
 
 
 # --- Model and optimizer, perhaps spread over the processes ----------------------------------------------------------
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the weights."""
+    return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def in_one_piece(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process may hold a part; called by all."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_state(model, optimizer=None) -> tuple[dict, dict | None]:

@@ -36,6 +36,6 @@ def peak_memory(device: torch.device) -> int:
     """Bytes, at most so far: of tensors on a GPU; of this whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # there is none on Windows, where hub.py and what evaluates import this module too
+    import resource  # there is none on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -2,23 +2,21 @@
 
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import ViTImageProcessor
 
-from ..data import ImageSource, ViewStream, mean_and_std
+from ..data import ViewStream, mean_and_std
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
 from ..provenance import run_facts
 from ..random_state import rng_state, set_rng_state
 from . import results
 from .builders import (
-    Trained,
     compilation,
     image_processor,
     image_source,
@@ -32,7 +30,8 @@ from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
 from .probing import Probing
-from .recipe import Recipe
+from .recipe import SOURCE, Recipe
+from .run import Run
 from .run_folder import lock, prepare_folder, refuse_other_run, unlock
 from .run_log import RunLog
 from .step import TrainStep
@@ -40,36 +39,6 @@ from .stopping import StoppedWaiting, StopSignals
 
 
 __all__ = ["Run", "run", "train"]
-
-
-@dataclass
-class Run:
-    """The parts of a run on this process, each the owner of what it changes."""
-
-    recipe: Recipe
-    command: list[str]
-    accelerator: Accelerator
-    compiled: str | None
-    source: ImageSource
-    feed: Feed
-    plan: Plan
-    trained: Trained
-    train_step: TrainStep
-    checkpoints: Checkpoints
-    log: RunLog
-    probing: Probing
-    processor: ViTImageProcessor
-    stop: StopSignals
-    push: Push | None  # on the main process
-    facts: dict  # machine, versions and commit, as they are when the run begins
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.recipe.output_dir)
 
 
 def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
@@ -88,6 +57,8 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         InterruptedError: if a signal came while the run waited for data.
     """
     began, output_dir = time.perf_counter(), Path(recipe.output_dir)
+    if dataset is not None:
+        recipe = replace(recipe, **dict.fromkeys(SOURCE))
     finished = None if recipe.overwrite_output_dir else refuse_other_run(recipe, output_dir)  # before it takes time
     if finished:
         return finished
@@ -117,22 +88,18 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         raise ValueError(f"max_steps={plan.max_steps} is not beyond {checkpoint}; give more")
     trained = trained_model(recipe, plan, accelerator, compiled, warm=not checkpoint)
     train_step = TrainStep(
-        model=trained.model, optimizer=trained.optimizer, accelerator=accelerator, recipe=recipe, plan=plan
+        model=trained.model,
+        optimizer=trained.optimizer,
+        accelerator=accelerator,
+        config=recipe.config,
+        learning_rate=plan.learning_rate,
+        caching=plan.caching,
+        max_grad_norm=recipe.max_grad_norm,
     )
 
     # --- Where the run stands
-    (output_dir / "figures").mkdir(parents=True, exist_ok=True)
-    if is_main and not recipe.preflight:
-        prepare_folder(output_dir, keep=bool(checkpoint))
-    accelerator.wait_for_everyone()  # every process writes its bad images there
-    weights, shared, own = checkpoints.load(checkpoint) if checkpoint else ({}, {"progress": {}}, [])
+    weights, shared, own = _where_it_stands(recipe, accelerator, feed, checkpoints=checkpoints, checkpoint=checkpoint)
     progress = shared["progress"]
-    if checkpoint and is_main:
-        feed.cut_ledger(progress["ledger_bytes"])
-    if recipe.resume_from_checkpoint and not checkpoint and is_main:
-        tell(f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
-    accelerator.wait_for_everyone()  # until the ledger is cut
-    feed.read_ledger()
     parts = Run(
         recipe=recipe,
         command=list(command),
@@ -171,6 +138,25 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     if own_folder:
         unlock(own_folder)
     return found
+
+
+def _where_it_stands(
+    recipe: Recipe, accelerator: Accelerator, feed: Feed, checkpoints: Checkpoints, checkpoint: Path | None
+) -> tuple[dict, dict, list[dict]]:
+    """Prepares the folder; what `Checkpoints.load` gives, or nothing yet."""
+    output_dir, is_main = Path(recipe.output_dir), accelerator.is_main_process
+    (output_dir / "figures").mkdir(parents=True, exist_ok=True)
+    if is_main and not recipe.preflight:
+        prepare_folder(output_dir, keep=bool(checkpoint))
+    accelerator.wait_for_everyone()  # every process writes its bad images there
+    weights, shared, own = checkpoints.load(checkpoint) if checkpoint else ({}, {"progress": {}}, [])
+    if checkpoint and is_main:
+        feed.cut_ledger(shared["progress"]["ledger_bytes"])
+    if recipe.resume_from_checkpoint and not checkpoint:
+        _tell(is_main and f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
+    accelerator.wait_for_everyone()  # until the log of bad samples is cut
+    feed.read_ledger()
+    return weights, shared, own
 
 
 def _preflight(run: Run, num_steps: int) -> dict:
@@ -231,7 +217,7 @@ def _save(run: Run, step: int, stopping: bool, regular: bool):
     except OSError as error:
         if stopping:
             raise
-        tell(f"{error}; training goes on, and tries again in {run.recipe.save_steps} steps")
+        _tell(run.is_main and f"{error}; training goes on, and tries again at the next one")
     if regular and not stopping:
         with run.log.paused():
             run.log.draw(step, run.trained.in_one_piece(), run.feed.pixel_values)

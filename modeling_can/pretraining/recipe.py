@@ -181,7 +181,7 @@ class Recipe:
 
     @property
     def decoding(self) -> dict:
-        """What `views.decode` is told other than it does by default."""
+        """What `data.decoding.decode` is told other than it does by default."""
         return {name: getattr(self, name) for name, usual in DECODING.items() if getattr(self, name) != usual}
 
     def __post_init__(self):

@@ -5,7 +5,6 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..data.folders import SAMPLE_DATA
 from ..files import write
@@ -18,18 +17,15 @@ from .cost import peak_memory, training_flops
 from .feed import reasons
 from .health import reachable_gain
 from .recipe import Recipe
+from .run import Run
 from .run_folder import save_model
 from .stopping import StopSignals
-
-
-if TYPE_CHECKING:
-    from .loop import Run
 
 
 __all__ = ["finish", "push_unfinished", "tell_plan"]
 
 
-def tell_plan(run: "Run"):
+def tell_plan(run: Run):
     """Size, length and learning rate, and what the user should know of them."""
     if not run.is_main:
         return
@@ -56,7 +52,7 @@ def tell_plan(run: "Run"):
         )
 
 
-def finish(run: "Run", began: float) -> dict:
+def finish(run: Run, began: float) -> dict:
     """
     Called by all processes; returns what `results.json` holds, whole on the main process.
 
@@ -93,7 +89,7 @@ def finish(run: "Run", began: float) -> dict:
     return results
 
 
-def _facts(run: "Run") -> dict:
+def _facts(run: Run) -> dict:
     plan = run.plan
     return {
         "command": run.command,
@@ -113,7 +109,7 @@ def _facts(run: "Run") -> dict:
     }
 
 
-def _outcome(run: "Run", began: float) -> dict:
+def _outcome(run: Run, began: float) -> dict:
     lines, best, plan = run.log.lines, run.log.best, run.plan
     flops = training_flops(run.recipe.config, run.recipe.num_views)
     num_samples = plan.max_steps * plan.global_batch_size
@@ -140,7 +136,7 @@ def _write(output_dir: Path, results: dict):
 # --- The Hub ---------------------------------------------------------------------------------------------------------
 
 
-def push_unfinished(run: "Run", step: int, saved: Path):
+def push_unfinished(run: Run, step: int, saved: Path):
     """The model as a checkpoint has it, in a form that can be loaded, to the Hub; on the main process."""
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -151,7 +147,7 @@ def push_unfinished(run: "Run", step: int, saved: Path):
     run.push.hand_over(f"Training in progress, step {step}", partial(_fill_snapshot, run, step), also)
 
 
-def _fill_snapshot(run: "Run", step: int, snapshot: Path):
+def _fill_snapshot(run: Run, step: int, snapshot: Path):
     with quiet():
         run.trained.bare.save_pretrained(snapshot, state_dict={})  # all but the weights, which the checkpoint has
     run.processor.save_pretrained(snapshot)
@@ -159,7 +155,7 @@ def _fill_snapshot(run: "Run", step: int, snapshot: Path):
     write(snapshot / "README.md", unfinished_card(name, step, run.plan.max_steps))
 
 
-def _push_finished(run: "Run") -> dict:
+def _push_finished(run: Run) -> dict:
     push = run.push
     newest = run.recipe.hub_strategy == "checkpoint" and run.checkpoints.find("latest")
     push.hand_over(f"End of training, step {run.plan.max_steps}", also={LAST_CHECKPOINT: newest} if newest else None)

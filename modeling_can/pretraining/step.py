@@ -1,19 +1,18 @@
 """One update of the weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..configuration_can import CANConfig
 from ..optimization import NonFiniteGuard
+from .checkpoints import in_one_piece
 from .gradient_caching import accumulated_backward, cached_backward
 from .health import embedding_spread
-from .plan import Plan
-from .recipe import Recipe
 
 
 __all__ = ["StepOutput", "TrainStep", "step_metrics", "total_norm"]
@@ -33,19 +32,32 @@ class StepOutput:
 
 class TrainStep:
     """
-    Forward and backward (with cached embeddings where the plan says so), clipping, guard, update, schedule.
+    Forward and backward (with cached embeddings if asked), clipping, guard, update, schedule.
 
     Args:
         model (`nn.Module`): A `CANForPreTraining`, as accelerate has prepared it.
-        optimizer (`AcceleratedOptimizer`): A fused one.
+        optimizer (`AcceleratedOptimizer`): A fused one, as accelerate has prepared it.
         accelerator (`Accelerator`): Of this process.
+        config (`CANConfig`): The model's.
+        learning_rate (callable): Of a step, 0-based.
+        caching (`bool`): Whether several micro-batches are contrasted as one batch.
+        max_grad_norm (`float`): That gradients are clipped to; 0 does not clip.
     """
 
-    def __init__(self, model: nn.Module, optimizer, accelerator: Accelerator, recipe: Recipe, plan: Plan):
-        self.model, self.optimizer, self.accelerator, self.plan = model, optimizer, accelerator, plan
-        self.max_grad_norm = recipe.max_grad_norm
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer,
+        accelerator: Accelerator,
+        config: CANConfig,
+        learning_rate: Callable[[int], float],
+        caching: bool = False,
+        max_grad_norm: float = 0.0,
+    ):
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.learning_rate, self.max_grad_norm = learning_rate, max_grad_norm
         self.guard = NonFiniteGuard(optimizer.optimizer, accelerator.num_processes)
-        self._backward = partial(cached_backward, config=recipe.config) if plan.caching else accumulated_backward
+        self._backward = partial(cached_backward, config=config) if caching else accumulated_backward
 
     def __call__(self, step: int, micro_batches: list, images: list[str]) -> StepOutput:
         """
@@ -56,7 +68,7 @@ class TrainStep:
             images (`list[str]`): The names of their images, for messages.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.learning_rate(step)
+            group["lr"] = self.learning_rate(step)
         terms = self.backward(micro_batches)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = total_norm([p.grad for p in parameters])
@@ -79,8 +91,7 @@ class TrainStep:
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """Of all gradients together, `()`, on the device; alike on all processes."""
-    norm = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return in_one_piece(nn.utils.get_total_norm(gradients))
 
 
 def step_metrics(
