@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from modeling_can import CANForPreTraining
-from modeling_can.files import write
+from modeling_can.files import new_file, write
 from modeling_can.pretraining.builders import image_processor
 from modeling_can.pretraining.recipe import Recipe
 
@@ -53,9 +53,8 @@ def round_weights(weights: Path, recipe: Path, folder: Path):
     """A model folder with weights in bfloat16, which from_pretrained loads as float32, and computes with."""
     recipe = Recipe.from_dict(yaml.safe_load(recipe.read_text()))
     rounded = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(weights).items()}
-    partial = folder / "model.safetensors.partial"
-    save_file(rounded, partial, {"format": "pt"})
-    partial.replace(folder / "model.safetensors")
+    with new_file(folder / "model.safetensors") as partial:
+        save_file(rounded, partial, {"format": "pt"})
     # `dtype` is what from_pretrained loads into
     config = json.loads(recipe.config.to_json_string()) | {
         "architectures": [CANForPreTraining.__name__], "dtype": "float32",

@@ -25,6 +25,13 @@ class MetricAverage:
             self.sums[name] = self.sums.get(name, 0) + torch.where(torch.as_tensor(counts), value, 0)
         self.num_steps = self.num_steps + counts
 
+    def state_dict(self) -> tuple[dict[str, torch.Tensor], torch.Tensor | int]:
+        """What this process has added up since the last `compute`."""
+        return self.sums, self.num_steps
+
+    def load_state_dict(self, state: tuple[dict[str, torch.Tensor], torch.Tensor | int]):
+        self.sums, self.num_steps = state
+
     def compute(self) -> dict[str, float]:
         """The averages since the last call; NaN if no step counted."""
         if not self.sums:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 __all__ = [
-    "check_new_folder", "expand_user", "literal_pattern", "new_file", "new_folder", "put_in_place", "write",
+    "check_new_folder", "expand_user", "literal_pattern", "new_file",
+    "new_files", "new_folder", "put_in_place", "write",
 ]  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def literal_pattern(file: str) -> str:
 def write(path: Path, text: str):
     """A text file, as `new_file`."""
     with new_file(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -78,7 +79,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which takes its name only when all went well, and else leaves nothing behind."""
     check_new_folder(folder)
     folder = Path(folder).resolve()
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -87,6 +88,26 @@ def new_folder(folder: Path) -> Iterator[Path]:
         put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """
+    A folder to fill, whose files join those of `folder` when all went well and all of them are on the disk; else
+    nothing is left behind, and no empty `folder`.
+    """
+    partial = folder / f".{uuid.uuid4().hex[:8]}.partial"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            _flush_to_disk(path)
+        for path in partial.iterdir():
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def put_in_place(partial: Path, folder: Path):

@@ -44,7 +44,7 @@ def progress_bar(
     """
     options = {"dynamic_ncols": True, "disable": not is_shown}
     if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left"
+        line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}"
         options = {"file": _Lines(), "bar_format": line, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
         options |= {"delay": LINE_SECONDS, "disable": not (is_shown and lines)}
     return tqdm(iterable, description, total, initial=initial, unit=f" {unit}", **options)

@@ -11,7 +11,7 @@ from datasets import load_dataset
 from experiments.cifar10.runs import Run, path_of, settings_of
 from experiments.commands import ROOT, as_flags, data_flags, evaluate, run_script
 from experiments.keeping import keep, without_paths
-from modeling_can.files import write
+from modeling_can.files import new_folder, write
 
 
 __all__ = ["judge", "of_the_log", "pretrain_and_judge", "pretrain_and_keep", "probe_data"]
@@ -146,15 +146,13 @@ def probe_data(arguments, of_training: bool = False) -> Path:
     """5,000 training and 2,000 test images, for k-NN along the way; perhaps these are training images too."""
     folder = Path(arguments.output_dir) / ("probe_data_of_training" if of_training else "probe_data")
     if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
         splits = load_dataset(arguments.data)
         train, test = (splits[name].shuffle(seed=0) for name in ("train", "test"))
         num_train, num_test = (200, 100) if arguments.scale == "smoke" else (5000, 2000)
         parts = {"train": train.select(range(num_train)), "test": test.select(range(num_test))}
         if of_training:
             parts["test"] = train.select(range(num_train, num_train + num_test))
-        for name, some in parts.items():
-            some.to_parquet(partial / f"{name}-00000-of-00001.parquet")
-        partial.replace(folder)
+        with new_folder(folder) as partial:
+            for name, some in parts.items():
+                some.to_parquet(partial / f"{name}-00000-of-00001.parquet")
     return folder

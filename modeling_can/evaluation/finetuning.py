@@ -19,7 +19,7 @@ from ..averages import MetricAverage
 from ..fields import check, option
 from ..files import check_new_folder
 from ..optimization import NonFiniteGuard, learning_rate, peak_learning_rate
-from ..progress import INSTALL, LINE_SECONDS, progress_bar, tell
+from ..progress import INSTALL, progress_bar
 from ..random_state import interlude
 from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
 from .encoders import Preprocessor
@@ -246,22 +246,18 @@ def _model_and_optimizer(
 
 
 class _Report:
-    """Loss and speed while training: a bar, or where there is no terminal a line every half minute."""
+    """Loss and speed while training."""
 
     def __init__(self, num_steps: int, batch_size: int, is_main: bool):
-        self.num_steps, self.batch_size, self.is_main, self.loss, self.seconds = num_steps, batch_size, is_main, 0, 0
-        self.began = self.told = time.perf_counter()
-        self.bar = progress_bar(description="fine-tuning", total=num_steps, unit="steps", is_shown=is_main)
+        self.num_steps, self.batch_size, self.loss, self.seconds = num_steps, batch_size, 0.0, 0.0
+        self.began = time.perf_counter()
+        self.bar = progress_bar(description="fine-tuning", total=num_steps, unit="steps", is_shown=is_main, lines=True)
 
     def __call__(self, step: int, epoch: int, loss: float):
-        now = time.perf_counter()
-        self.loss, self.seconds = loss, now - self.began
-        text = f"loss {loss:.3f}, {step * self.batch_size / self.seconds:.0f} images/s"
+        self.loss, self.seconds = loss, time.perf_counter() - self.began
+        speed = step * self.batch_size / self.seconds
+        self.bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, {speed:.0f} images/s", refresh=False)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix_str(text)
-        if self.is_main and self.bar.disable and (now - self.told > LINE_SECONDS or step == self.num_steps):
-            self.told = now
-            tell(f"fine-tuning, epoch {epoch + 1}, step {step} of {self.num_steps}: {text}")
         if step == self.num_steps:
             self.bar.close()
 

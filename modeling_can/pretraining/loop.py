@@ -228,8 +228,7 @@ def _save(run: Run, step: int, stopping: bool, regular: bool):
 def _checkpoint(run: Run, step: int) -> Path:
     run.log.report_nonfinite()
     weights, optimizer_state = whole_state(run.trained.model, run.trained.optimizer.optimizer)
-    average = run.log.average
-    own = {"loader": run.feed.state_dict(), "rng": rng_state(), "average": (average.sums, average.num_steps)}
+    own = {"loader": run.feed.state_dict(), "rng": rng_state(), "average": run.log.average.state_dict()}
     progress = {"step": step, "ledger_bytes": run.feed.ledger_bytes, **run.log.state_dict()}
     shared = {"optimizer": optimizer_state, "progress": progress, "recipe": run.recipe.to_dict()}
     best = run.log.best
@@ -253,7 +252,7 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
     if len(own) == accelerator.num_processes:
         mine = own[accelerator.process_index]
         set_rng_state(mine["rng"])
-        run.log.average.sums, run.log.average.num_steps = mine["average"]
+        run.log.average.load_state_dict(mine["average"])
         if not exact:
             remarks.append("weights, optimiser and random numbers are exact, the order of the data is new")
     else:

@@ -1,6 +1,5 @@
 """The folder of a run: refusals, a lock, preparation, and the weights in it, or elsewhere where it is full."""
 
-import contextlib
 import errno
 import json
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from ..files import new_files
 from ..progress import tell
 from .recipe import LENGTH, Recipe
 
@@ -111,7 +111,7 @@ def unlock(file):
 
 def save_model(folder: Path, *parts):
     """
-    Saves model, processor and so on into a folder, all or nothing of it.
+    Saves model, processor and so on into a folder: all of them, or none where one cannot be saved.
 
     Args:
         parts (callable): Each is given a folder to save into.
@@ -124,7 +124,9 @@ def save_model(folder: Path, *parts):
     for place in places:
         target = folder if place == folder else place / f"{folder.resolve().name}-{os.getpid()}"
         try:
-            _save(target, parts)
+            with new_files(target) as partial:
+                for save in parts:
+                    save(partial)
         except Exception as error:  # safetensors' own is no OSError
             errors.append(f"{place}: {error}")
             continue
@@ -138,18 +140,3 @@ def save_model(folder: Path, *parts):
         f"the trained model could not be saved ({'; '.join(errors)}); make room, and repeat the last steps with "
         "--resume_from_checkpoint latest"
     )
-
-
-def _save(folder: Path, parts):
-    partial = folder / ".model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        for save in parts:
-            save(partial)
-        for path in partial.iterdir():
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it holds something
-            folder.rmdir()

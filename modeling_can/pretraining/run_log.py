@@ -52,7 +52,7 @@ class RunLog:
         self._known_findings, self.bar, self._file, self._started = set(), None, None, None
 
     def state_dict(self) -> dict:
-        """What `progress` is, alike on all processes but for the clock."""
+        """What `progress` is; a checkpoint keeps that of the main process."""
         state = {"metrics": self.lines, "probe": self.probes, "nonfinite": self.num_nonfinite}
         return state | {"train_seconds": self.train_seconds}
 

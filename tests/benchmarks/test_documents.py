@@ -44,12 +44,13 @@ def test_jsons_say_where_they_come_from(path):
     assert re.fullmatch(r"[0-9a-f]{40}", report["commit"]), "measured with code that no commit has"
 
 
-@pytest.mark.parametrize(
-    "path", sorted(runs.RESULTS.rglob("*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
-)
+STUDIES = sorted([*runs.RESULTS.rglob("*.json"), *(ROOT / "experiments" / "noise" / "results").rglob("*.json")])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_results_of_the_study_say_where_they_come_from(path):
     result = json.loads(path.read_text())
-    parts = [result["pretraining"]] if "pretraining" in result else []
+    parts = [result[name] for name in ("pretraining", "features", "noise") if name in result]
     evaluation = result.get("evaluation", {})
     parts += [evaluation] if "command" in evaluation else evaluation.values()
     assert parts
