@@ -150,9 +150,11 @@ def principal_components(tokens: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `(N, 3, h, w)` in [0, 1], each component scaled by its 1st and 99th percentile; zero where all tokens are
-        alike. A component's sign is such that the largest entry of its direction is positive.
+        alike. A component's sign is such that the largest entry of its direction is positive. What is not finite
+        counts as zero.
     """
-    rows = tokens.movedim(1, -1).flatten(0, 2).cpu().double()  # (tokens, d)
+    rows = tokens.movedim(1, -1).flatten(0, 2).cpu().double()  # (N * h * w, d)
+    rows = rows.nan_to_num(0, 0, 0)  # of which there are no eigenvectors: a sheet ends no run
     rows = rows - rows.mean(dim=0)
     directions = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(-1)  # (d, 3), the first one first
     largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))

@@ -29,6 +29,7 @@ def test_components_that_are_not_there_are_dark():
     made = principal_components(line)
     assert made[:, 0].amax() == 1 and made[:, 1:].abs().max() < 0.01
     assert not principal_components(torch.ones(4, 8, 3, 3)).any()
+    assert principal_components(torch.full((4, 8, 3, 3), torch.nan)).isfinite().all()
 
 
 def test_the_sheet_shows_image_components_and_attention_side_by_side(tmp_path):

@@ -78,7 +78,7 @@ def test_the_card_has_its_pictures_and_its_snippets_run(finished, monkeypatch, t
     folder, results = finished
     card = (folder / "README.md").read_text()
     pictures = re.findall(r"\]\((figures/[^)]+)\)", card) + re.findall(r"src: (\S+)", card)
-    assert len(pictures) == 5 and all((folder / picture).exists() for picture in pictures)
+    assert len(pictures) == 6 and all((folder / picture).exists() for picture in pictures)
     assert f"{100 * results['probe']['CAN, pre-trained']['knn']:.1f}" in card
     assert results["train_flops"] == 24 * results["flops_per_image"] > 0
     for features in results["probe"].values():
