@@ -26,8 +26,9 @@ import run_eval  # noqa: E402
 from experiments.commands import ROOT  # noqa: E402
 from experiments.keeping import round_weights  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
+from modeling_can.evaluation.encoders import feature_maps  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
-from modeling_can.plots import curves, reconstruction_sheet  # noqa: E402
+from modeling_can.plots import curves, feature_sheet, reconstruction_sheet, true_colours  # noqa: E402
 from modeling_can.pretraining.recipe import Recipe  # noqa: E402
 
 
@@ -60,8 +61,10 @@ def keep(run: Path, folder: Path, data: str):
     tiles = load_dataset("parquet", data_files=str(TILES / "test-*.parquet"), split="train").shuffle(seed=0)
     pixels = AutoImageProcessor.from_pretrained(folder)(tiles[:6]["image"], return_tensors="pt").pixel_values
     torch.manual_seed(0)
-    sheet = folder / "figures" / "reconstructions.png"
-    reconstruction_sheet(model=model, pixel_values=pixels, mean=recipe.image_mean, std=recipe.image_std, path=sheet)
+    figures, mean, std = folder / "figures", recipe.image_mean, recipe.image_std
+    sheet = figures / "reconstructions.png"
+    reconstruction_sheet(model=model, pixel_values=pixels, mean=mean, std=std, path=sheet)
+    feature_sheet(true_colours(pixels, mean, std), *feature_maps(model.can, pixels), figures / "features.png")
 
     write_card(folder, recipe.to_dict(), recipe.config, results)
     card = folder / "README.md"

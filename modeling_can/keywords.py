@@ -34,6 +34,8 @@ class Pretraining(TypedDict, total=False):
     crop_ratio: tuple[float, ...]
     resample: str
     flip_probability: float
+    vertical_flip_probability: float
+    quarter_turn_probability: float
     color_jitter: tuple[float, ...]
     color_jitter_probability: float
     greyscale_probability: float

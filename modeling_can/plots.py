@@ -1,5 +1,5 @@
 """
-Figures of a run: what the model reconstructs, and how its metrics moved.
+Figures of a run: what the model reconstructs, what its features tell apart, and how its metrics moved.
 
 Drawn without pyplot, which would choose a backend for the whole process and keep every figure.
 """
@@ -16,8 +16,8 @@ from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 
 __all__ = [
-    "amplified_noise", "curves", "errors_of", "plain", "reconstruct", "reconstruction_sheet", "save_figure",
-    "true_colours",
+    "amplified_noise", "curves", "errors_of", "feature_sheet", "plain", "principal_components", "reconstruct",
+    "reconstruction_sheet", "save_figure", "true_colours",
 ]  # fmt: skip
 
 
@@ -138,13 +138,66 @@ def reconstruction_sheet(
         "noise (amplified)": amplified_noise(pictures["noise"], sigma_max),
         "predicted noise": amplified_noise(pictures["predicted_noise"], sigma_max),
     }
-    # One picture of all, nearest neighbours enlarged, white between them: an axis for each would take seconds.
-    height, width = pixel_values.shape[-2:]
-    scale = max(1, round(160 / max(height, width)))
-    grid = torch.stack(list(columns.values()), dim=1).cpu()  # (rows, columns, channels, height, width)
+    _save_sheet(columns, path)
+
+
+def principal_components(tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Patch tokens as colors: their first three principal components over all images together.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(N, d, h, w)`): d is 3 or more.
+
+    Returns:
+        `(N, 3, h, w)` in [0, 1], each component scaled by its 1st and 99th percentile; zero where all tokens are
+        alike. A component's sign is such that the largest entry of its direction is positive. What is not finite
+        counts as zero.
+    """
+    rows = tokens.movedim(1, -1).flatten(0, 2).cpu().double()  # (N * h * w, d)
+    rows = rows.nan_to_num(0, 0, 0)  # of which there are no eigenvectors: a sheet ends no run
+    rows = rows - rows.mean(dim=0)
+    directions = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(-1)  # (d, 3), the first one first
+    largest = directions.gather(0, directions.abs().argmax(dim=0, keepdim=True))
+    components = rows @ (directions * largest.sign())
+    low, high = components.quantile(torch.tensor([0.01, 0.99], dtype=torch.double), dim=0)
+    # Of tokens that span less than three dimensions, the last components are rounding errors, and stay dark.
+    scale = (high - low).clamp(min=max(1e-4 * (high - low).max().item(), 1e-12))
+    components = ((components - low) / scale).clamp(0, 1).float()
+    return components.view(len(tokens), *tokens.shape[2:], 3).movedim(-1, 1)
+
+
+def feature_sheet(images: torch.Tensor, tokens: torch.Tensor, attentions: torch.Tensor | None, path: Path) -> None:
+    """
+    Saves a sheet with a row an image: image, its patch tokens as colors, and where the class token looks.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
+        tokens (`torch.Tensor` of shape `(N, d, h, w)`): Of the patches.
+        attentions (`torch.Tensor` of shape `(N, h, w)`, *optional*):
+            From the class token to the patches. Each image's smallest is shown black, its largest white. `None` leaves
+            out the column.
+    """
+    columns = {"image": images, "principal components": principal_components(tokens)}
+    if attentions is not None:
+        low, high = attentions.amin((1, 2), keepdim=True), attentions.amax((1, 2), keepdim=True)
+        columns["class token attention"] = ((attentions - low) / (high - low).clamp(min=1e-12))[:, None]
+    size = images.shape[-2:]
+    _save_sheet({name: nn.functional.interpolate(column, size) for name, column in columns.items()}, path)
+
+
+def _save_sheet(columns: dict[str, torch.Tensor], path: Path):
+    """
+    One image of all, nearest neighbors enlarged, white between them: an axis for each would take seconds.
+
+    Args:
+        columns (`dict[str, torch.Tensor]`): Each `(N, C, H, W)` in [0, 1], C being 3, or 1 for gray.
+    """
+    columns = {name: column.cpu().expand(-1, 3, -1, -1) for name, column in columns.items()}
+    grid = torch.stack(list(columns.values()), dim=1)  # (rows, columns, channels, height, width)
+    scale = max(1, round(160 / max(grid.shape[-2:])))
     grid = grid.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     grid = nn.functional.pad(grid, (4, 4, 4, 4), value=1.0)
-    sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).expand(-1, -1, 3)
+    sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     figure = Figure((1.6 * len(columns), 1.6 * len(columns) * sheet.shape[0] / sheet.shape[1] + 0.3))
     axis = figure.subplots()
     axis.imshow(sheet, interpolation="nearest")

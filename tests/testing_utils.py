@@ -152,6 +152,8 @@ def noise_file(seed, size=(64, 48)):
 
 OFF = dict(
     flip_probability=0,
+    vertical_flip_probability=0,
+    quarter_turn_probability=0,
     color_jitter_probability=0,
     greyscale_probability=0,
     blur_probability=0,

@@ -140,9 +140,9 @@ ADJUSTMENTS = {
 
 class Augmentation(nn.Module):
     """
-    uint8 views -> flipped, color-jittered, grayscaled, blurred, solarized, normalized fp32 views. Each view of each
-    image draws its own numbers, from torch's generator of the device. With other than three channels, color jitter
-    and grayscale are skipped, with a message.
+    uint8 views -> flipped, turned, color-jittered, grayscaled, blurred, solarized, normalized fp32 views. Each view of
+    each image draws its own numbers, from torch's generator of the device. With other than three channels, color
+    jitter and grayscale are skipped, with a message.
 
     Nothing waits for the device, and no shape depends on what was drawn: each step is computed for all images and
     selected for some. A step of probability 0 is not computed. Move the module to the device of the views, and call it
@@ -150,7 +150,9 @@ class Augmentation(nn.Module):
 
     Args:
         mean, std (`tuple[float]`): Of the pixels in [0, 1], one entry a channel.
-        flip_probability (`float`): Of a horizontal flip.
+        flip_probability, vertical_flip_probability (`float`): Of a horizontal flip, and of a vertical one.
+        quarter_turn_probability (`float`): Of a turn by 90 degrees, counterclockwise, after the flips; it needs square
+            views. With both flips and this at 0.5, all eight orientations of a view are equally likely.
         color_jitter (`tuple[float]`): Strengths s of brightness, contrast, saturation and hue. The first three are
             factors from [max(0, 1 - s), 1 + s]; the hue turns by a fraction of the circle from [-s, s].
         color_jitter_probability, greyscale_probability, blur_probability, solarize_probability (`float`): Of each.
@@ -163,6 +165,8 @@ class Augmentation(nn.Module):
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         flip_probability=0.5,
+        vertical_flip_probability=0.0,
+        quarter_turn_probability=0.0,
         color_jitter=(0.4, 0.4, 0.4, 0.1),
         color_jitter_probability=0.8,
         greyscale_probability=0.2,
@@ -182,6 +186,8 @@ class Augmentation(nn.Module):
         self.blur_kernel_size = blur_kernel_size
         probabilities = {
             "flip": flip_probability,
+            "vertical_flip": vertical_flip_probability,
+            "quarter_turn": quarter_turn_probability,
             "jitter": color_jitter_probability,
             "grayscale": greyscale_probability,
             "blur": blur_probability,
@@ -232,6 +238,10 @@ class Augmentation(nn.Module):
         images = views.flatten(0, 1)
         if "flip" in drawn:
             images = torch.where(drawn["flip"], images.flip(-1), images)
+        if "vertical_flip" in drawn:
+            images = torch.where(drawn["vertical_flip"], images.flip(-2), images)
+        if "quarter_turn" in drawn:
+            images = torch.where(drawn["quarter_turn"], images.rot90(1, (-2, -1)), images)
         images = images / 255
         if "jitter" in drawn:
             jittered = images

@@ -21,7 +21,7 @@ from .finetuning import FineTuning
 from .overlap import seen_in_pretraining
 from .processes import check_processes, forget_settings
 from .protocol import Entry, Features, Setup
-from .report import CAPTION, card_results, evaluation_figure, remarks, table
+from .report import CAPTION, card_results, evaluation_figure, measures, remarks, table
 from .sets import load_labelled
 from .settings import Settings
 from .tasks import EMBED, PROTOCOLS
@@ -184,9 +184,12 @@ def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: 
             PROTOCOLS[task].compare(results["results"], reference)
     _write(setup, results, started)
     drawn = evaluation_figure(results["results"], output_dir / "figures" / "evaluation.png")
-    tell(f"\n{CAPTION}\n\n{table(results['results'])}\n\nFigures: {output_dir}/results.json" + (
-        f", {output_dir}/figures/evaluation.png" if drawn else ""
-    ))  # fmt: skip
+    if any(measures(figures) for figures in results["results"].values()):
+        tell(f"\n{CAPTION}\n\n{table(results['results'])}")
+    written = [f"{output_dir}/results.json", *([f"{output_dir}/figures/evaluation.png"] if drawn else [])]
+    tasks = [figures for model in results["results"].values() for figures in model.values()]
+    written += [figures["picture"] for figures in tasks if "picture" in figures]
+    tell(f"\nFigures: {', '.join(written)}")
     for line in remarks(results):
         tell(f"Note: {line}")
     if settings.export_classifier:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ from ..provenance import installed_versions
 
 
 __all__ = [
-    "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "load_config", "load_encoder", "load_model",
-    "load_preprocessor", "pooled", "untrained",
+    "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "feature_maps", "load_config", "load_encoder",
+    "load_model", "load_preprocessor", "pooled", "untrained",
 ]  # fmt: skip
 
 POOLINGS = ("mean", "cls", "both")
@@ -200,10 +201,7 @@ class Encoder(nn.Module):
         Returns:
             `"mean"`, the mean of the patch tokens, and where there is a class token `"cls"`; each `(B, d)`.
         """
-        options = dict(self.options)
-        if self.model.config.model_type == "vit_mae":  # by which it sorts the patches: the order of the image
-            height, width = (side // self.model.config.patch_size for side in pixel_values.shape[-2:])
-            options["noise"] = torch.arange(height * width, device=pixel_values.device).expand(len(pixel_values), -1)
+        options = self.options | _image_order(self.model, pixel_values)
         output = self.model(pixel_values=pixel_values, output_hidden_states=num_layers > 1, **options)
         states = [output.last_hidden_state]
         if num_layers > 1:  # the last of all is the same as the last_hidden_state, but for the final norm
@@ -214,12 +212,8 @@ class Encoder(nn.Module):
     def _pool(self, state: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         if state.ndim == 4:  # (B, d, h, w)
             return {"mean": state.mean(dim=(2, 3))}
-        if not hasattr(self.model.config, "patch_size"):
-            raise ValueError(f"a {type(self.model).__name__} does not tell which of its tokens are patches")
-        patch_size = self.model.config.patch_size
-        patch_shape = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        num_patches = (pixel_values.shape[-2] // patch_shape[0]) * (pixel_values.shape[-1] // patch_shape[1])
-        num_others = max(0, state.shape[1] - num_patches)  # class token, registers; fewer tokens where they are merged
+        height, width = _patch_grid(self.model, pixel_values)
+        num_others = max(0, state.shape[1] - height * width)  # class token, registers; fewer tokens where merged
         pooled = {"mean": state[:, num_others:].mean(dim=1)}
         return pooled | ({"cls": state[:, 0]} if num_others else {})
 
@@ -244,6 +238,71 @@ class Encoder(nn.Module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+@torch.no_grad()
+def feature_maps(model: nn.Module, pixel_values: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The patch tokens of the last hidden state in their places, and where the last layer looks. One image at a time,
+    because attention weights of all layers are returned.
+
+    Args:
+        model (`PreTrainedModel`): As of `Encoder`.
+        pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalized pixels.
+        options: Further arguments of the model's `forward`.
+
+    Returns:
+        The tokens `(B, d, h, w)`, and the attention `(B, h, w)` from the class token to the patches in the last layer,
+        the mean over the heads; `None` if the model has no class token or no such weights, as ConvNeXt and Swin.
+
+    Raises:
+        ValueError: if the model does not tell where its tokens lie in the image.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that returns its weights
+    try:
+        made = [_feature_map(model, image, options) for image in pixel_values.split(1)]
+    finally:
+        model.set_attn_implementation(before)
+    tokens, attentions = zip(*made, strict=True)
+    return torch.cat(tokens), None if attentions[0] is None else torch.cat(attentions)
+
+
+def _feature_map(model: nn.Module, image: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+    output = model(pixel_values=image, output_attentions=True, **options, **_image_order(model, image))
+    state = output.last_hidden_state
+    if state.ndim == 4:
+        return state, None
+    height, width = _patch_grid(model, image)
+    num_others = max(0, state.shape[1] - height * width)
+    merged = math.isqrt(height * width // (state.shape[1] - num_others))  # patches a side that share a token
+    grid = (height // merged, width // merged)
+    if grid[0] * grid[1] != state.shape[1] - num_others:
+        raise ValueError(
+            f"a {type(model).__name__} does not tell where its {state.shape[1]} tokens lie in an image of "
+            f"{height} x {width} patches; leave it out of the features task"
+        )
+    attention = None
+    if num_others and output.get("attentions"):
+        attention = output.attentions[-1][:, :, 0, num_others:].mean(dim=1).unflatten(1, grid)
+    return state[:, num_others:].mT.unflatten(2, grid), attention
+
+
+def _patch_grid(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of patches; raises ValueError where the model does not tell."""
+    if not hasattr(model.config, "patch_size"):
+        raise ValueError(f"a {type(model).__name__} does not tell which of its tokens are patches")
+    patch_size = model.config.patch_size
+    patch_shape = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    return pixel_values.shape[-2] // patch_shape[0], pixel_values.shape[-1] // patch_shape[1]
+
+
+def _image_order(model: nn.Module, pixel_values: torch.Tensor) -> dict:
+    """What ViT-MAE sorts the patches by: the order of the image. Nothing for other models."""
+    if model.config.model_type != "vit_mae":
+        return {}
+    height, width = _patch_grid(model, pixel_values)
+    return {"noise": torch.arange(height * width, device=pixel_values.device).expand(len(pixel_values), -1)}
 
 
 def pooled(features: dict, pooling: str, name: str):

@@ -1,5 +1,6 @@
 """The tasks there are."""
 
+from .feature_maps import FeatureMaps
 from .few_shot import FewShot
 from .finetuning import FineTune
 from .knn import KNN
@@ -24,6 +25,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Robustness(),
         Reconstruction(),
         Retrieval(),
+        FeatureMaps(),
     )
 }
 EMBED = "embed"  # which needs no labels, and stands alone: `embed.embed_task`

@@ -135,6 +135,8 @@ def augmentation(recipe: Recipe) -> Augmentation:
         mean=recipe.image_mean,
         std=recipe.image_std,
         flip_probability=recipe.flip_probability,
+        vertical_flip_probability=recipe.vertical_flip_probability,
+        quarter_turn_probability=recipe.quarter_turn_probability,
         color_jitter=recipe.color_jitter,
         color_jitter_probability=recipe.color_jitter_probability,
         greyscale_probability=recipe.greyscale_probability,

@@ -95,6 +95,8 @@ class Recipe:
     )
     resample: str = option("bilinear", "bilinear or bicubic", choices=("bilinear", "bicubic"))
     flip_probability: float = option(0.5, "of a horizontal flip", minimum=0, maximum=1)
+    vertical_flip_probability: float = option(0.0, "of a vertical flip", minimum=0, maximum=1)
+    quarter_turn_probability: float = option(0.0, "of a turn by 90 degrees, of square views", minimum=0, maximum=1)
     color_jitter: tuple[float, ...] = option(
         (0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue", minimum=0, num_values=(4,)
     )
@@ -206,6 +208,13 @@ class Recipe:
             raise ValueError("num_views=1 must be 2, or 1 with contrastive_loss_weight=0: two views are contrasted")
         if self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
+        height, width = self.config.image_shape
+        if self.quarter_turn_probability > 0 and height != width:
+            raise ValueError(
+                f"quarter_turn_probability={self.quarter_turn_probability} turns square views, and "
+                f"image_size={height},{width} is not square; set image_size to one number, or "
+                "quarter_turn_probability to 0"
+            )
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != self.config.num_channels and not self.measure_mean_std:

@@ -179,14 +179,15 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
         for name, accuracy in results["probe"].items():
             tell(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
     tell("\n" + "\n".join(results["health"]))
-    has_pictures = (output_dir / "figures" / "reconstructions.png").exists()
+    figures = [f"{name}.png" for name in ("curves", "features", "reconstructions")]
+    figures = [name for name in figures if (output_dir / "figures" / name).exists()]
     tell(
         f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s "
         f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "
         f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
         "Next:\n"
-        f"  look at it              {output_dir}/figures/curves.png{' and reconstructions.png' * has_pictures}"
-        f"{f', python demo/app.py --model_name_or_path {output_dir}' * has_pictures}\n"
+        f"  look at it              {output_dir}/figures/{', '.join(figures)}"
+        f"{f'; python demo/app.py --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"
         f"  measure it              python run_eval.py --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
         f"  export it               python -m modeling_can.conversion {output_dir} --to dinov2 {output_dir}-dinov2\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from ..averages import MetricAverage
+from ..evaluation.encoders import feature_maps
 from ..files import write
 from ..modeling_can import CANForPreTraining
 from ..optimization import NonFiniteGuard
-from ..plots import reconstruction_sheet
+from ..plots import feature_sheet, reconstruction_sheet, true_colours
 from ..progress import duration, progress_bar, tell
 from ..random_state import interlude
 from .feed import Feed
@@ -27,7 +29,7 @@ from .recipe import Recipe
 from .step import StepOutput, step_metrics
 
 
-__all__ = ["RunLog", "refuse_non_finite"]
+__all__ = ["RunLog", "log_image", "refuse_non_finite"]
 
 
 class RunLog:
@@ -188,28 +190,54 @@ class RunLog:
     # --- Images ------------------------------------------------------------------------------------------------------
 
     def draw(self, step: int, whole: CANForPreTraining | None, pixel_values: torch.Tensor):
-        """What the model reconstructs by now, into the folder and the trackers; `None` on the other processes."""
-        if whole is None or not self.is_main or not self.recipe.config.uses_decoder:
+        """
+        What the model reconstructs and what its features tell apart by now, into the folder and the trackers.
+
+        Args:
+            whole (`CANForPreTraining`, *optional*): `None` on the other processes.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_views, num_channels, height, width)`): Normalized.
+        """
+        if whole is None or not self.is_main:
             return
-        path = self.output_dir / "figures" / "reconstructions.png"
+        pixels, mean, std = pixel_values[:6, 0], self.recipe.image_mean, self.recipe.image_std
+        drawn = {name: self.output_dir / "figures" / f"{name}.png" for name in ("reconstructions", "features")}
+        whole.eval()
         try:
             with interlude():
-                whole.eval()
-                reconstruction_sheet(
-                    model=whole,
-                    pixel_values=pixel_values[:6, 0],
-                    mean=self.recipe.image_mean,
-                    std=self.recipe.image_std,
-                    path=path,
-                )
-                whole.train()
-            image = np.asarray(Image.open(path).convert("RGB"))[None]
-            for tracker in self.accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"reconstructions": image}, step, **options)
+                if self.recipe.config.uses_decoder:
+                    reconstruction_sheet(
+                        model=whole, pixel_values=pixels, mean=mean, std=std, path=drawn["reconstructions"]
+                    )
+                else:
+                    del drawn["reconstructions"]
+                feature_sheet(true_colours(pixels, mean, std), *feature_maps(whole.can, pixels), drawn["features"])
+            for name, path in drawn.items():
+                image = np.asarray(Image.open(path).convert("RGB"))
+                for tracker in self.accelerator.trackers:
+                    log_image(tracker, name, image, step)
         except OSError as error:
-            tell(f"the reconstructions could not be drawn: {error}")
+            tell(f"the images of step {step} could not be drawn: {error}")
+        finally:
+            whole.train()
+
+
+def log_image(tracker: GeneralTracker, name: str, image: np.ndarray, step: int):
+    """
+    To one of accelerate's trackers, in the form that it takes. Comet, DVCLive and MLflow take none from accelerate.
+
+    Args:
+        image (`np.ndarray` of shape `(height, width, 3)`): uint8.
+    """
+    if tracker.name == "tensorboard":
+        tracker.log_images({name: image[None]}, step, dataformats="NHWC")
+    elif tracker.name == "trackio":  # no `log_images`; accelerate hands on what `trackio.log` takes
+        import trackio
+
+        tracker.log({name: trackio.Image(image)}, step)
+    elif tracker.name in ("aim", "clearml"):  # one image a name
+        tracker.log_images({name: image}, step)
+    elif hasattr(tracker, "log_images"):
+        tracker.log_images({name: [image]}, step)
 
 
 def refuse_non_finite(step: int, averages: dict[str, float], on_nonfinite: str):

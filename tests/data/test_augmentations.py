@@ -13,7 +13,7 @@ from kornia.augmentation import RandomErasing
 from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
 from PIL import Image
-from scipy.stats import ks_2samp
+from scipy.stats import chisquare, ks_2samp
 from testing_utils import OFF
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,6 +29,7 @@ ALL_ON = dict(
     blur_kernel_size=7,
     solarize_probability=0.4,
 )
+ALL_ORIENTATIONS = dict(flip_probability=0.5, vertical_flip_probability=0.5, quarter_turn_probability=0.5)
 # fp32 rounds by 6e-8; the hue is computed in another way, over some ten operations of numbers up to 6
 CLOSE = dict(rtol=0, atol=1e-5)
 
@@ -113,14 +114,40 @@ def test_all_steps_are_those_of_kornia_in_this_order():
     torch.testing.assert_close(augment.transform(views, drawn).flatten(0, 1), expected, rtol=0, atol=5e-5)
 
 
+def test_flips_and_quarter_turns_are_those_of_torch():
+    torch.manual_seed(0)
+    views = torch.randint(0, 256, (32, 2, 3, 12, 12), dtype=torch.uint8)
+    augment = Augmentation((0,) * 3, (1,) * 3, **OFF | ALL_ORIENTATIONS)
+    drawn = augment.draw(64, "cpu")
+    expected = []
+    for i, image in enumerate(views.flatten(0, 1) / 255):
+        image = torch.flip(image, [2]) if drawn["flip"][i] else image
+        image = torch.flip(image, [1]) if drawn["vertical_flip"][i] else image
+        expected.append(torch.rot90(image, 1, [1, 2]) if drawn["quarter_turn"][i] else image)
+    torch.testing.assert_close(augment.transform(views, drawn).flatten(0, 1), torch.stack(expected))
+
+
+def test_all_eight_orientations_are_equally_likely():
+    torch.manual_seed(0)
+    view = torch.tensor([[0, 85], [170, 255]], dtype=torch.uint8)
+    augment = Augmentation((0,), (1,), **OFF | ALL_ORIENTATIONS)
+    made = augment(view.expand(10_000, 2, 1, 2, 2)).flatten(0, 2)
+    eight = torch.stack([torch.rot90(v, turns) for v in (view, view.T) for turns in range(4)]) / 255
+    counts = torch.isclose(made[:, None], eight).all((2, 3)).sum(0)
+    assert counts.sum() == 20_000 and chisquare(counts).pvalue > 1e-3
+
+
 def test_draws_follow_their_distributions():
     torch.manual_seed(0)
-    augment = Augmentation(**{**ALL_ON, "color_jitter": (0.4, 1.5, 0.2, 0.1)}, blur_probability=0.6)
+    augment = Augmentation(**{**ALL_ON, "color_jitter": (0.4, 1.5, 0.2, 0.1)}, blur_probability=0.6,
+                           vertical_flip_probability=0.2, quarter_turn_probability=0.9)  # fmt: skip
     drawn = augment.draw(20_000, "cpu")
     assert {values.shape for values in drawn.values()} == {(20_000, 1, 1, 1)}
     blurred = drawn["sigma"] > 0
     for chosen, probability in (
         (drawn["flip"], 0.5),
+        (drawn["vertical_flip"], 0.2),
+        (drawn["quarter_turn"], 0.9),
         (drawn["jitter"], 0.7),
         (drawn["grayscale"], 0.3),
         (blurred, 0.6),

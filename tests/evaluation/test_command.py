@@ -15,8 +15,8 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image as Picture
-from testing_utils import NAMES, ROOT, encoded, free_port, options
-from transformers import ViTImageProcessorPil, pipeline
+from testing_utils import NAMES, ROOT, encoded, free_port, options, save
+from transformers import ConvNextConfig, ConvNextModel, ViTImageProcessorPil, pipeline
 
 import run_eval
 from modeling_can.evaluation import (
@@ -124,6 +124,36 @@ def test_a_model_that_is_only_the_reference_keeps_its_card(models, colours, tmp_
     flags = {"task": "knn", "baselines": "none", "reference_model": copies["dinov2"], "update_card": "true"}
     run_eval.main(options(copies, colours, tmp_path / "out", "can", **flags))
     assert (tmp_path / "can" / "README.md").exists() and not (tmp_path / "dinov2" / "README.md").exists()
+
+
+def test_sheets_of_features_need_no_right_labels(models, colours, tmp_path, capsys):
+    convnext = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
+    models = models | {"convnext": save(tmp_path / "convnext", convnext)}
+    drawn = {}
+    for kind in ("right", "wrong"):
+        if kind == "wrong":
+            (tmp_path / "set").mkdir()
+            for split in ("train", "test"):
+                rows = load_dataset(colours, split=split)
+                rows = (
+                    rows.add_column("other", rows["label"][::-1])
+                    .remove_columns("label")
+                    .rename_column("other", "label")
+                )
+                rows.to_parquet(tmp_path / "set" / f"{split}-00000.parquet")
+            colours = str(tmp_path / "set")
+        results = run_eval.main(
+            options(models, colours, tmp_path / kind, "can", "dinov2", "convnext", task="features")
+        )
+        folder, output = tmp_path / kind / "figures", capsys.readouterr().out
+        assert set(results["results"]) == {"can", "dinov2", "convnext"}
+        for name, figures in results["results"].items():
+            path = folder / f"features-{name}.png"
+            assert figures == {"features": {"picture": str(path)}} and str(path) in output
+            drawn.setdefault(name, []).append(path.read_bytes())
+    widths = {name: Picture.open(folder / f"features-{name}.png").width for name in drawn}
+    assert widths["can"] == widths["dinov2"] > 1.4 * widths["convnext"]  # no attention there
+    assert all(right == wrong for right, wrong in drawn.values())
 
 
 def test_a_pretraining_run_is_not_written_over(models, colours, tmp_path):

@@ -13,7 +13,7 @@ from testing_utils import TINY, tiny_model
 from transformers import BertConfig, BertModel, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from modeling_can import CANForImageClassification
-from modeling_can.evaluation.encoders import Preprocessor, load_encoder, load_model, pooled, untrained
+from modeling_can.evaluation.encoders import Preprocessor, feature_maps, load_encoder, load_model, pooled, untrained
 
 
 VIT = dict(
@@ -78,6 +78,40 @@ def test_every_kind_gives_the_mean_of_its_patches_and_its_class_token(kind, tmp_
         assert torch.equal(features[name], again[name])
         width = features[name].shape[1]
         assert more[name].shape[1] > width and torch.allclose(more[name][:, -width:], features[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_its_tokens_in_their_places_and_its_attention_where_it_has_one(kind, tmp_path):
+    num_before = KINDS[kind][1]
+    encoder = load_encoder(saved(tmp_path, build(kind)))
+    pixels, model = torch.randn(2, 3, 32, 32), encoder.model
+    implementation = model.config._attn_implementation
+    tokens, attention = feature_maps(model, pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(tokens.mean((2, 3)), encoder(pixels)["mean"], rtol=1e-4, atol=1e-5)
+    assert model.config._attn_implementation == implementation
+    assert (attention is not None) == (num_before > 0)
+    if kind in ("ViTModel", "Dinov2WithRegistersModel"):
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            output = model(pixels, output_attentions=True)
+        for row in range(4):
+            for column in range(4):
+                place = num_before + 4 * row + column
+                expected = output.last_hidden_state[:, place]
+                torch.testing.assert_close(tokens[:, :, row, column], expected, rtol=1e-4, atol=1e-5)
+                expected = sum(output.attentions[-1][:, head, 0, place] for head in range(2)) / 2
+                torch.testing.assert_close(attention[:, row, column], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_changing_a_patch_changes_its_token_most():
+    """The grid is that of the image, also where it is not square."""
+    model, pixels = tiny_model(), torch.randn(1, 3, 32, 48)
+    changed = pixels.clone()
+    changed[:, :, 8:16, 32:40] += 1  # row 1, column 4
+    (before, _), (after, attention) = (feature_maps(model.can, images) for images in (pixels, changed))
+    difference = (after - before).abs().sum(1)[0]
+    assert attention.shape == (1, 4, 6) and difference.argmax() == 6 * 1 + 4
 
 
 def test_can_gives_its_pooler_output_and_leaves_decoder_and_classifier_behind(tmp_path):

@@ -139,6 +139,7 @@ def test_nothing_in_a_card_is_empty(tmp_path, name):
     for sentence in results["health"]:
         assert f"- {sentence}\n" in card.text
     assert ("reconstructions.png" in text) == recipe.config.uses_decoder == ("output.logits" in text)
+    assert "(figures/features.png)" in text
     assert ("pipeline(" in text) == (recipe.config.num_channels == 3)
 
 

@@ -11,13 +11,16 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
     monkeypatch.setattr(builders, "Augmentation", lambda *a, **k: bound(*a, **k).arguments)
     augmentation = dict(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), flip_probability=0.3,
                         color_jitter=(0.1, 0.2, 0.3, 0.05), color_jitter_probability=0.51, greyscale_probability=0.11,
-                        blur_probability=0.91, blur_sigma=(0.5, 1.5), solarize_probability=0.31)  # fmt: skip
+                        blur_probability=0.91, blur_sigma=(0.5, 1.5), solarize_probability=0.31,
+                        vertical_flip_probability=0.41, quarter_turn_probability=0.0)  # fmt: skip
     views = dict(crop_scale=(0.3, 0.9), crop_ratio=(0.9, 1.1), resample="bicubic", seed=5, num_views=2)
     recipe = Recipe.from_dict({"data_dir": "x", "max_steps": 1, "image_size": (32, 48), "patch_size": (8, 16),
                                "high_bit_depth": "stretch", **augmentation, **views})  # fmt: skip
     made = builders.augmentation(recipe)
     assert made.pop("blur_kernel_size") == 3
     assert made == {name.removeprefix("image_"): value for name, value in augmentation.items()}
+    square = Recipe.from_dict({"data_dir": "x", "max_steps": 1, "image_size": 32, "quarter_turn_probability": 0.61})
+    assert builders.augmentation(square)["quarter_turn_probability"] == 0.61
     make = builders.view_maker(recipe)
     assert (make.scale, make.ratio, make.resample, make.seed, make.num_views) == tuple(views.values())
     assert make.image_shape == (32, 48) and make.decoding["min_size"] == (8, 16)

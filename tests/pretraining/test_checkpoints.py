@@ -188,7 +188,8 @@ def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tm
     assert {"loss", "contrastive_loss", "denoising_trivial", "effective_rank", "data_wait"} <= set(
         events.Tags()["scalars"]
     )
-    assert {event.step for event in events.Images("reconstructions")} >= {2, 4, 6, 8, 9}
+    for name in ("reconstructions", "features"):
+        assert {event.step for event in events.Images(name)} >= {2, 4, 6, 8, 9}
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capfd):
@@ -200,7 +201,7 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, capfd):
     results = run_pretraining.main([*RUN, f"--output_dir={tmp_path}", "--max_steps=12", "--log_with=none"])
     output = capfd.readouterr().out
     assert output.count("No space left on device; training goes on, and tries again at the next one") == 2
-    assert "the reconstructions could not be drawn" in output and results["num_steps"] == 12
+    assert "the images of step 12 could not be drawn" in output and results["num_steps"] == 12
     assert (tmp_path / "model.safetensors").exists() and not list((tmp_path / "checkpoints").iterdir())
 
 

@@ -46,7 +46,8 @@ RUNS = {
     },
     "one view, without contrast": {
         "data_dir": "pictures", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
-        "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none",
+        "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none", "image_size": 32,
+        "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5,
     },
     "labelled, from weights": {
         "dataset_name": "labelled", "dataset_split": "test", "probe_dataset_name": "labelled",

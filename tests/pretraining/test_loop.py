@@ -45,7 +45,7 @@ def test_the_output_folder_is_complete(finished):
     assert {path.name for path in folder.iterdir()} == expected
     figures = {path.name: min(Image.open(path).size) for path in (folder / "figures").iterdir()}
     examples = {name for name in figures if name.startswith("example-")}
-    assert figures.keys() - examples == {"curves.png", "reconstructions.png"} and len(examples) == 3
+    assert figures.keys() - examples == {"curves.png", "features.png", "reconstructions.png"} and len(examples) == 3
     assert all(size == 40 if name in examples else size > 300 for name, size in figures.items())
     assert json.loads((folder / "results.json").read_text()) == results
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -78,7 +78,7 @@ def test_the_card_has_its_pictures_and_its_snippets_run(finished, monkeypatch, t
     folder, results = finished
     card = (folder / "README.md").read_text()
     pictures = re.findall(r"\]\((figures/[^)]+)\)", card) + re.findall(r"src: (\S+)", card)
-    assert len(pictures) == 5 and all((folder / picture).exists() for picture in pictures)
+    assert len(pictures) == 6 and all((folder / picture).exists() for picture in pictures)
     assert f"{100 * results['probe']['CAN, pre-trained']['knn']:.1f}" in card
     assert results["train_flops"] == 24 * results["flops_per_image"] > 0
     for features in results["probe"].values():

@@ -107,6 +107,7 @@ def test_numbers_are_read_as_their_field_says():
         (["--image_mean", "0.5"], r"image_mean=\(0.5,\) must have 3 values, one for each channel"),
         (["--crop_scale", "0.9,0.1"], r"crop_scale=\(0.9, 0.1\) must not decrease"),
         (["--crop_scale", "0.5,1.5"], r"crop_scale=1.5 is outside \(0, 1\]"),
+        (["--quarter_turn_probability=0.5", "--image_size=32,48"], "quarter_turn_probability=0.5 .* image_size=32,48"),
         (["--flip_probability", "2"], r"flip_probability=2.0 is outside \[0, 1\]"),
         (["--max_grad_norm", "-1"], "max_grad_norm=-1.0 must be at least 0"),
         (["--seed", "-1"], "seed=-1"),
