@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 BLOCKS = [block for page in PAGES if page != "first-steps.md" for block in blocks(page, "bash")]
 LINES = [line for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-COMMANDS = list(dict.fromkeys(line for line in LINES if "run_pretraining" in line))
+COMMANDS = list(dict.fromkeys(line for line in LINES if "run_pretraining" in line or " pretrain " in line))
 EVALUATIONS = list(dict.fromkeys(line for line in LINES if "run_eval" in line))
 TOY = ("--max_steps 2 --per_device_train_batch_size 4 --hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 "
        "--intermediate_size 64 --decoder_hidden_size 16 --decoder_num_hidden_layers 1 --decoder_num_attention_heads 2 "
@@ -67,6 +68,7 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
     for index in range(16):
         Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{index}.png")
     command = command.split("#")[0].replace("FOLDER", str(tmp_path / "images"))
+    command = command.replace("modeling-can ", f"{sys.executable} -m modeling_can ")
     if "--config_file" in command:
         command = command.replace("--num_processes 8", f"--num_processes 2 --main_process_port {free_port()}")
     said = run(f"{command} {TOY} --output_dir {tmp_path / 'out'}")
@@ -104,7 +106,7 @@ def test_two_hundred_pictures_become_a_classifier(tmp_path):
     assert "out/mine -> out/mine-dinov2" in said
     (use,) = blocks("first-steps.md", "python")
     (fine_tune,) = blocks("fine-tuning.md", "python")
-    first_screen, _ = blocks("README.md", "python")
+    first_screen, *_ = blocks("README.md", "python")
     checks = (
         "assert len(tokens) == 65 and len(tokens[0]) == 96 and set(classify.model.config.id2label.values()) == %r\n"
     )

@@ -312,7 +312,7 @@ def test_the_quickstart_learns_as_promised(tmp_path):
 def test_machine_and_commit_are_those_of_the_start(tmp_path, monkeypatch):
     train, known = loop.train, []
     monkeypatch.setattr(loop, "train", lambda run, first_step: known.append(dict(run.facts)) or train(run, first_step))
-    results = run_pretraining.main([*TOY, f"--output_dir={tmp_path}"])
+    results = run_pretraining.main([*TOY, f"--output_dir={tmp_path}", "--probe_dataset_name=none"])
     assert known[0]["git_commit"] == results["git_commit"] and known[0]["machine"] == results["machine"]
 
 
