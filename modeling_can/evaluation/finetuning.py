@@ -47,12 +47,12 @@ class FineTuning:
     layer_decay: float | None = option(
         None, "learning rate of a layer relative to the next; 0.65 if none, with LoRA 1", above=0, maximum=1
     )
-    warmup_ratio: float = option(0.05, "share of the steps with linear warm-up", minimum=0, maximum=1)
+    warmup_ratio: float = option(0.05, "fraction of the steps with linear warm-up", minimum=0, maximum=1)
     weight_decay: float = option(0.05, "AdamW, on matrices only", minimum=0)
     drop_path_rate: float = option(
         0.1, "stochastic depth of the last layer, where the model has it", minimum=0, below=1
     )
-    label_smoothing: float = option(0.1, "share of the target that goes to all classes alike", minimum=0, below=1)
+    label_smoothing: float = option(0.1, "fraction of the target that goes to all classes alike", minimum=0, below=1)
     mixup_alpha: float = option(0.8, "mixing of two images: Beta(alpha, alpha); 0 is off", minimum=0)
     cutmix_alpha: float = option(1.0, "a box of one image in another: Beta(alpha, alpha); 0 is off", minimum=0)
     flip_probability: float = option(0.5, "of a horizontal flip", minimum=0, maximum=1)

@@ -39,7 +39,7 @@ class Settings:
     train_split: str = option("train", "split to learn from, or a slice: train[:80%]")
     test_split: str = option("test", "split to be tested on")
     test_size: float = option(
-        0.0, "without a test split, the share of the training split to hold out", minimum=0, below=1
+        0.0, "without a test split, the fraction of the training split to hold out", minimum=0, below=1
     )
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column that holds the classes (label); of embed, one to carry along")
@@ -49,9 +49,9 @@ class Settings:
     image_size: tuple[int, ...] | None = option(
         None, "height,width of the model's input, instead of the processor's", num_values=(1, 2)
     )
-    transparent_background: str | None = option(None, "colour behind transparent pixels; by default as pre-trained")
+    transparent_background: str | None = option(None, "color behind transparent pixels; by default as pre-trained")
     high_bit_depth: str | None = option(
-        None, "16-bit greyscale to 8: full_range, stretch, skip; as pre-trained", choices=HIGH_BIT_DEPTH
+        None, "16-bit grayscale to 8: full_range, stretch, skip; as pre-trained", choices=HIGH_BIT_DEPTH
     )
     pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both", choices=POOLINGS)
     baselines: tuple[str, ...] | None = option(
@@ -107,7 +107,7 @@ class Settings:
     rows_per_file: int = option(
         100_000, "embed: most rows of a file, which is what a kill can cost a process", minimum=1
     )
-    max_bad_fraction: float = option(0.01, "embed: share of bad images above which it stops", minimum=0, maximum=1)
+    max_bad_fraction: float = option(0.01, "embed: fraction of bad images above which it stops", minimum=0, maximum=1)
 
     def __post_init__(self):
         expand_paths(self)

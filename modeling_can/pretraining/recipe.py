@@ -62,10 +62,10 @@ class Recipe:
     dataset_config_name: str | None = option(None, "configuration of dataset_name, where it has several")
     dataset_split: str = option("train", "split of dataset_name; parts such as train[:10%] only with streaming: false")
     image_column: str = option("image", "column that holds the images; else all columns of type Image")
-    max_bad_fraction: float = option(0.01, "share of bad images above which the run stops", minimum=0, maximum=1)
-    transparent_background: str = option("white", "colour behind transparent pixels: a name or #rrggbb")
+    max_bad_fraction: float = option(0.01, "fraction of bad images above which the run stops", minimum=0, maximum=1)
+    transparent_background: str = option("white", "color behind transparent pixels: a name or #rrggbb")
     high_bit_depth: str = option(
-        "full_range", "16-bit greyscale to 8: full_range, stretch (each image's own) or skip", choices=HIGH_BIT_DEPTH
+        "full_range", "16-bit grayscale to 8: full_range, stretch (each image's own) or skip", choices=HIGH_BIT_DEPTH
     )
     probe_dataset_name: str | None = option(None, "labelled set with two splits, to measure the features", path=True)
     probe_dataset_config_name: str | None = option(None, "its configuration, where it has several")
@@ -79,7 +79,7 @@ class Recipe:
     dataloader_num_workers: int = option(
         0, "loader processes for each training process", minimum=0, aliases=("workers", "num_workers")
     )
-    shuffle_block_size: int = option(1024, "encoded images that a reader holds and shuffles at a time", minimum=1)
+    shuffle_block_size: int = option(1024, "encoded images that a worker holds and shuffles at a time", minimum=1)
 
     data_on_device: bool | str = option(
         "auto", "decode all images once and keep them there; auto: if they fit a GPU", choices=("auto", True, False)
@@ -88,7 +88,12 @@ class Recipe:
     # Views
     num_views: int = option(2, "random crops of an image; 1 only without contrastive term", choices=(1, 2))
     crop_scale: tuple[float, ...] = option(
-        (0.2, 1.0), "range of a crop's share of the image area", above=0, maximum=1, num_values=(2,), ascending=True
+        (0.2, 1.0),
+        "range of the fraction of the image area that a crop covers",
+        above=0,
+        maximum=1,
+        num_values=(2,),
+        ascending=True,
     )
     crop_ratio: tuple[float, ...] = option(
         (0.75, 4 / 3), "range of a crop's width / height", above=0, num_values=(2,), ascending=True
@@ -100,8 +105,8 @@ class Recipe:
     color_jitter: tuple[float, ...] = option(
         (0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue", minimum=0, num_values=(4,)
     )
-    color_jitter_probability: float = option(0.8, "of colour jitter", minimum=0, maximum=1)
-    greyscale_probability: float = option(0.2, "of losing the colour", minimum=0, maximum=1)
+    color_jitter_probability: float = option(0.8, "of color jitter", minimum=0, maximum=1)
+    greyscale_probability: float = option(0.2, "of losing the color", minimum=0, maximum=1)
     blur_probability: float = option(0.5, "of Gaussian blur", minimum=0, maximum=1)
     blur_sigma: tuple[float, ...] = option(
         (0.1, 2.0), "range of the blur's width in pixels", above=0, num_values=(2,), ascending=True
@@ -114,7 +119,7 @@ class Recipe:
     )
 
     # Length: the first that is set counts
-    max_steps: int | None = option(None, "optimiser updates", minimum=1)
+    max_steps: int | None = option(None, "optimizer updates", minimum=1)
     num_train_epochs: float | None = option(
         None, "passes over the data, where the number of images is known", above=0, aliases=("epochs",)
     )
@@ -129,12 +134,12 @@ class Recipe:
     per_device_train_batch_size: int = option(
         128, "images of one step on one process", minimum=1, aliases=("batch_size",)
     )
-    gradient_accumulation_steps: int = option(1, "batches of an optimiser step, one after the other", minimum=1)
+    gradient_accumulation_steps: int = option(1, "batches of an optimizer step, one after the other", minimum=1)
     gradient_caching: bool = option(True, "accumulate with the contrastive loss over all of the step's images")
     base_learning_rate: float = option(
         2.5e-4, "for 256 images a step; scaled linearly with the global batch", above=0, aliases=("lr",)
     )
-    warmup_ratio: float = option(0.05, "share of the steps with linear warm-up", minimum=0, maximum=1)
+    warmup_ratio: float = option(0.05, "fraction of the steps with linear warm-up", minimum=0, maximum=1)
     weight_decay: float = option(0.05, "AdamW, on matrices only", minimum=0)
     adam_beta1: float = option(0.9, "AdamW", minimum=0, below=1)
     adam_beta2: float = option(0.95, "AdamW", minimum=0, below=1)
