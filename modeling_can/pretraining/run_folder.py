@@ -66,11 +66,14 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
 def prepare_folder(output_dir: Path, keep: bool):
     """An empty place, unless a run is resumed: what another run left there would mix with this one's."""
     (output_dir / "results.json").unlink(missing_ok=True)
-    if keep or not (output_dir / "metrics.jsonl").exists():  # which every run writes first: the rest is its own
+    if keep:
+        return
+    (output_dir / "bad_samples.jsonl").unlink(missing_ok=True)  # also of a run that was killed before its first line
+    if not (output_dir / "metrics.jsonl").exists():  # no run's folder: the rest may be somebody else's
         return
     for folder in ("checkpoints", "tensorboard"):
         shutil.rmtree(output_dir / folder, ignore_errors=True)
-    results = ("metrics.jsonl", "bad_samples.jsonl", "README.md", "recipe.yaml")
+    results = ("metrics.jsonl", "README.md", "recipe.yaml")
     for pattern in (*results, "*.safetensors*", "*config.json"):
         for path in output_dir.glob(pattern):
             path.unlink()

@@ -132,8 +132,9 @@ def test_a_job_that_starts_again_after_its_end_does_no_harm(finished, tmp_path, 
 
 def test_what_no_run_wrote_stays(tmp_path):
     (tmp_path / "tsconfig.json").write_text("{}")
+    (tmp_path / "bad_samples.jsonl").write_text("{}\n")  # of a run that was killed before its first line
     run_pretraining.main([*TOY, "--output_dir", str(tmp_path), "--probe_dataset_name=none"])
-    assert (tmp_path / "tsconfig.json").exists()
+    assert (tmp_path / "tsconfig.json").exists() and not (tmp_path / "bad_samples.jsonl").exists()
 
 
 def test_accelerates_own_accumulation_is_refused(monkeypatch, tmp_path):
