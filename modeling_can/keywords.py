@@ -71,6 +71,7 @@ class Pretraining(TypedDict, total=False):
     resume_from_checkpoint: str | None
     logging_steps: int
     log_with: str | None
+    license: str | None
     preflight: bool
     push_to_hub: bool
     hub_model_id: str | None

@@ -104,8 +104,8 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        # Of weights from other people's images or weights only their trainer can say under which licence they are.
-        license="apache-2.0" if is_sample and not recipe["model_name_or_path"] else None,
+        # Of weights from other people's images or weights only their trainer can say under which license they are.
+        license=recipe.get("license") or ("apache-2.0" if is_sample and not recipe["model_name_or_path"] else None),
         tags=["can", "self-supervised-learning", "masked-image-modeling", "contrastive-learning"],
         datasets=None if is_sample else _hub_id(recipe["dataset_name"]),
         base_model=_hub_id(recipe["model_name_or_path"]),

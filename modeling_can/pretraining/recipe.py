@@ -169,6 +169,7 @@ class Recipe:
     )
     logging_steps: int = option(20, "steps between lines of metrics.jsonl", minimum=1)
     log_with: str | None = option("tensorboard", "trackers, by accelerate's names, comma-separated; or none")
+    license: str | None = option(None, "of the weights, for the card: apache-2.0, cc-by-nc-4.0, other, ...")
     preflight: bool = option(False, "check data, model and machine in a minute instead of training")
 
     # The Hub, under transformers' names where it has one

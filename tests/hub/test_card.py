@@ -122,6 +122,13 @@ def leaves(tree, path=()) -> list[tuple[tuple, object]]:
     return [(path, tree)]
 
 
+def test_the_license_is_what_the_recipe_says(tmp_path):
+    card, _, _ = made(tmp_path, {"data_dir": "x", "license": "cc-by-4.0"}, {})
+    assert card.data.license == "cc-by-4.0" and "`cc-by-4.0`, as those say who trained it" in card.text
+    card, _, _ = made(tmp_path, {"data_dir": "x"}, {})
+    assert card.data.license is None and "Not stated." in card.text
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_nothing_in_a_card_is_empty(tmp_path, name):
     card, recipe, results = made(tmp_path / "mine", *RUNS[name])
@@ -133,7 +140,7 @@ def test_nothing_in_a_card_is_empty(tmp_path, name):
     sections = re.split(r"^## .*\n", card.text, flags=re.MULTILINE)
     assert all(section.strip() for section in sections)
     headings = re.findall(r"^## (.*)", card.text, flags=re.MULTILINE)
-    assert headings == ["Use", "What it is for, and what not", "Results", "Training", "Health", "Reproduce", "Licence",
+    assert headings == ["Use", "What it is for, and what not", "Results", "Training", "Health", "Reproduce", "License",
                         "Citation"]  # fmt: skip
     assert text.count("```") % 2 == 0 and card.text.lstrip().startswith("# mine\n")
     for sentence in results["health"]:

@@ -28,7 +28,7 @@ RUNS = {
         "data_dir": "pictures", "num_train_samples": 48, "gradient_accumulation_steps": 2, "gradient_caching": False,
         "gradient_checkpointing": True, "tf32": False, "mixed_precision": "no", "log_with": "none", "num_channels": 1,
         "measure_mean_std": True, "dataloader_num_workers": 1, "shuffle_block_size": 16, "max_bad_fraction": 0.5,
-        "high_bit_depth": "skip", "transparent_background": "#102030", "max_grad_norm": 1.0, "on_nonfinite": "skip",
+        "license": "cc0-1.0", "high_bit_depth": "skip", "transparent_background": "#102030", "max_grad_norm": 1.0, "on_nonfinite": "skip",
         "save_steps": 2, "save_total_limit": 1, "overwrite_output_dir": True, "crop_scale": "0.3,0.9",
         "crop_ratio": "0.9,1.1", "resample": "bicubic", "flip_probability": 0.3, "color_jitter": "0.1,0.1,0.1,0.05",
         "color_jitter_probability": 0.5, "greyscale_probability": 0.1, "blur_probability": 0.9,
