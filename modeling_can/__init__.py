@@ -39,6 +39,9 @@ def __getattr__(name: str):
     """`pretrain`, `evaluate` and `embed` on demand: they need more packages than the models do."""
     if name not in ("embed", "evaluate", "pretrain"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import api
+    from .progress import quiet
+
+    with quiet():
+        from . import api
 
     return getattr(api, name)

@@ -9,7 +9,7 @@ What a command needs is imported when it is called.
 import difflib
 import sys
 
-from .progress import report_errors, tell
+from .progress import quiet, report_errors, tell
 
 
 __all__ = ["COMMANDS", "convert", "demo", "embed", "evaluate", "exit_status", "main", "pretrain"]
@@ -27,8 +27,9 @@ def pretrain(argv: list[str] | None = None, dataset=None, program: str = "modeli
 
     Every key of a recipe is a flag, and flags count last.
     """
-    from .pretraining.loop import run
-    from .pretraining.recipe import parse_arguments
+    with quiet():  # transformers warns at the import of an image processor that torchvision is not installed
+        from .pretraining.loop import run
+        from .pretraining.recipe import parse_arguments
 
     recipe = parse_arguments(argv, _description(pretrain), program)
     return run(recipe, dataset, _words(program, argv))
@@ -45,8 +46,9 @@ def evaluate(argv: list[str] | None = None, program: str = "modeling-can eval") 
     Tasks: knn, linear_probe, linear_probe_sgd, few_shot, finetune, robustness, reconstruction, retrieval; and embed,
     which needs no labels and stands alone.
     """
-    from .evaluation.command import run
-    from .evaluation.settings import parse
+    with quiet():
+        from .evaluation.command import run
+        from .evaluation.settings import parse
 
     settings, fine_tuning = parse(argv, _description(evaluate), program)
     return run(settings, fine_tuning, _words(program, argv))
@@ -62,8 +64,9 @@ def embed(argv: list[str] | None = None) -> dict:
 
     The flags are those of `modeling-can eval --task embed`.
     """
-    from .evaluation.command import run
-    from .evaluation.settings import parse
+    with quiet():
+        from .evaluation.command import run
+        from .evaluation.settings import parse
 
     program, argv = "modeling-can embed", sys.argv[1:] if argv is None else argv
     settings, fine_tuning = parse(["--task=embed", *argv], _description(embed), program)
@@ -78,7 +81,8 @@ def convert(argv: list[str] | None = None):
         modeling-can convert out/mine --to onnx out/mine-onnx
         modeling-can convert facebook/dinov2-small --to can out/start
     """
-    from .conversion.__main__ import main as convert_weights
+    with quiet():
+        from .conversion.__main__ import main as convert_weights
 
     convert_weights(argv, _description(convert), "modeling-can convert")
 
@@ -91,7 +95,8 @@ def demo(argv: list[str] | None = None):
         modeling-can demo --model_name_or_path out/mine
         GRADIO_SERVER_PORT=8000 modeling-can demo --model_name_or_path NAME/ON_THE_HUB
     """
-    from .demo import main as show
+    with quiet():
+        from .demo import main as show
 
     show(argv, _description(demo), "modeling-can demo")
 

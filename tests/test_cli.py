@@ -1,6 +1,7 @@
 """The command modeling-can, and the same from Python."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_an_installed_wheel_does_all_of_it(images, tmp_path):
         command = [str(site / "bin" / "modeling-can"), *map(str, words)]
         answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert answer.returncode == 0, answer.stdout + answer.stderr
+        assert not re.search("Warning|torchvision", answer.stderr), answer.stderr  # about which a user can do nothing
         return answer.stdout
 
     where = f"import modeling_can; assert modeling_can.__file__.startswith({str(site)!r})"

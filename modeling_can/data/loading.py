@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,7 +187,11 @@ def view_loader(stream, batch_size: int, num_workers: int = 0, **options) -> Sta
         )  # fmt: skip
         num_workers = fewer
     options = {**worker_options(num_workers), **options}
-    return StatefulDataLoader(stream, batch_size, collate_fn=_collate, worker_init_fn=outlive_stop_signals, **options)
+    with warnings.catch_warnings():  # torchdata calls what torch has deprecated, and a user can do nothing about it
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        return StatefulDataLoader(
+            stream, batch_size, collate_fn=_collate, worker_init_fn=outlive_stop_signals, **options
+        )
 
 
 def outlive_stop_signals(worker_id: int):
