@@ -42,7 +42,7 @@ def test_the_command_line_counts_last():
 
 OTHER = {"model_name_or_path": "e", "probe_image_column": "f",
          "on_nonfinite": "skip", "resume_from_checkpoint": "latest", "transparent_background": "#102030",
-         "high_bit_depth": "stretch", "hub_model_id": "me/model", "hub_strategy": "end",
+         "high_bit_depth": "stretch", "hub_model_id": "me/model", "hub_strategy": "end", "license": "mit",
          "dataset_name": "a", "data_dir": "b", "data_files": "c.parquet", "probe_dataset_name": "d",
          "torch_compile": "model", "data_on_device": True, "noise_head": "shared",
          "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bilinear", "mixed_precision": "bf16",
