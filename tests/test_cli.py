@@ -120,10 +120,10 @@ def test_an_installed_wheel_does_all_of_it(images, tmp_path):
 
     where = f"import modeling_can; assert modeling_can.__file__.startswith({str(site)!r})"
     subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, check=True)
-    data = ["--data_dir", images, "--output_dir"]
-    run("pretrain", *TOY, *data, "run", "--dataloader_num_workers=0")
+    data, alone = ["--data_dir", images, "--output_dir"], "--dataloader_num_workers=0"
+    run("pretrain", *TOY, *data, "run", alone)
     run("eval", "--model_name_or_path=run", "--dataset_name=sample_data", "--task=knn", "--output_dir=eval")
     assert "12 embeddings" in run("embed", "--model_name_or_path=run", *data, "embedded")
     run("convert", "run", "--to", "vit", "vit")
     assert (tmp_path / "vit" / "model.safetensors").exists()
-    run("pretrain", "can-vit-tiny-patch16-224", *TOY, *data, "preset", "--image_size=32", "--patch_size=8")
+    run("pretrain", "can-vit-tiny-patch16-224", *TOY, *data, "preset", alone, "--image_size=32", "--patch_size=8")
