@@ -43,7 +43,7 @@ def by_size(name: str, *sizes: str) -> tuple[str, dict[str, dict]]:
 def train_step() -> str:
     machine, reports = by_size("train_step", "small", "base", "large")
     lines = [
-        f"| at 224, {machine} | batch | images a second | share of the product rate "
+        f"| at 224, {machine} | batch | images/s | fraction of the peak matmul throughput "
         "| speed over ViT-MAE | over straightforward |",
         "|---|---|---|---|---|---|",
     ]
@@ -64,10 +64,9 @@ def train_step() -> str:
 def variants(study: str, size: str) -> str:
     report = read(f"variants-{study}-{size}-cpu")
     first, *_ = report["results"]
-    unit = "pictures" if study == "embedding" else "images"
-    factor = 2 if study == "embedding" else 1  # a pair of views is two pictures
+    factor = 2 if study == "embedding" else 1  # there the views of a pair are two images
     lines = [
-        f"| ViT-{size.capitalize()}, {report['machine']} | {unit} a second "
+        f"| ViT-{size.capitalize()}, {report['machine']} | images/s "
         f"{'| predicted over ' + first + ' ' if study == 'tried' else ''}| over {first} | GiB at most |",
         "|---|---|---|---|" + "---|" * (study == "tried"),
     ]
@@ -199,7 +198,7 @@ def input_pipeline() -> str:
         "ours, bicubic": "ours, bicubic",
         "ours": "ours, bilinear (the default)",
     }
-    lines = [f"| {report['machine']} | images a second and core | with 2 workers | |", "|---|---|---|---|"]
+    lines = [f"| {report['machine']} | images/s and core | with 2 workers | |", "|---|---|---|---|"]
     for key, name in names.items():
         times = report["per_core_over_baseline"][key]
         lines.append(
@@ -210,7 +209,7 @@ def input_pipeline() -> str:
 
 
 def photometric() -> str:
-    return f"{read('input_pipeline')['augmentation']['cpu']['images_per_second']:.0f} images a second"
+    return f"{read('input_pipeline')['augmentation']['cpu']['images_per_second']:.0f} images/s"
 
 
 def evaluation() -> str:

@@ -24,16 +24,16 @@ from .progress import INSTALL, tell
 __all__ = ["QUICKSTART", "Demo", "build", "enlarged", "main", "write_examples"]
 
 QUICKSTART = "out/can-quickstart"
-_SHOWN = 320  # pixels of the longer side of a picture, at least
+_SHOWN = 320  # pixels of the longer side of an image, at least
 # Test tiles, which the quickstart did not train on: photograph -> which of its 60.
 _EXAMPLES = {"chelsea": 48, "astronaut": 48, "coffee": 18, "rocket": 24, "retina": 15, "brick": 12}
 _HELP = """
 ## What a CAN sees, fills in and takes for noise
-Some patches of the picture are hidden (hatched), the rest gets a little noise. From that alone the model fills in
-what is hidden, and says what of the rest is noise.
+Some patches of the image are masked (hatched), the rest gets a little noise. From that alone the model fills in
+what is masked, and says what of the rest is noise.
 """
 _NOTES = """
-On visible patches the reconstruction is the input less the predicted noise. In the noise pictures grey is none; they
+On visible patches the reconstruction is the input less the predicted noise. In the noise images gray is none; they
 are amplified, so that the largest noise of training fills their range.
 """
 _CSS = """
@@ -77,18 +77,18 @@ class Demo:
         self.preprocessor = load_preprocessor(name)
         if not self.preprocessor.in_two_steps:
             raise ValueError(
-                f"model_name_or_path={name}: its processor does more than resize, crop, rescale and normalise, which "
-                "the demo cannot take back; mend preprocessor_config.json"
+                f"model_name_or_path={name}: its processor does more than resize, crop, rescale and normalize, which "
+                "the demo cannot take back; fix preprocessor_config.json"
             )
         if self.preprocessor.image_size != self.config.image_shape:
             raise ValueError(
-                f"model_name_or_path={name}: its processor makes pictures of {self.preprocessor.image_size} and the "
-                f"model takes {self.config.image_shape}; mend preprocessor_config.json"
+                f"model_name_or_path={name}: its processor makes images of {self.preprocessor.image_size} and the "
+                f"model takes {self.config.image_shape}; fix preprocessor_config.json"
             )
-        self.pixel_values = functools.lru_cache(maxsize=8)(self.pixel_values)  # sliders move, the picture stays
+        self.pixel_values = functools.lru_cache(maxsize=8)(self.pixel_values)  # sliders move, the image stays
 
     def pixel_values(self, encoded: bytes) -> torch.Tensor:
-        """A file -> `(1, C, H, W)`, normalised; raises BadImage where that is impossible."""
+        """A file -> `(1, C, H, W)`, normalized; raises BadImage where that is impossible."""
         options = {"min_size": self.config.patch_shape, **self.preprocessor.decoding}
         pixels = decode(encoded, self.config.num_channels, **options)
         return self.preprocessor.normalise(self.preprocessor(pixels)[None])
@@ -98,13 +98,13 @@ class Demo:
     ) -> tuple[dict[str, np.ndarray], str]:
         """
         Args:
-            encoded (`bytes`): A picture, as a file.
-            mask_ratio (`float`): Share of the patches to hide, in [0, 1).
+            encoded (`bytes`): An image, as a file.
+            mask_ratio (`float`): Fraction of the patches to mask, in [0, 1).
             noise_level (`float`): sigma, in [0, noise_std_max].
             seed (`int`): Of noise and mask, which depend on nothing else.
 
         Returns:
-            RGBA pictures (uint8, hidden patches transparent) of what the model gets, of `input`, `reconstruction`,
+            RGBA images (uint8, masked patches transparent) of what the model gets, of `input`, `reconstruction`,
             `noise` and `predicted_noise`; and the errors in words.
         """
         pixels, generator = self.pixel_values(encoded), torch.Generator().manual_seed(seed)
@@ -131,16 +131,16 @@ class Demo:
     def words(self, errors: dict[str, torch.Tensor], noise_level: float) -> str:
         errors, lines = {name: error.item() for name, error in errors.items()}, []
         if "hidden" not in errors:
-            lines.append("**Hidden patches:** this model was not trained to fill them in.")
+            lines.append("**Masked patches:** this model was not trained to fill them in.")
         elif math.isnan(errors["hidden"]):
-            lines.append("**Hidden patches:** none.")
+            lines.append("**Masked patches:** none.")
         else:
-            guess = "the mean colour of the visible patches"
+            guess = "the mean color of the visible patches"
             if self.config.norm_pix_loss:
                 guess = "the patch's own true mean"
             ours, plain = _decibels(1, errors["hidden"]), _decibels(1, errors["plain"])
             lines.append(
-                f"**Hidden patches:** the error is {ours:.1f} dB below the full range. A plain guess, {guess}, is "
+                f"**Masked patches:** the error is {ours:.1f} dB below the full range. A plain guess, {guess}, is "
                 f"{plain:.1f} dB below it: the model is {abs(ours - plain):.1f} dB "
                 f"{'better' if ours > plain else 'worse'}."
             )
@@ -188,7 +188,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
     gr, config = _gradio(), demo.config
     sigma_max = config.noise_std_max
     titles = {
-        "picture": "Picture, as the model gets it",
+        "picture": "Image, as the model gets it",
         "input": "1. What the encoder sees",
         "reconstruction": "2. Reconstruction",
         "noise": "3. Noise in it, amplified",
@@ -203,7 +203,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
         pictures, words = demo(encoded, mask_ratio, noise_level, seed)
         return [pictures[name] for name in titles] + [words]
 
-    def usable(encoded):  # else the picture that was there stays
+    def usable(encoded):  # else the image that was there stays
         try:
             demo.pixel_values(encoded)
         except BadImage as error:
@@ -213,13 +213,13 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
     def example(event: gr.SelectData):
         return Path(examples[event.index][0]).read_bytes()
 
-    # Pictures of visitors are deleted after a day.
+    # Images of visitors are deleted after a day.
     with gr.Blocks(title="CAN", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(_HELP)
         encoded = gr.State(Path(examples[0][0]).read_bytes())
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                upload = gr.UploadButton("Upload a picture", type="binary", file_types=["image"], elem_id="upload")
+                upload = gr.UploadButton("Upload an image", type="binary", file_types=["image"], elem_id="upload")
                 gallery = gr.Gallery(
                     examples, label="Examples", allow_preview=False, interactive=False, buttons=[], object_fit="cover",
                     height=246, elem_id="examples", elem_classes="above",

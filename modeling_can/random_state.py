@@ -13,7 +13,7 @@ __all__ = ["interlude", "rng_state", "set_rng_state"]
 @contextlib.contextmanager
 def interlude():
     """
-    Around a probe or a picture between two steps: random numbers drawn inside change nothing that is drawn after it,
+    Around a probe or a figure between two steps: random numbers drawn inside change nothing that is drawn after it,
     and compiled modules run uncompiled, because other shapes would be compiled anew.
     """
     state = rng_state()

@@ -123,7 +123,7 @@ def test_mask_ratio_hides_that_share_and_more_hides_more(demo):
         for name in ("input", "noise", "predicted_noise"):
             assert hidden_share(shown[name]) == pytest.approx(1 - num_visible_patches(24, ratio) / 24)
         assert hidden_share(shown["picture"]) == hidden_share(shown["reconstruction"]) == 0
-        assert ("**Hidden patches:** none." in words) == (ratio == 0)
+        assert ("**Masked patches:** none." in words) == (ratio == 0)
         hidden = shown["input"][..., 3] == 0
         assert before is None or (hidden >= before).all()
         before = hidden
@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_shown_is_refused(folder, tmp_path, monkeypatch):
         Demo(save(tmp_path / "vit", ViTForImageClassification(vit)))
     shutil.copytree(folder, tmp_path / "misfit")
     ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "misfit")
-    with pytest.raises(ValueError, match=r"pictures of \(24, 24\) and the model takes \(32, 48\)"):
+    with pytest.raises(ValueError, match=r"images of \(24, 24\) and the model takes \(32, 48\)"):
         Demo(str(tmp_path / "misfit"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MODEL_NAME_OR_PATH", raising=False)

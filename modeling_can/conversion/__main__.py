@@ -57,7 +57,7 @@ def main(
     if had_classifier and (arguments.target == "vit" or not isinstance(model, CANForImageClassification)):
         tell("its classifier is left out: only CAN's own goes along, and not to vit")
     if not preprocessing(arguments.source):
-        tell("no image processor came with it: normalise pictures as those that it was trained on")
+        tell("no image processor came with it: normalize images as those that it was trained on")
 
 
 def _source_has_classifier(name_or_path: str) -> bool:

@@ -13,7 +13,7 @@ __all__ = ["accumulated_backward", "cached_backward"]
 
 def accumulated_backward(model, micro_batches: list, backward, no_sync) -> dict[str, torch.Tensor]:
     """
-    Forward and backward of one optimiser step over micro-batches, each with a contrastive loss of its own: the plain
+    Forward and backward of one optimizer step over micro-batches, each with a contrastive loss of its own: the plain
     way, in which an image meets the negatives of its micro-batch alone. Of a single micro-batch, an ordinary step.
 
     Args and returns as `cached_backward`.
@@ -29,7 +29,7 @@ def accumulated_backward(model, micro_batches: list, backward, no_sync) -> dict[
 
 def cached_backward(model, micro_batches: list, backward, no_sync, config) -> dict[str, torch.Tensor]:
     """
-    Forward and backward of one optimiser step over micro-batches, with the loss and the gradient of one large batch
+    Forward and backward of one optimizer step over micro-batches, with the loss and the gradient of one large batch
     and the activations of one micro-batch (GradCache, arXiv 2101.06983). The first pass embeds every micro-batch
     without a graph; the contrastive loss over all embeddings gives the gradient with respect to each; the second pass
     repeats every micro-batch, with the same noise, masks and augmentation from the same random numbers, and carries
