@@ -165,6 +165,7 @@ run_pretraining.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_processes_draw_other_noise_and_masks_and_log_their_mean(tmp_path):
     (tmp_path / "seeds.py").write_text(SEEDS)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",

@@ -76,7 +76,7 @@ def test_a_killed_run_ends_with_the_same_bits(uninterrupted, tmp_path):
     kill_and_resume(tmp_path / "run", [0.05], uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_killed_three_times_ends_with_the_same_bits(uninterrupted, tmp_path):
     kill_and_resume(tmp_path / "run", [0.0, 0.02, 0.1], uninterrupted)
 
