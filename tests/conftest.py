@@ -5,9 +5,7 @@ import signal
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
 # Read when torch is imported: small models are no faster with more, and two processes give the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # as in a background job, whose children inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a background job, whose children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import numpy as np  # noqa: E402
