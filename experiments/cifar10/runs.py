@@ -55,6 +55,8 @@ METHODS = {"CAN": {"mask_ratio": 0.5}, "SimCLR": SIMCLR, "MAE": MAE}
 LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 CONTRASTIVE_WEIGHTS = (0.1, 0.3, 0.6, 0.9)
 MASK_RATIOS = (0.25, 0.5)  # of MAE, beside its own 0.75
+# What experiments/noise says: noise that the head can learn to remove, at little cost to the features
+NOISE = {"noise_std_max": 0.25, "denoising_loss_weight": 0.3}
 
 
 def contrastive_weight(weight: float) -> dict:
@@ -176,14 +178,20 @@ def rows() -> dict[str, dict]:
     }
 
 
+# The form of the noise term that new models have, where the rows above have the paper's
+NOISE_LEARNED = {"noise_head": "own", "norm_noise_loss": True, **NOISE}
+
+
 def main_rows() -> list[Run]:
     tasks = ("knn", "linear_probe", "few_shot")
-    return [
+    runs = [
         Run("main", method, more, seed, tasks)
         for seed in SEEDS
         for method, more in rows().items()
         if method in (*METHODS, "CAN, mask 0.25") or seed == 0
     ]
+    learned = {**rows()["CAN"], **NOISE_LEARNED}
+    return [*runs, *(Run("main", "CAN, noise learned", learned, seed, tasks) for seed in SEEDS)]
 
 
 def rate() -> list[Run]:
@@ -246,7 +254,8 @@ def scaling() -> list[Run]:
 
 
 def downstream() -> list[Run]:
-    return [Run("downstream", run.method, run.settings, run.seed) for run in main_rows()]
+    rows = [run for run in main_rows() if run.method != "CAN, noise learned"]
+    return [Run("downstream", run.method, run.settings, run.seed) for run in rows]
 
 
 TOY_STAGES = {
@@ -261,8 +270,6 @@ TOY_STAGES = {
 # trainer multiplies by batch / 256: four times the batch would ask for more, three times the depth for less. A trial
 # of a factor of two to either side decides.
 RATES = {"CAN": 5e-4, "SimCLR": 1e-3, "MAE": 1e-3}
-# What experiments/noise says: noise that the head can learn to remove, at little cost to the features
-NOISE = {"noise_std_max": 0.25, "denoising_loss_weight": 0.3}
 PAPERS_NOISE = {
     "noise_std_max": 0.05, "noise_head": "shared", "norm_noise_loss": False,
     "denoising_loss_weight": contrastive_weight(0.3)["denoising_loss_weight"],
