@@ -53,9 +53,14 @@ TILES = ROOT / "modeling_can" / "data" / "sample_data"
 NOISE = "--corruptions noise --test_split test[:20%]".split()
 
 
+def path_of(name: str, arguments) -> Path:
+    """Of the JSON of a run: what has one is not done again."""
+    return RESULTS / f"{arguments.scale}-{name}.json"
+
+
 def train(name: str, settings: dict, arguments):
     folder = Path(arguments.output_dir) / name
-    if (folder / "results.json").exists():
+    if (folder / "results.json").exists() or path_of(name, arguments).exists():
         return
     flags = [*as_flags(settings), "--log_with", "none", "--save_steps", "100000"]
     flags += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]
@@ -97,7 +102,7 @@ def gains(folder: Path, images: list) -> dict[str, float]:
 
 
 def evaluate(name: str, settings: dict, arguments):
-    path, folder = RESULTS / f"{arguments.scale}-{name}.json", Path(arguments.weights) / name
+    path, folder = path_of(name, arguments), Path(arguments.weights) / name
     if path.exists() or not (folder / "results.json").exists():
         return
     RESULTS.mkdir(exist_ok=True)
