@@ -7,7 +7,7 @@ from .evaluation import command
 from .evaluation.settings import make_settings
 from .keywords import Evaluation, Pretraining
 from .pretraining.loop import run
-from .pretraining.recipe import QUICKSTART, SOURCE, make_recipe
+from .pretraining.recipe import SOURCE, make_recipe
 
 
 __all__ = ["embed", "evaluate", "pretrain"]
@@ -23,8 +23,8 @@ def pretrain(recipe: str | Path | dict | None = None, *, dataset=None, **fields:
     ```
 
     Args:
-        recipe (`str`, `Path` or `dict`, *optional*): The name of a preset, a YAML file, or values by key; the
-            quickstart's if `None`.
+        recipe (`str`, `Path` or `dict`, *optional*): The name of a preset, a YAML file, or values by key. Without
+            one, settings are chosen for your images; without images of yours, it is the quickstart.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*): Instead of the recipe's source.
         fields: Any key of a recipe, which counts last; `modeling-can pretrain --help` explains them.
 
@@ -38,7 +38,7 @@ def pretrain(recipe: str | Path | dict | None = None, *, dataset=None, **fields:
         OSError: if the images cannot be read, or the model cannot be written.
     """
     values = dict(fields) if dataset is None else {**fields, **dict.fromkeys(SOURCE)}
-    made = make_recipe(QUICKSTART if recipe is None else recipe, values)
+    made = make_recipe(recipe, values, has_dataset=dataset is not None)
     named = [] if recipe is None or isinstance(recipe, dict) else [str(recipe)]
     return run(made, dataset, ["-m", "modeling_can", "pretrain", *named, *_words(fields)])
 

@@ -22,7 +22,7 @@ def pretrain(argv: list[str] | None = None, dataset=None, program: str = "modeli
     Pre-trains CAN on images.
 
         modeling-can pretrain                                             # the quickstart, minutes on two CPU cores
-        modeling-can pretrain --data_dir ~/photos --output_dir out/mine   # its recipe on your own images
+        modeling-can pretrain --data_dir ~/photos --output_dir out/mine   # settings chosen for your own images
         accelerate launch -m modeling_can pretrain can-vit-base-patch16-224 --data_dir ~/photos --output_dir out
 
     Every key of a recipe is a flag, and flags count last.
@@ -31,7 +31,7 @@ def pretrain(argv: list[str] | None = None, dataset=None, program: str = "modeli
         from .pretraining.loop import run
         from .pretraining.recipe import parse_arguments
 
-    recipe = parse_arguments(argv, _description(pretrain), program)
+    recipe = parse_arguments(argv, _description(pretrain), program, has_dataset=dataset is not None)
     return run(recipe, dataset, _words(program, argv))
 
 

@@ -152,10 +152,10 @@ def parse_value(name: str, value, annotation):
             return int(float(value))
         if float in kinds:
             return float(value)
-        if str in kinds and not isinstance(value, dict | list | tuple):
-            return str(value)
     except (OverflowError, TypeError, ValueError):
         pass
+    if str in kinds and not isinstance(value, dict | list | tuple):
+        return str(value)
     raise ValueError(f"{name}={value!r} is not of type {wanted}")
 
 

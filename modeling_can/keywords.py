@@ -49,7 +49,7 @@ class Pretraining(TypedDict, total=False):
     num_train_epochs: float | None
     num_train_samples: int | None
     model_name_or_path: str | None
-    per_device_train_batch_size: int
+    per_device_train_batch_size: int | str
     gradient_accumulation_steps: int
     gradient_caching: bool
     base_learning_rate: float

@@ -185,11 +185,13 @@ def options(models, colours, out, *names, **flags) -> list[str]:
     return ["--model_name_or_path", *paths, *(f"--{name}={value}" for name, value in flags.items())]
 
 
-TOY = ["--max_steps", "3", "--per_device_train_batch_size", "8", "--logging_steps", "2", "--hidden_size", "32",
-       "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "64"]  # fmt: skip
+TOY = ["can-quickstart", "--max_steps", "3", "--per_device_train_batch_size", "8", "--logging_steps", "2",
+       "--hidden_size", "32", "--num_hidden_layers", "1", "--num_attention_heads", "2",
+       "--intermediate_size", "64"]  # fmt: skip
 
 
-RUN = ["--max_steps=30", "--save_steps=5", "--per_device_train_batch_size=8", "--logging_steps=4", "--hidden_size=32",
+RUN = ["can-quickstart", "--max_steps=30", "--save_steps=5", "--per_device_train_batch_size=8",
+       "--logging_steps=4", "--hidden_size=32",
        "--num_hidden_layers=1", "--num_attention_heads=2", "--intermediate_size=64", "--probe_dataset_name=none",
        "--warmup_ratio=0.1", "--dataloader_num_workers=1", "--shuffle_block_size=50"]  # fmt: skip
 

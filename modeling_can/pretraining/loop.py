@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from ..data import ViewStream, mean_and_std
+from ..data import ImageSource, ViewStream, mean_and_std
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
 from ..provenance import run_facts
 from ..random_state import rng_state, set_rng_state
 from . import results
+from .batch_size import measured_batch_size
 from .builders import (
     compilation,
     image_processor,
@@ -26,6 +28,7 @@ from .builders import (
     view_maker,
 )
 from .checkpoints import Checkpoints, changed_fields, restore, whole_state
+from .choosing import check_open, choose
 from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
@@ -59,13 +62,15 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     began, output_dir = time.perf_counter(), Path(recipe.output_dir)
     if dataset is not None:
         recipe = replace(recipe, **dict.fromkeys(SOURCE))
+    if recipe.given is not None:
+        check_open(recipe)
     finished = None if recipe.overwrite_output_dir else refuse_other_run(recipe, output_dir)  # before it takes time
     if finished:
         return finished
 
     # --- Processes and folder
     accelerator = processes(recipe)
-    compiled, is_main = compilation(recipe, accelerator), accelerator.is_main_process
+    is_main = accelerator.is_main_process
     own_folder = lock(output_dir) if is_main and not recipe.preflight else None
     checkpoints = _checkpoints(recipe, accelerator)
     checkpoint = recipe.resume_from_checkpoint and checkpoints.find(recipe.resume_from_checkpoint)
@@ -75,6 +80,11 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     # --- Data
     source = image_source(recipe, dataset)
     _tell(is_main and source.left_out_line)
+    if recipe.given is not None:
+        recipe = choose(recipe, source, accelerator)
+    if recipe.per_device_train_batch_size == "auto":
+        recipe = replace(recipe, per_device_train_batch_size=_batch_size(recipe, accelerator, source, checkpoint))
+    compiled = compilation(recipe, accelerator)
     if recipe.measure_mean_std:
         mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
         recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
@@ -138,6 +148,14 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     if own_folder:
         unlock(own_folder)
     return found
+
+
+def _batch_size(recipe: Recipe, accelerator: Accelerator, source: ImageSource, checkpoint: Path | None) -> int:
+    """What `auto` stands for: what fits, or what the run that goes on has."""
+    known = Path(recipe.output_dir) / "recipe.yaml"
+    if checkpoint and known.exists():
+        return yaml.safe_load(known.read_text())["per_device_train_batch_size"]
+    return measured_batch_size(recipe, accelerator, source.num_images())
 
 
 def _where_it_stands(

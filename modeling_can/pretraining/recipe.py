@@ -15,7 +15,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..configuration_can import CANConfig
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
-from ..fields import check, expand_paths, load_yaml, option, parse_values, read_flags
+from ..data.folders import SAMPLE_DATA
+from ..fields import check, expand_paths, load_yaml, option, parse_value, parse_values, read_flags
 
 
 __all__ = [
@@ -49,6 +50,10 @@ class Recipe:
     """The training half of a recipe; the fields of the model are those of `CANConfig`, in `config`."""
 
     config: CANConfig
+
+    # Where no recipe is named: what the user set, by key, while the rest is open; then what was chosen, in words
+    given: dict | None = None
+    chosen: tuple[str, ...] = ()
 
     # Data: exactly one of the first three
     dataset_name: str | None = option(
@@ -131,8 +136,8 @@ class Recipe:
     )
 
     # Optimisation
-    per_device_train_batch_size: int = option(
-        128, "images of one step on one process", minimum=1, aliases=("batch_size",)
+    per_device_train_batch_size: int | str = option(
+        128, "images of one step on one process; auto: what fits into a GPU", minimum=1, aliases=("batch_size",)
     )
     gradient_accumulation_steps: int = option(1, "batches of an optimizer step, one after the other", minimum=1)
     gradient_caching: bool = option(True, "accumulate with the contrastive loss over all of the step's images")
@@ -201,10 +206,16 @@ class Recipe:
                 "give one source: dataset_name, data_dir or data_files "
                 f"(got {self.dataset_name!r}, {self.data_dir!r}, {self.data_files!r})"
             )
+        if self.given is not None:
+            return
         if self.length is None:
             raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
         if self.probe_every and not self.probe_dataset_name:
             raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
+        if isinstance(self.per_device_train_batch_size, str) and self.per_device_train_batch_size != "auto":
+            raise ValueError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size!r} is neither a number nor auto"
+            )
         self._check_views()
         self._check_compilation()
         self._check_hub()
@@ -275,8 +286,9 @@ class Recipe:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def to_yaml(self) -> str:
-        """`to_dict` as a recipe file."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=119)
+        """`to_dict` as a recipe file; what was chosen, and why, as comments at its top."""
+        comments = "".join(f"# {line}\n" for line in self.chosen)
+        return comments + yaml.safe_dump(self.to_dict(), sort_keys=False, width=119)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Recipe":
@@ -292,8 +304,8 @@ class Recipe:
 
 
 def training_fields() -> list[dataclasses.Field]:
-    """The fields of `Recipe` but `config`."""
-    return [f for f in dataclasses.fields(Recipe) if f.name != "config"]
+    """The fields of `Recipe` that are keys: all but its own bookkeeping."""
+    return [f for f in dataclasses.fields(Recipe) if "option" in f.metadata]
 
 
 def model_fields() -> list[dataclasses.Field]:
@@ -301,9 +313,12 @@ def model_fields() -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(CANConfig) if f.name in CANConfig.__annotations__ and f.name != "model_type"]
 
 
-def parse_arguments(argv: list[str] | None, description: str, program: str | None = None) -> Recipe:
+def parse_arguments(
+    argv: list[str] | None, description: str, program: str | None = None, has_dataset: bool = False
+) -> Recipe:
     """
-    `[RECIPE] [--key value ...]` -> Recipe; the command line counts last. A flag without a value is `true`.
+    `[RECIPE] [--key value ...]` -> Recipe, as `make_recipe`; the command line counts last. A flag without a value is
+    `true`.
 
     Raises:
         ValueError: as `make_recipe`.
@@ -316,20 +331,26 @@ def parse_arguments(argv: list[str] | None, description: str, program: str | Non
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     presets = ", ".join(_presets())
-    parser.add_argument("recipe", nargs="?", default=QUICKSTART, help=f"a YAML file, or one of {presets}")
+    text = f"a YAML file, or one of {presets}; without one, settings are chosen for your images"
+    parser.add_argument("recipe", nargs="?", help=text)
     arguments, overrides = read_flags(parser, _groups(), argv)
-    return make_recipe(arguments.recipe, overrides)
+    return make_recipe(arguments.recipe, overrides, has_dataset)
 
 
-def make_recipe(recipe: str | Path | dict, overrides: dict) -> Recipe:
+def make_recipe(recipe: str | Path | dict | None, overrides: dict, has_dataset: bool = False) -> Recipe:
     """
     A recipe (the name of a preset, a YAML file, or values by key), with `overrides` in place of its own values.
-    Another source or length replaces all that the recipe says of source or length.
+    Another source or length replaces all that the recipe says of source or length. `None` is the quickstart, or, where
+    `overrides` name a source or there is a data set (`has_dataset`), a recipe in which the rest is still open.
 
     Raises:
         ValueError: as `Recipe.from_dict`; also for a recipe that does not exist.
     """
-    values = dict(recipe) if isinstance(recipe, dict) else _read(_find(recipe))
+    if recipe is None and (has_dataset or _own_source(overrides)):
+        recipe = _begun(overrides)
+        if recipe is None:
+            return _open_recipe(overrides)
+    values = dict(recipe) if isinstance(recipe, dict) else _read(_find(recipe or QUICKSTART))
     if any(key in overrides for key in SOURCE if key != "dataset_config_name"):
         if values.get("probe_dataset_name") == values.get("dataset_name"):
             values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones
@@ -337,6 +358,35 @@ def make_recipe(recipe: str | Path | dict, overrides: dict) -> Recipe:
     if any(key in overrides for key in LENGTH):
         values = {k: v for k, v in values.items() if k not in LENGTH}
     return Recipe.from_dict({**values, **overrides})
+
+
+def _own_source(overrides: dict) -> str | None:
+    """The user's own images; the bundled ones are those of the quickstart."""
+    given = (overrides.get(key) for key in ("data_dir", "data_files", "dataset_name"))
+    source = next((value for value in given if value not in (None, "none")), None)
+    source = source[0] if isinstance(source, list | tuple) else source
+    return None if source == SAMPLE_DATA else source
+
+
+def _output_dir(overrides: dict) -> Path:
+    source = str(_own_source(overrides) or "")
+    is_folder = bool(source) and not overrides.get("data_files")
+    return Path(overrides.get("output_dir") or f"out/{Path(source).expanduser().name if is_folder else 'mine'}")
+
+
+def _begun(overrides: dict) -> Path | None:
+    """The recipe of the run that `overrides` go on with, or have finished: what was chosen for it stays."""
+    folder = _output_dir(overrides).expanduser()
+    goes_on = overrides.get("resume_from_checkpoint") or (folder / "results.json").exists()
+    replaced = parse_value("overwrite_output_dir", overrides.get("overwrite_output_dir", False), bool)
+    return folder / "recipe.yaml" if goes_on and not replaced and (folder / "recipe.yaml").exists() else None
+
+
+def _open_recipe(overrides: dict) -> Recipe:
+    given = parse_values(overrides, [*training_fields(), *model_fields()])
+    given["output_dir"] = str(_output_dir(overrides))
+    names = {f.name for f in training_fields()}
+    return Recipe(config=CANConfig(), given=given, **{name: value for name, value in given.items() if name in names})
 
 
 def _groups() -> dict[str, list[dataclasses.Field]]:

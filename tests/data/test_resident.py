@@ -172,7 +172,7 @@ def train(folder, output_dir, **settings) -> dict:
                 "probe_dataset_name": None, "per_device_train_batch_size": 4, "dataloader_num_workers": 1,
                 "log_with": "none", "logging_steps": 1, "max_steps": 8, "max_bad_fraction": 0.5,
                 **settings}  # fmt: skip
-    return run_pretraining.main([f"--{name}={value}" for name, value in settings.items()])
+    return run_pretraining.main(["can-quickstart", *(f"--{name}={value}" for name, value in settings.items())])
 
 
 def test_a_run_resumes_exactly_and_counts_bad_images_once(folder, tmp_path, capfd):

@@ -273,7 +273,8 @@ def test_a_term_that_a_checkpoint_did_not_train_is_refused(tmp_path):
 
 
 def test_a_finished_run_that_is_made_longer_goes_on(tmp_path, capfd):
-    run = [*RUN[1:], f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest", "--save_steps=1"]
+    without_length = [flag for flag in RUN if "max_steps" not in flag]
+    run = [*without_length, f"--output_dir={tmp_path}", "--resume_from_checkpoint=latest", "--save_steps=1"]
     for num_samples, num_steps in ((16, 2), (16, 2), (32, 4)):
         results = run_pretraining.main([*run, f"--num_train_samples={num_samples}"])
         assert results["num_steps"] == num_steps

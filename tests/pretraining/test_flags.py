@@ -86,7 +86,7 @@ def run(places, folder, settings: dict) -> dict:
     for name in ("data_dir", "data_files", "dataset_name", "probe_dataset_name", "model_name_or_path"):
         if settings.get(name):
             settings[name] = places / settings[name]
-    return run_pretraining.main([f"--{name}={value}" for name, value in settings.items()])
+    return run_pretraining.main(["can-quickstart", *(f"--{name}={value}" for name, value in settings.items())])
 
 
 @pytest.mark.parametrize("name", RUNS)

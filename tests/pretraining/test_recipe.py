@@ -31,12 +31,12 @@ def test_presets_are_the_published_sizes():
 
 
 def test_the_command_line_counts_last():
-    recipe = parse("--base_learning_rate", "1e-3", "--image_size=64,32", "--crop_scale", "0.5,1", "--norm_pix_loss",
-                   "--temperature", "1", "--probe_dataset_name", "none", "--data_dir", "photos")  # fmt: skip
+    recipe = parse("can-quickstart", "--base_learning_rate", "1e-3", "--image_size=64,32", "--crop_scale", "0.5,1",
+                   "--norm_pix_loss", "--temperature=1", "--probe_dataset_name=none", "--data_dir", "x")  # fmt: skip
     assert recipe.base_learning_rate == 1e-3 and recipe.config.image_size == (64, 32)
     assert recipe.crop_scale == (0.5, 1.0) and recipe.config.norm_pix_loss is True and recipe.config.temperature == 1
     assert recipe.probe_dataset_name is None
-    assert recipe.data_dir == "photos" and recipe.dataset_name is None  # one source replaces the other
+    assert recipe.data_dir == "x" and recipe.dataset_name is None  # one source replaces the other
     assert parse("--num_train_epochs", "2").max_steps is None  # and one length the other
 
 
@@ -55,7 +55,7 @@ OTHER = {"model_name_or_path": "e", "probe_image_column": "f",
 
 def test_every_field_is_a_flag():
     for field in [*training_fields(), *model_fields()]:
-        before = parse()
+        before = parse("can-quickstart")
         holder = before if field in training_fields() else before.config
         value = getattr(holder, field.name)
         if field.name in ("num_channels", "num_views"):
@@ -70,7 +70,7 @@ def test_every_field_is_a_flag():
             wanted = value + 1 if isinstance(value, int) else value / 4 + 0.01
         needed = ["--push_to_hub"] if field.name in ("hub_model_id", "hub_private") else []
         text = ",".join(map(str, wanted)) if isinstance(wanted, tuple) else wanted
-        after = parse(f"--{field.name}={text}", *needed)
+        after = parse("can-quickstart", f"--{field.name}={text}", *needed)
         holder = after if field in training_fields() else after.config
         assert getattr(holder, field.name) == wanted != value, field.name
 
@@ -151,8 +151,9 @@ def test_a_recipe_without_a_length_is_refused():
 
 
 def test_a_probe_on_the_recipes_own_data_goes_with_them():
-    assert parse("--data_dir=x").probe_dataset_name is None and parse().probe_dataset_name == "sample_data"
-    assert parse("--data_dir=x", "--probe_dataset_name=y").probe_dataset_name == "y"
+    assert parse("can-quickstart", "--data_dir=x").probe_dataset_name is None
+    assert parse().probe_dataset_name == "sample_data"
+    assert parse("can-quickstart", "--data_dir=x", "--probe_dataset_name=y").probe_dataset_name == "y"
 
 
 @pytest.mark.parametrize(

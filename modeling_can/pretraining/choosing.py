@@ -1,0 +1,326 @@
+"""
+What a run on one's own images gets where no recipe is named: chosen from the images, the device and the processes.
+
+docs/recipes.md has the tables, their reasons, and what of it is measured.
+"""
+
+import io
+import os
+import statistics
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from ..configuration_can import CANConfig
+from ..conversion import can_config, normalisation
+from ..conversion.names import ENCODER_FIELDS
+from ..data import ImageSource
+from ..progress import duration, tell
+from .batch_size import largest_step
+from .cost import step_seconds
+from .plan import Plan
+from .recipe import LENGTH, Recipe, model_fields
+
+
+__all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at"]
+
+NUM_LOOKED_AT = 64  # images
+_COLOR_DIFFERENCE = 4  # of 255: what the channels of a gray JPEG may differ by
+
+# Width, layers and heads of encoder and decoder
+ENCODERS = {
+    "a small ViT": ((128, 4, 4), (64, 2, 4)),
+    "ViT-tiny": ((192, 12, 3), (192, 4, 6)),
+    "ViT-small": ((384, 12, 6), (256, 4, 8)),
+    "ViT-base": ((768, 12, 12), (512, 8, 16)),
+}
+PATCHES = {32: 4, 64: 8, 128: 8, 224: 16}  # image size -> patch size
+# The encoder on a GPU: from so many images and so many GB of memory on
+ON_GPU = (("ViT-base", 1_000_000, 16), ("ViT-small", 100_000, 8), ("ViT-tiny", 0, 0))
+# Images seen, and the most epochs, on a CPU and on a GPU; a GPU does at least MIN_EPOCHS
+NUM_SEEN, MAX_EPOCHS, MIN_EPOCHS = {"cpu": 1_000_000, "cuda": 5_000_000}, {"cpu": 400, "cuda": 800}, 100
+UNKNOWN_NUMBER = 100_000  # what a source counts as that does not tell how many images it has
+MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is known of the images: their number, the median of their shorter sides, and whether all are gray."""
+
+    number: int | None
+    side: int
+    is_gray: bool
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Device (`"cpu"` or `"cuda"`), processes, CPU cores and GPU memory in GB of each."""
+
+    device: str
+    num_processes: int = 1
+    num_cores: int = 1
+    memory: float = 0.0
+
+
+class Choice(NamedTuple):
+    values: dict  # by key of a recipe
+    reason: str
+
+
+def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Recipe:
+    """
+    The recipe with all that the user left open; called by all processes. What is chosen, why, how long it takes and
+    how to change it is printed, and stands at the top of `recipe.yaml`.
+
+    Raises:
+        ValueError: if what the user set does not go with what is chosen; it names the fields.
+    """
+    answer = [None]
+    if accelerator.is_main_process:
+        images, machine = look_at(source), _machine(accelerator)
+        answer = [(images, machine, choices(images, machine, recipe.given))]
+    images, machine, found = broadcast_object_list(answer)[0]
+    head = f"no recipe is named; chosen for {_described(images)} from {source.name}, on {_device(machine)}:"
+    recipe = filled(recipe, found, head)
+    if accelerator.is_main_process:
+        tell("\n  ".join(recipe.chosen))
+        tell(_how_long(recipe, images, machine, accelerator))
+    return recipe
+
+
+def check_open(recipe: Recipe):
+    """Raises ValueError for what the user set that goes with no choice, before the images are looked at."""
+    if not recipe.given.get("model_name_or_path"):
+        filled(recipe, choices(Images(10_000, 224, False), Machine("cpu"), recipe.given))
+
+
+def filled(recipe: Recipe, found: list[Choice], head: str = "") -> Recipe:
+    """The recipe with what is chosen, where the user set nothing else."""
+    open_choices = [(_left(choice, recipe.given), choice.reason) for choice in found]
+    values = {**recipe.given, **{name: value for chosen, _ in open_choices for name, value in chosen.items()}}
+    in_model = {field.name for field in model_fields()}
+    lines = [f"{_in_short(chosen)}: {reason}" for chosen, reason in open_choices if chosen]
+    return replace(
+        recipe,
+        config=CANConfig(**{name: value for name, value in values.items() if name in in_model}),
+        given=None,
+        chosen=(head, *lines),
+        **{name: value for name, value in values.items() if name not in in_model | {"output_dir"}},
+    )
+
+
+def look_at(source: ImageSource) -> Images:
+    """Reads the first `NUM_LOOKED_AT` images; those that cannot be read count later, in training."""
+    sides, is_gray = [], True
+    rows = next(source.blocks(source.dataset, block_size=NUM_LOOKED_AT), ({}, None))[0]
+    for row in islice(source.images(rows) if rows else (), NUM_LOOKED_AT):
+        try:
+            image = Image.open(io.BytesIO(source.fetch(row)))
+            sides.append(min(image.size))
+            image.draft("RGB", (64, 64))
+            image.thumbnail((64, 64))
+            pixels = np.asarray(image.convert("RGB")).astype(int)
+            is_gray = is_gray and np.ptp(pixels, axis=2).max() <= _COLOR_DIFFERENCE
+        except Exception:  # Pillow raises nearly anything on damaged files
+            continue
+    side = round(statistics.median(sides)) if sides else 224
+    return Images(source.num_images(), side, bool(is_gray and sides))
+
+
+def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:
+    """
+    The table. A value in `given` is not asked again: what depends on it follows it.
+
+    Args:
+        given (`dict`): What the user set, by key of a recipe.
+    """
+    on_gpu, number = machine.device == "cuda", images.number or UNKNOWN_NUMBER
+    start = given.get("model_name_or_path")
+    return [
+        _encoder(images, machine, given) if not start or Path(start).is_file() else _encoder_of(start),
+        *([] if start and not Path(start).is_file() else [_image_size(images, on_gpu, given)]),
+        *_views(images, given),
+        _objective(on_gpu),
+        _batch(number, machine),
+        _learning_rate(images, machine),
+        _length(images, machine),
+        _workers(machine),
+    ]
+
+
+# --- The table -------------------------------------------------------------------------------------------------------
+
+
+def _encoder_name(images: Images, machine: Machine) -> str:
+    number = images.number or UNKNOWN_NUMBER
+    if machine.device != "cuda":
+        return "a small ViT"
+    return next(name for name, least, memory in ON_GPU if number >= least and machine.memory >= memory)
+
+
+def _sizes(name: str, given: dict) -> dict:
+    values = {}
+    for prefix, (width, layers, heads) in zip(("", "decoder_"), ENCODERS[name], strict=True):
+        width = given.get(f"{prefix}hidden_size", width)  # what depends on it follows it
+        values |= {
+            f"{prefix}hidden_size": width,
+            f"{prefix}num_hidden_layers": layers,
+            f"{prefix}num_attention_heads": next(number for number in range(heads, 0, -1) if width % number == 0),
+            f"{prefix}intermediate_size": 4 * width,
+        }
+    return values
+
+
+def _encoder(images: Images, machine: Machine, given: dict) -> Choice:
+    name = _encoder_name(images, machine)
+    if machine.device != "cuda":
+        return Choice(_sizes(name, given), f"{name}, which a CPU trains within hours")
+    return Choice(_sizes(name, given), f"{name}: larger ones want more images or more memory")
+
+
+def _encoder_of(start: str) -> Choice:
+    config = can_config(start)
+    values = {name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")}
+    width = config.hidden_size
+    near = min(ENCODERS, key=lambda name: abs(ENCODERS[name][0][0] - width))
+    values |= {name: value for name, value in _sizes(near, {}).items() if name.startswith("decoder")}
+    if theirs := normalisation(start):
+        values |= {"image_mean": tuple(theirs[0]), "image_std": tuple(theirs[1])}
+    return Choice(values, f"those of {start}")
+
+
+def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
+    allowed = PATCHES if on_gpu else [size for size in PATCHES if size <= 64]
+    size = max([size for size in allowed if size <= images.side], default=min(PATCHES))
+    asked = given.get("image_size")
+    if asked:  # its patches follow it
+        side = min(asked) if isinstance(asked, tuple) else asked
+        patch = PATCHES[max([size for size in PATCHES if size <= side], default=min(PATCHES))]
+        return Choice({"patch_size": patch}, "patches that suit the image size")
+    reason = f"half of the images have {images.side} pixels or more on their shorter side"
+    if not on_gpu and images.side >= 128:
+        reason += "; larger ones take a CPU days"
+    return Choice({"image_size": size, "patch_size": PATCHES[size]}, reason)
+
+
+def _views(images: Images, given: dict) -> list[Choice]:
+    found = []
+    if images.is_gray:
+        gray = {"color_jitter": (0.4, 0.4, 0.0, 0.0), "greyscale_probability": 0.0, "measure_mean_std": True}
+        if "image_mean" in given or "image_std" in given or given.get("model_name_or_path"):
+            del gray["measure_mean_std"]
+        found.append(Choice(gray, "the images are gray; they stay RGB, as all tools take it"))
+    if images.side < 128:
+        found.append(Choice({"blur_probability": 0.0, "resample": "bicubic"}, "small images bear no blur"))
+    return found
+
+
+def _objective(on_gpu: bool) -> Choice:
+    values = {
+        "contrastive_loss_weight": 0.3,
+        "noise_std_max": 0.1,
+        "mask_ratio": 0.5 if on_gpu else 0.25,
+        "reconstruction_loss_weight": 0.4835,
+        "denoising_loss_weight": 1.0,
+    }
+    mask = "the paper's mask" if on_gpu else "a mask"
+    return Choice(values, f"{mask}, and weights that were best on CIFAR-10; noise at which all three terms learn")
+
+
+def _batch(number: int, machine: Machine) -> Choice:
+    largest = largest_step(number, machine.device)
+    if machine.device == "cuda":
+        reason = f"what fits into the GPU's memory, at most {largest} images a step"
+        return Choice({"per_device_train_batch_size": "auto"}, reason)
+    return Choice({"per_device_train_batch_size": largest // machine.num_processes or 1}, f"{largest} images a step")
+
+
+def _learning_rate(images: Images, machine: Machine) -> Choice:
+    name = _encoder_name(images, machine)
+    rate = {"a small ViT": 2e-3, "ViT-base": 2.5e-4}.get(name, 5e-4)
+    reason = "the paper's authors'" if name == "ViT-base" else "as in the CIFAR-10 study"
+    return Choice({"base_learning_rate": rate, "warmup_ratio": 0.1, "max_grad_norm": 3.0}, f"{reason}, for {name}")
+
+
+def _length(images: Images, machine: Machine) -> Choice:
+    seen = NUM_SEEN[machine.device]
+    if images.number is None:
+        return Choice({"num_train_samples": 2 * seen}, "the source does not tell how many images it has")
+    epochs = min(MAX_EPOCHS[machine.device], seen / images.number)
+    if machine.device == "cuda":
+        epochs = max(MIN_EPOCHS, epochs)
+    epochs = float(f"{epochs:.2g}")
+    return Choice({"num_train_epochs": epochs}, f"{epochs * images.number:,.0f} images seen; more is better")
+
+
+def _workers(machine: Machine) -> Choice:
+    if machine.device == "cuda":
+        number = max(1, min(MOST_WORKERS, machine.num_cores - 1))
+        return Choice({"dataloader_num_workers": number}, f"of {machine.num_cores} cores for each process")
+    number = max(1, min(MOST_WORKERS, machine.num_cores // 4))
+    return Choice({"dataloader_num_workers": number}, "the other cores train")
+
+
+# --- Around it -------------------------------------------------------------------------------------------------------
+
+
+def _machine(accelerator: Accelerator) -> Machine:
+    processes = accelerator.num_processes
+    cores = os.cpu_count() if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+    cores = max(1, cores // min(processes, int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
+    if accelerator.device.type != "cuda":  # also Apple's GPUs, for which nothing is measured
+        return Machine("cpu", processes, cores)
+    memory = torch.cuda.get_device_properties(accelerator.device).total_memory / 1e9
+    return Machine("cuda", processes, cores, memory)
+
+
+def _left(choice: Choice, given: dict) -> dict:
+    """Without what the user set."""
+    if set(LENGTH) & set(given) and set(choice.values) & set(LENGTH):
+        return {}
+    return {name: value for name, value in choice.values.items() if name not in given}
+
+
+def _in_words(values: dict) -> str:
+    return ", ".join(f"{name} {','.join(map(str, v)) if isinstance(v, tuple) else v}" for name, v in values.items())
+
+
+def _in_short(values: dict) -> str:
+    """The first of them."""
+    return _in_words(dict(islice(values.items(), 3))) + ", ..." * (len(values) > 3)
+
+
+def _described(images: Images) -> str:
+    number = "an unknown number of" if images.number is None else f"{images.number:,}"
+    return f"{number} {'gray ' if images.is_gray else ''}images, {images.side} pixels on the shorter side (median),"
+
+
+def _device(machine: Machine) -> str:
+    if machine.device == "cuda":
+        return f"{machine.num_processes} GPU(s) of {machine.memory:.0f} GB"
+    return f"a CPU, {machine.num_processes} process(es) of {machine.num_cores} cores"
+
+
+def _how_long(recipe: Recipe, images: Images, machine: Machine, accelerator: Accelerator) -> str:
+    """Measured on some random images; and what a GPU would bring."""
+    batch_size = recipe.per_device_train_batch_size
+    if batch_size == "auto":
+        batch_size = max(1, largest_step(images.number or UNKNOWN_NUMBER, machine.device) // machine.num_processes)
+    plan = Plan.of(replace(recipe, per_device_train_batch_size=batch_size), images.number, machine.num_processes)
+    num_timed = 64 if machine.device == "cuda" else 16
+    num_steps = plan.max_steps * plan.global_batch_size / machine.num_processes / num_timed
+    seconds = num_steps * step_seconds(recipe, accelerator, num_timed)
+    text = f"this takes about {duration(seconds)} here. A flag changes a choice; recipe.yaml will hold all of them"
+    if machine.device == "cpu":
+        on_gpu = choices(images, Machine("cuda", num_cores=8, memory=24.0), {})
+        shown = ("hidden_size", "num_hidden_layers", "image_size", *LENGTH)
+        values = {name: value for choice in on_gpu for name, value in choice.values.items() if name in shown}
+        text += f"\non a GPU the same command trains {_in_words(values)}"
+    return text

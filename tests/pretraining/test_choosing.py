@@ -1,0 +1,175 @@
+"""What is chosen where no recipe is named: the table, and a run of it."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from datasets import Dataset
+from PIL import Image
+from testing_utils import image_file, noise_file, tiny_model
+
+import modeling_can
+from modeling_can.data import ImageSource
+from modeling_can.pretraining.batch_size import largest_step, largest_that_fits, measured_batch_size
+from modeling_can.pretraining.choosing import Images, Machine, choices, filled, look_at
+from modeling_can.pretraining.recipe import make_recipe
+
+
+CPU, GPU = Machine("cpu", num_cores=8), Machine("cuda", num_cores=16, memory=80)
+SMALL_GPU = Machine("cuda", num_cores=2, memory=6)
+SHOWN = ("hidden_size", "num_hidden_layers", "decoder_hidden_size", "image_size", "patch_size",
+         "per_device_train_batch_size", "base_learning_rate", "num_train_epochs",
+         "dataloader_num_workers")  # fmt: skip
+
+
+def chosen(images: Images, machine: Machine, **given) -> dict:
+    return {name: value for choice in choices(images, machine, given) for name, value in choice.values.items()}
+
+
+@pytest.mark.parametrize(
+    ("images", "machine", "expected"),
+    [
+        (Images(200, 400, False), CPU, (128, 4, 64, 64, 8, 32, 2e-3, 400.0, 2)),
+        (Images(1000, 400, False), CPU, (128, 4, 64, 64, 8, 128, 2e-3, 400.0, 2)),
+        (Images(50_000, 32, False), CPU, (128, 4, 64, 32, 4, 256, 2e-3, 20.0, 2)),
+        (Images(5_000_000, 50, False), CPU, (128, 4, 64, 32, 4, 256, 2e-3, 0.2, 2)),
+        (Images(1000, 400, False), GPU, (192, 12, 192, 224, 16, "auto", 5e-4, 800.0, 8)),
+        (Images(50_000, 32, False), GPU, (192, 12, 192, 32, 4, "auto", 5e-4, 100.0, 8)),
+        (Images(300_000, 150, False), GPU, (384, 12, 256, 128, 8, "auto", 5e-4, 100.0, 8)),
+        (Images(1_300_000, 400, False), GPU, (768, 12, 512, 224, 16, "auto", 2.5e-4, 100.0, 8)),
+        (Images(1_300_000, 400, False), SMALL_GPU, (192, 12, 192, 224, 16, "auto", 5e-4, 100.0, 1)),
+    ],
+)  # fmt: skip
+def test_the_table_of_choices(images, machine, expected):
+    found = chosen(images, machine)
+    assert tuple(found[name] for name in SHOWN) == expected
+
+
+def test_a_source_of_unknown_length_gets_a_number_of_images_to_see():
+    assert chosen(Images(None, 224, False), CPU)["num_train_samples"] == 2_000_000
+    assert "num_train_epochs" not in chosen(Images(None, 224, False), GPU)
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU, Machine("cuda", 8, 8, 80)])
+@pytest.mark.parametrize("number", [1, 30, 999, 70_000, 10**8, None])
+@pytest.mark.parametrize("side", [8, 40, 64, 100, 300])
+def test_every_choice_is_a_valid_recipe(number, side, machine):
+    recipe = make_recipe(None, {"data_dir": "photos"})
+    for is_gray in (True, False):
+        made = filled(recipe, choices(Images(number, side, is_gray), machine, recipe.given), "why")
+        assert made.data_dir == "photos" and made.output_dir == "out/photos" and made.given is None
+        assert made.to_yaml().startswith("# why\n") and made.length
+        assert type(made).from_dict(yaml.safe_load(made.to_yaml())).to_dict() == made.to_dict()
+
+
+def test_what_the_user_sets_stays_and_the_rest_follows_it():
+    given = {"data_dir": "x", "image_size": "96", "max_steps": "10", "mask_ratio": "0.6", "hidden_size": "64"}
+    recipe = make_recipe(None, given)
+    made = filled(recipe, choices(Images(5000, 400, False), GPU, recipe.given))
+    config = made.config
+    assert (config.image_size, config.patch_size, config.mask_ratio) == (96, 8, 0.6)
+    assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (64, 2, 256)
+    assert made.max_steps == 10 and made.num_train_epochs is None
+    text = " ".join(made.chosen)
+    assert "image_size" not in text and "epochs" not in text and "patch_size 8" in text  # only what was chosen
+
+
+def test_gray_images_keep_three_channels_and_get_their_own_normalisation():
+    found = chosen(Images(100, 64, True), CPU)
+    assert found["measure_mean_std"] is True and found["color_jitter"][2:] == (0, 0)
+    assert "num_channels" not in found
+    assert "measure_mean_std" not in chosen(Images(100, 64, True), CPU, image_mean=(0.5, 0.5, 0.5))
+
+
+def test_weights_to_start_from_decide_the_encoder(tmp_path):
+    tiny_model().can.save_pretrained(tmp_path)
+    found = chosen(Images(1000, 400, False), GPU, model_name_or_path=str(tmp_path))
+    assert (found["hidden_size"], found["num_hidden_layers"], found["image_size"]) == (32, 2, (32, 48))
+
+
+def test_images_are_looked_at(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number}.png").write_bytes(noise_file(number, size=(70, 50)))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert look_at(ImageSource(data_dir=str(tmp_path))) == Images(21, 50, False)
+    gray = [{"bytes": image_file(Image.effect_noise((80, 90), 60), "JPEG"), "path": None} for _ in range(3)]
+    assert look_at(ImageSource(dataset=Dataset.from_dict({"image": gray}))) == Images(3, 80, True)
+
+
+# --- Batch size ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 100, 128, 10_000])
+def test_the_largest_power_of_two_that_fits(capacity):
+    asked = []
+
+    def fits(size):
+        asked.append(size)
+        return size <= capacity
+
+    assert largest_that_fits(fits, 512) == max(n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if n <= capacity)
+    assert max(asked) <= 512 and sorted(set(asked)) == asked  # each once; none after the first that does not fit
+
+
+def test_nothing_fits():
+    with pytest.raises(ValueError, match="auto: not even one image fits.*gradient_checkpointing"):
+        largest_that_fits(lambda size: False, 64)
+
+
+def test_an_epoch_has_at_least_four_steps():
+    assert largest_step(999, "cpu") == 128 and largest_step(10**9, "cpu") == 256 and largest_step(3, "cuda") == 16
+    assert largest_step(10**9, "cuda") == 1024
+    recipe = make_recipe("can-quickstart", {"per_device_train_batch_size": "auto"})
+    assert measured_batch_size(recipe, Accelerator(cpu=True), 999) == 128  # a CPU has nothing to measure
+
+
+def test_a_batch_size_is_a_number_or_auto():
+    with pytest.raises(ValueError, match="per_device_train_batch_size='many' is neither a number nor auto"):
+        make_recipe("can-quickstart", {"per_device_train_batch_size": "many"})
+
+
+# --- A run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(40):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(noise_file(number, size=(70, 50)))
+    return tmp_path
+
+
+def test_a_run_tells_what_it_chose_and_goes_on_with_it(folder, capfd):
+    settings = {
+        "data_dir": str(folder / "photos"), "output_dir": str(folder / "out"), "log_with": "none",
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+    }  # fmt: skip
+    results = modeling_can.pretrain(**settings, max_steps=2)
+    told = capfd.readouterr().out
+    assert "no recipe is named; chosen for 40 images, 50 pixels" in told and "image_size 32, patch_size 4:" in told
+    assert "this takes about" in told and "on a GPU the same command trains hidden_size 192" in told
+    text = (folder / "out" / "recipe.yaml").read_text()
+    assert text.startswith("# no recipe is named; chosen for 40 images") and "# image_size 32, patch_size 4" in text
+    assert results["num_steps"] == 2 and results["global_batch_size"] == 16
+    again = modeling_can.pretrain(**settings, max_steps=2, resume_from_checkpoint="latest")
+    assert again == json.loads((folder / "out" / "results.json").read_text())
+    for number in range(40, 200):  # more images would want another batch; a run keeps what it began with
+        (folder / "photos" / f"{number}.png").write_bytes(noise_file(number, size=(70, 70)))
+    torch.manual_seed(0)
+    longer = modeling_can.pretrain(**settings, max_steps=3, overwrite_output_dir=True)
+    assert longer["global_batch_size"] == 32  # a new one chooses anew
+
+
+def test_wrong_settings_are_refused_before_the_images_are_read():
+    with pytest.raises(ValueError, match="mask_ratio"):
+        modeling_can.pretrain(data_dir="there/is/none", mask_ratio=2)
+    with pytest.raises(ValueError, match="there/is/none is not a folder"):
+        modeling_can.pretrain(data_dir="there/is/none")
+
+
+def test_the_bundled_images_are_the_quickstarts():
+    assert make_recipe(None, {"dataset_name": "sample_data"}).given is None
+    assert make_recipe(None, {"max_steps": 3}).config.hidden_size == 96
+    assert make_recipe(None, {}, has_dataset=True).output_dir == "out/mine"
