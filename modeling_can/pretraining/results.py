@@ -187,14 +187,14 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
         f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
         "Next:\n"
         f"  look at it              {output_dir}/figures/{', '.join(figures)}"
-        f"{f'; python demo/app.py --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"
-        f"  measure it              python run_eval.py --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
-        f"  export it               python -m modeling_can.conversion {output_dir} --to dinov2 {output_dir}-dinov2\n"
+        f"{f'; modeling-can demo --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"
+        f"  measure it              modeling-can eval --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
+        f"  export it               modeling-can convert {output_dir} --to dinov2 {output_dir}-dinov2\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )
     if recipe.dataset_name == SAMPLE_DATA:
         tell(
-            "  your own images         python run_pretraining.py --data_dir FOLDER --output_dir out/mine\n"
-            "  a full-size encoder     accelerate launch run_pretraining.py "
-            "model_cards/can-vit-base-patch16-224/recipe.yaml --data_dir FOLDER"
+            "  your own images         modeling-can pretrain --data_dir FOLDER --output_dir out/mine\n"
+            "  a full-size encoder     accelerate launch -m modeling_can pretrain "
+            "can-vit-base-patch16-224 --data_dir FOLDER"
         )
