@@ -327,6 +327,23 @@ def test_a_run_in_the_default_precision_learns(tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
+def test_the_batch_size_auto_is_one_that_fits(tmp_path):
+    lines, _ = run(tmp_path, "--per_device_train_batch_size=auto", "--max_steps=2", "--save_steps=99")
+    results = json.loads((tmp_path / "results.json").read_text())
+    size = results["global_batch_size"]
+    assert len(lines) == 2 and size == 2 ** int(math.log2(size)) <= 1024
+    assert f"per_device_train_batch_size: {size}" in (tmp_path / "recipe.yaml").read_text()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU's memory has no such limit")
+def test_what_does_not_fit_is_no_error():
+    from modeling_can.pretraining import batch_size
+    from modeling_can.pretraining.recipe import make_recipe
+
+    recipe, accelerator = make_recipe("can-vit-base-patch16-224", {}), Accelerator()
+    assert batch_size._fits(recipe, accelerator, 8) and not batch_size._fits(recipe, accelerator, 100_000)
+
+
 def test_saved_on_the_device_and_loaded_on_a_cpu_the_features_are_the_same(tmp_path):
     model = model_on(DEVICE).eval()
     pixels = torch.randn(2, 3, 64, 64)
