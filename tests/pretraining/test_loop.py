@@ -44,9 +44,8 @@ def test_the_output_folder_is_complete(finished):
     expected |= {"configuration_can.py", "losses.py", "modeling_can.py"}  # the code that loads it without the package
     assert {path.name for path in folder.iterdir()} == expected
     figures = {path.name: min(Image.open(path).size) for path in (folder / "figures").iterdir()}
-    examples = {name for name in figures if name.startswith("example-")}
-    assert figures.keys() - examples == {"curves.png", "features.png", "reconstructions.png"} and len(examples) == 3
-    assert all(size == 40 if name in examples else size > 300 for name, size in figures.items())
+    assert figures.keys() == {"curves.png", "features.png", "reconstructions.png"}
+    assert min(figures.values()) > 300
     assert json.loads((folder / "results.json").read_text()) == results
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3]
