@@ -71,7 +71,7 @@ def keep(run: Path, folder: Path, data: str):
     text = text.replace(
         "```python\nimport torch\n", "```python\nimport modeling_can  # the package of this repository\nimport torch\n"
     )
-    text = text.replace("The command:\n", COMMAND)
+    text = text.replace("The command, as typed:\n", COMMAND)
     card.write_text(text)
     tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
     evaluation = folder.parent / "evaluation"

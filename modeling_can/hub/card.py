@@ -62,7 +62,8 @@ def update_card(folder: str, results: list[EvalResult]):
     if begin not in card.text or end not in card.text:
         card.text = f"{card.text.rstrip()}\n\n## Evaluation\n\n{begin}\n{end}\n"
     before, after = card.text.split(begin)[0], card.text.split(end)[-1]
-    card.text = f"{before}{begin}\n{_evaluation_table([r for r in card.data.eval_results if not _is_probe(r)])}\n{end}{after}"
+    shown = [r for r in card.data.eval_results if not _is_probe(r)]
+    card.text = f"{before}{begin}\n{_evaluation_table(shown)}\n{end}{after}"
     write(path, str(card))
 
 
@@ -223,7 +224,7 @@ def _training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images
         "files skipped": counts(results.get("left_out", {})),  # of a results.json from before it was counted
         "bad images skipped": bad or "none",
         "encoder": f"width {config.hidden_size}, {_counted(config.num_hidden_layers, 'layer')}, "
-        f"{_counted(config.num_attention_heads, 'head')}, patches of {config.patch_shape[0]} x {config.patch_shape[1]}",
+        f"{_counted(config.num_attention_heads, 'head')}, patches of {' x '.join(map(str, config.patch_shape))}",
         "loss weights": ", ".join(f"{term} {weight}" for term, weight in weights.items()),
         "noise prediction": ("a head of its own" if config.has_noise_head else "the head that predicts the pixels")
         + (", loss relative to predicting no noise" if config.norm_noise_loss else ", loss in raw units")

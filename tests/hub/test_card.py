@@ -140,7 +140,8 @@ def test_nothing_in_a_card_is_empty(tmp_path, name):
     sections = re.split(r"^## .*\n", card.text, flags=re.MULTILINE)
     assert all(section.strip() for section in sections)
     headings = re.findall(r"^## (.*)", card.text, flags=re.MULTILINE)
-    assert headings == ["Use", "Intended use and limits", "Results", "Training", "Health", "Reproduce", "License", "Citation"]
+    assert headings == ["Use", "Intended use and limits", "Results", "Training", "Health", "Reproduce", "License",
+                        "Citation"]  # fmt: skip
     assert text.count("```") % 2 == 0 and card.text.lstrip().startswith("# mine\n")
     for sentence in results["health"]:
         assert f"- {sentence}\n" in card.text
@@ -227,7 +228,7 @@ def test_the_command_is_the_one_that_was_typed(tmp_path, num_processes):
     assert ("not recorded" in training) == (num_processes > 1)
 
 
-# --- Metrics of modeling-can eval ------------------------------------------------------------------------------------------
+# --- Metrics of modeling-can eval ------------------------------------------------------------------------------------
 
 
 def result(name: str, value: float, dataset: str = "flowers", interval: list | None = None) -> EvalResult:
