@@ -79,7 +79,10 @@ PROBE = {
 RUNS = {  # recipe, results
     "sample data, probed": ({"dataset_name": "sample_data", "probe_dataset_name": "sample_data"}, {"probe": PROBE}),
     "sample data, warm start": ({"dataset_name": "sample_data", "model_name_or_path": "facebook/vit-mae-base"}, {}),
-    "a folder": ({"data_dir": "my photos"}, {"git_commit": "0123abc-dirty"}),
+    "a folder, one layer": (
+        {"data_dir": "my photos", "num_hidden_layers": 1, "num_attention_heads": 1},
+        {"git_commit": "0123abc-dirty"},
+    ),
     "Hub data, 4 processes, bad images": (
         {"dataset_name": "ILSVRC/imagenet-1k", "probe_dataset_name": "uoft-cs/cifar10"},
         {"num_processes": 4, "mixed_precision": "bf16", "bad_samples": {"truncated": 1371, "empty": 2}, "probe": PROBE}
@@ -134,7 +137,7 @@ def test_nothing_in_a_card_is_empty(tmp_path, name):
     card, recipe, results = made(tmp_path / "mine", *RUNS[name])
     text = str(card)
     empty = r"\bNone\b|\bnan\b|\binf\b|\{\}|\[\]|\{\{|\}\}|\{%|''|(?<!\w)\( *\)|, *,| , | \. |: *\n\n(?!```)"
-    assert re.search(empty, text) is None
+    assert re.search(empty, text) is None and re.search(r"(?<![\d,.])1 (layers|heads|processes|images)", text) is None
     rows = tables(card.text)
     assert len(rows) >= 12 and all(cell for row in rows for cell in row)
     sections = re.split(r"^## .*\n", card.text, flags=re.MULTILINE)
