@@ -38,9 +38,9 @@ On visible patches the reconstruction is the input less the predicted noise. In 
 are amplified, so that the largest noise of training fills their range.
 """
 _FEATURE_NOTES = """
-From the whole image, without noise: the patch tokens of the encoder as colors, where similar colors are similar
-features (their first three principal components in this image as red, green and blue), and where the class token looks
-in the last layer, the mean of its heads, white being most.
+5 and 6 are of the whole image, without noise. 5: similar colors are similar features (the first three principal
+components of the patch tokens in this image). 6: where the class token looks in the last layer, the mean over the
+heads; white is most.
 """
 _CSS = """
 .gradio-container { max-width: 1280px !important; padding-top: 0.5rem !important; }
