@@ -72,12 +72,12 @@ def test_the_saved_model_is_the_full_trained_one(finished):
     assert encoder(pixels).pooler_output.shape == (1, 32)
 
 
-def test_the_card_has_its_pictures_and_its_snippets_run(finished, monkeypatch, tmp_path, capsys):
+def test_the_card_has_its_figures_and_its_snippets_run(finished, monkeypatch, tmp_path, capsys):
     """More on cards: tests/hub/test_card.py."""
     folder, results = finished
     card = (folder / "README.md").read_text()
-    pictures = re.findall(r"\]\((figures/[^)]+)\)", card) + re.findall(r"src: (\S+)", card)
-    assert len(pictures) == 6 and all((folder / picture).exists() for picture in pictures)
+    figures = re.findall(r"\]\((figures/[^)]+)\)", card)
+    assert len(figures) == 3 and all((folder / figure).exists() for figure in figures)
     assert f"{100 * results['probe']['CAN, pre-trained']['knn']:.1f}" in card
     assert results["train_flops"] == 24 * results["flops_per_image"] > 0
     for features in results["probe"].values():
