@@ -47,8 +47,7 @@ def keep(run: Path, folder: Path, data: str):
     results = json.loads((run / "results.json").read_text())
     for other in ("probe", "best_probe", "length"):  # measured on some images, or of the study
         results.pop(other, None)
-    command = ["run_pretraining.py", f"model_cards/{folder.name}/recipe.yaml"]
-    results["command"] = command
+    results["command"] = ["-m", "modeling_can", "pretrain", folder.name]
 
     (folder / "figures").mkdir(parents=True)
     round_weights(run / "model.safetensors", run / "recipe.yaml", folder)
@@ -72,7 +71,7 @@ def keep(run: Path, folder: Path, data: str):
     text = text.replace(
         "```python\nimport torch\n", "```python\nimport modeling_can  # the package of this repository\nimport torch\n"
     )
-    text = text.replace("The command:\n", COMMAND)
+    text = text.replace("The command, as typed:\n", COMMAND)
     card.write_text(text)
     tasks = ["knn", "linear_probe", "few_shot", "reconstruction"]
     evaluation = folder.parent / "evaluation"

@@ -55,15 +55,14 @@ license: apache-2.0
 
 # can-quickstart
 
-What `python run_pretraining.py` does without arguments: CAN
-([arXiv 2210.16870](https://arxiv.org/abs/2210.16870)) with a ViT of width 96 and 3 layers on 2,880 tiles of twelve
-free photographs, offline, at 32 x 32 pixels. It shows that the code learns; the encoder is of no further use. Weights
-are not kept, because the run makes them in minutes.
+What `modeling-can pretrain` does without arguments: CAN ([arXiv 2210.16870](https://arxiv.org/abs/2210.16870)) with a
+ViT of width 96 and 3 layers on 2,880 tiles of twelve free photos, offline, at 32 x 32 pixels. It shows that the code
+works; the encoder is of no further use. There are no weights here, because the run makes them in minutes.
 
 ## Results
 
-Top-1 accuracy in % on 720 test tiles (which of the 12 photographs is this from?), which come from the other half of
-each photograph. Mean over the seeds {", ".join(map(str, SEEDS))} and, in brackets, each of them.
+Top-1 accuracy in % on 720 test tiles (which of the 12 photos is this from?), which come from the other half of each
+photo. Mean over the seeds {", ".join(map(str, SEEDS))} and, in brackets, each of them.
 
 | features | k-NN | linear probe |
 |---|---|---|
@@ -84,8 +83,8 @@ were chosen later on seeds 0 and 1. Read the gain with that in mind.
 {health}
 
 {runs[0]["num_steps"]} steps of {runs[0]["global_batch_size"]} images; {", ".join(seconds)} s in all on \
-{runs[0]["machine"]}, {runs[0]["images_per_second"]:.0f} images a second at seed 0. `recipe.yaml` is the exact input,
-`results.json` the exact output of the three runs; `python experiments/quickstart.py` repeats them.
+{runs[0]["machine"]}, {runs[0]["images_per_second"]:.0f} images/s at seed 0. `recipe.yaml` is the exact input,
+`results.json` the exact output of the three runs; `python experiments/quickstart.py` in a checkout repeats them.
 """
 
 

@@ -89,7 +89,7 @@ def convert(argv: list[str] | None = None):
 
 def demo(argv: list[str] | None = None):
     """
-    Shows in a browser what a pre-trained CAN sees, fills in and takes for noise.
+    Shows in a browser what a pre-trained CAN sees, fills in, takes for noise and tells apart.
 
         modeling-can demo                                                 # the quickstart's model, out/can-quickstart
         modeling-can demo --model_name_or_path out/mine

@@ -1,5 +1,6 @@
 """
-The page of `modeling-can demo`: what a pre-trained CAN sees, fills in and takes for noise. Nothing is sent anywhere.
+The page of `modeling-can demo`: what a pre-trained CAN sees, fills in, takes for noise and tells apart. Nothing is
+sent anywhere.
 """
 
 import argparse
@@ -15,9 +16,9 @@ import torch
 from transformers import AutoModelForPreTraining
 
 from .data.decoding import BadImage, decode
-from .evaluation.encoders import load_config, load_model, load_preprocessor
+from .evaluation.encoders import feature_maps, load_config, load_model, load_preprocessor
 from .evaluation.sets import load_split
-from .plots import amplified_noise, errors_of, reconstruct, true_colours
+from .plots import amplified_noise, errors_of, feature_columns, reconstruct, true_colours
 from .progress import INSTALL, tell
 
 
@@ -35,6 +36,11 @@ what is masked, and says what of the rest is noise.
 _NOTES = """
 On visible patches the reconstruction is the input less the predicted noise. In the noise images gray is none; they
 are amplified, so that the largest noise of training fills their range.
+"""
+_FEATURE_NOTES = """
+5 and 6 are of the whole image, without noise. 5: similar colors are similar features (the first three principal
+components of the patch tokens in this image). 6: where the class token looks in the last layer, the mean over the
+heads; white is most.
 """
 _CSS = """
 .gradio-container { max-width: 1280px !important; padding-top: 0.5rem !important; }
@@ -63,7 +69,7 @@ class Demo:
     def __init__(self, name: str):
         if name == QUICKSTART and not Path(name, "config.json").exists():
             raise ValueError(
-                f"model_name_or_path={name}: no finished run is there yet; run `python run_pretraining.py` first, "
+                f"model_name_or_path={name}: no finished run is there yet; run `modeling-can pretrain` first, "
                 "which makes it in a few minutes, or name another model: --model_name_or_path FOLDER_OR_HUB_ID"
             )
         self.config = load_config(name)
@@ -127,6 +133,14 @@ class Demo:
             for name, values in {"picture": pixels, **made}.items()
         }  # fmt: skip
         return shown, self.words(errors_of(made, pixels, std, self.config), noise_level)
+
+    def features(self, encoded: bytes) -> dict[str, np.ndarray]:
+        """RGBA images of the whole image's `tokens` and of the class token's `attention`, a square for each patch."""
+        columns = feature_columns(*feature_maps(self.model.can, self.pixel_values(encoded)))
+        return {
+            name: enlarged(column, torch.ones_like(column))
+            for name, column in zip(("tokens", "attention"), columns.values(), strict=True)
+        }
 
     def words(self, errors: dict[str, torch.Tensor], noise_level: float) -> str:
         errors, lines = {name: error.item() for name, error in errors.items()}, []
@@ -194,6 +208,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
         "noise": "3. Noise in it, amplified",
         "predicted_noise": "4. Predicted noise, amplified",
     }
+    feature_titles = {"tokens": "5. Patch tokens as colors", "attention": "6. Attention of the class token"}
     visible = {"noise": sigma_max > 0, "predicted_noise": config.denoising_loss_weight > 0}
 
     def show(encoded, mask_ratio, noise_level, seed):
@@ -202,6 +217,9 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
             raise gr.Error(f"The seed is {seed}; give a whole number from 0 to {2**32 - 1}.", print_exception=False)
         pictures, words = demo(encoded, mask_ratio, noise_level, seed)
         return [pictures[name] for name in titles] + [words]
+
+    def show_features(encoded):
+        return list(demo.features(encoded).values())
 
     def usable(encoded):  # else the image that was there stays
         try:
@@ -237,28 +255,36 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
                         seed = gr.Number(0, label="Seed", precision=0, min_width=90, elem_id="seed")
                         again = gr.Button("New mask\nand noise", size="sm", min_width=130, elem_id="again")
             with gr.Column(scale=3, min_width=280):
-                outputs, names = {}, list(titles)
-                for row in (names[:3], names[3:]):
-                    with gr.Row():
-                        for name in row:
-                            outputs[name] = gr.Image(
-                                label=titles[name], format="png", min_width=150, buttons=[], interactive=False,
-                                visible=visible.get(name, True), elem_id=name, elem_classes="picture above",
-                            )  # fmt: skip
-                        if row == names[3:]:
-                            with gr.Column(min_width=150):
-                                words = gr.Markdown(elem_id="words", container=True)
-                                gr.Markdown(_NOTES)
+
+                def image(name, label):
+                    return gr.Image(
+                        label=label, format="png", min_width=150, buttons=[], interactive=False,
+                        visible=visible.get(name, True), elem_id=name, elem_classes="picture above",
+                    )  # fmt: skip
+
+                with gr.Row():
+                    outputs = [image(name, title) for name, title in list(titles.items())[:3]]
+                with gr.Row():
+                    outputs += [image(name, title) for name, title in list(titles.items())[3:]]
+                    with gr.Column(min_width=150):
+                        words = gr.Markdown(elem_id="words", container=True)
+                        gr.Markdown(_NOTES)
+                with gr.Row():
+                    feature_outputs = [image(name, title) for name, title in feature_titles.items()]
+                    with gr.Column(min_width=150):
+                        gr.Markdown(_FEATURE_NOTES)
 
         gallery.select(example, None, encoded, show_progress="hidden")
         upload.upload(usable, upload, encoded, show_progress="hidden")
         again.click(None, seed, seed, js="seed => (seed ?? 0) + 1")
-        # Of a slider that is dragged, the place where it was let go is never passed over.
+        # Where a slider is let go is always shown. One use of the model at a time, as attention weights need another
+        # implementation of its attention.
+        options = {"trigger_mode": "always_last", "show_progress": "hidden", "concurrency_id": "model"}
         gr.on(
             [page.load, encoded.change, mask_ratio.change, noise_level.change, seed.change],
-            show, [encoded, mask_ratio, noise_level, seed], [*outputs.values(), words],
-            trigger_mode="always_last", show_progress="hidden",
+            show, [encoded, mask_ratio, noise_level, seed], [*outputs, words], **options,
         )  # fmt: skip
+        gr.on([page.load, encoded.change], show_features, encoded, feature_outputs, **options)
     return page
 
 

@@ -16,8 +16,8 @@ from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 
 __all__ = [
-    "amplified_noise", "curves", "errors_of", "feature_sheet", "plain", "principal_components", "reconstruct",
-    "reconstruction_sheet", "save_figure", "true_colours",
+    "amplified_noise", "curves", "errors_of", "feature_columns", "feature_sheet", "plain", "principal_components",
+    "reconstruct", "reconstruction_sheet", "save_figure", "true_colours",
 ]  # fmt: skip
 
 
@@ -166,22 +166,36 @@ def principal_components(tokens: torch.Tensor) -> torch.Tensor:
     return components.view(len(tokens), *tokens.shape[2:], 3).movedim(-1, 1)
 
 
-def feature_sheet(images: torch.Tensor, tokens: torch.Tensor, attentions: torch.Tensor | None, path: Path) -> None:
+def feature_columns(tokens: torch.Tensor, attentions: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """
-    Saves a sheet with a row an image: image, its patch tokens as colors, and where the class token looks.
+    What `evaluation.encoders.feature_maps` returns, to be looked at: patch tokens as colors, and where the class token
+    looks.
 
     Args:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
         tokens (`torch.Tensor` of shape `(N, d, h, w)`): Of the patches.
         attentions (`torch.Tensor` of shape `(N, h, w)`, *optional*):
             From the class token to the patches. Each image's smallest is shown black, its largest white. `None` leaves
             out the column.
+
+    Returns:
+        Title -> `(N, 3 or 1, h, w)` in [0, 1].
     """
-    columns = {"image": images, "principal components": principal_components(tokens)}
+    columns = {"principal components": principal_components(tokens)}
     if attentions is not None:
         low, high = attentions.amin((1, 2), keepdim=True), attentions.amax((1, 2), keepdim=True)
         columns["class token attention"] = ((attentions - low) / (high - low).clamp(min=1e-12))[:, None]
-    size = images.shape[-2:]
+    return columns
+
+
+def feature_sheet(images: torch.Tensor, tokens: torch.Tensor, attentions: torch.Tensor | None, path: Path) -> None:
+    """
+    Saves a sheet with a row an image: image, and its `feature_columns`.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
+        tokens, attentions: As of `feature_columns`.
+    """
+    columns, size = {"image": images, **feature_columns(tokens, attentions)}, images.shape[-2:]
     _save_sheet({name: nn.functional.interpolate(column, size) for name, column in columns.items()}, path)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from gradio.components import Component
 from huggingface_hub import metadata_load
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from testing_utils import ROOT, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -23,7 +24,8 @@ from demo.screenshot import chromium, running_app, wait_for_pictures
 from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
 from modeling_can.data.decoding import BadImage
 from modeling_can.demo import QUICKSTART, Demo, build, enlarged, main, write_examples
-from modeling_can.plots import reconstruct, true_colours
+from modeling_can.evaluation.encoders import feature_maps
+from modeling_can.plots import principal_components, reconstruct, true_colours
 
 
 DENOISER = dict(reconstruction_loss_weight=0, denoising_loss_weight=1)
@@ -89,6 +91,18 @@ def test_pictures_and_words_are_those_of_reconstruct(demo):
     assert ("dB better" in words) == bool(error < plain) and ("weaker" in words) == bool(left < 1)
 
 
+def test_features_are_those_of_the_whole_image(demo):
+    pixels = demo.pixel_values(picture())
+    tokens, attention = feature_maps(demo.model.can, pixels)
+    shown = demo.features(picture())
+    colors = principal_components(tokens)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(shown["tokens"][27::54, 27::54, :3] / 255, colors, atol=0.5 / 255 + 1e-6)
+    gray = shown["attention"][27::54, 27::54]  # 54 x 6 patches is the first multiple from 320 pixels on
+    assert gray.shape == (4, 6, 4) and gray.max(initial=0, where=[True] * 3 + [False]) == 255
+    assert gray[..., 0].argmax() == attention.argmax() and gray[..., 0].argmin() == attention.argmin()
+    assert demo.model.config._attn_implementation == "sdpa"  # as before
+
+
 def test_same_seed_same_pictures_whatever_was_shown_between(demo):
     first, words = demo(picture(), 0.5, 0.05, seed=1)
     other, _ = demo(picture(), 0.5, 0.05, seed=2)
@@ -147,6 +161,8 @@ def test_every_kind_of_model_is_shown(changes, said, tmp_path):
     assert said in words and "nan" not in words and "inf" not in words
     assert all(values.shape == (224, 336, 4) and values.dtype == np.uint8 for values in shown.values())
     assert not grey or all((values[..., 0] == values[..., 2]).all() for values in shown.values())
+    features = demo.features(picture())
+    assert all(values.shape == (216, 324, 4) and values.dtype == np.uint8 for values in features.values())
     page = build(demo, write_examples(tmp_path))
     blocks = {block.elem_id: block for block in page.blocks.values() if isinstance(block, Component)}
     assert blocks["noise_level"].visible == blocks["noise"].visible == (demo.config.noise_std_max > 0)
@@ -200,7 +216,7 @@ def test_a_model_that_cannot_be_shown_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MODEL_NAME_OR_PATH", raising=False)
     with pytest.raises(
-        ValueError, match=f"{QUICKSTART}: no finished run is there yet.*run `python run_pretraining.py` first"
+        ValueError, match=f"{QUICKSTART}: no finished run is there yet.*run `modeling-can pretrain` first"
     ):
         main([])
     with pytest.raises(ValueError, match="no folder, and no model that the Hub gives"):
@@ -216,9 +232,12 @@ def test_enlarging_repeats_pixels():
     assert enlarged(torch.rand(1, 3, 400, 300), torch.ones(1, 3, 400, 300)).shape == (400, 300, 4)
 
 
-def test_the_space_names_the_version_that_is_tested():
+def test_the_space_names_the_version_that_is_tested_and_its_model():
     card = metadata_load(ROOT / "demo" / "README.md")
     assert f"gradio=={card['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
+    (model,) = card["models"]
+    validate_repo_id(model)
+    assert (ROOT / "model_cards" / model.removeprefix("OWNER/") / "model.safetensors").is_file()
     assert card["sdk"] == "gradio" and (ROOT / "demo" / card["app_file"]).is_file()
 
 
@@ -251,6 +270,7 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
         def fits(encoded, mask_ratio, noise_level, seed):
             """Whether the page shows what the model makes of this."""
             shown, words = demo(encoded, mask_ratio, noise_level, seed)
+            shown |= demo.features(encoded)
             for name, source in sources().items():
                 with urllib.request.urlopen(source) as answer:
                     pixels = np.asarray(Image.open(answer).convert("RGBA")).astype(int)
@@ -271,7 +291,7 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
         wait_for_pictures(browser)
         everything = {"picture", "input", "reconstruction", "noise", "predicted_noise"}
         shown = expect(tiles[0], 0.5, 0.05, 0)
-        assert set(shown) == everything
+        assert set(shown) == everything | {"tokens", "attention"}
 
         browser.find_elements(By.CSS_SELECTOR, "#examples button.thumbnail-item")[2].click()
         last, shown = shown, expect(tiles[2], 0.5, 0.05, 0)
@@ -279,7 +299,7 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
 
         find("input[type=file]").send_keys(str(tmp_path / "mine.png"))
         last, shown = shown, expect(picture(), 0.5, 0.05, 0)
-        assert "picture" in changed(last, shown)
+        assert {"picture", "tokens", "attention"} <= changed(last, shown)
 
         find("#mask_ratio input[type=range]").send_keys(Keys.ARROW_LEFT * 5)
         last, shown = shown, expect(picture(), 0.25, 0.05, 0)

@@ -15,7 +15,7 @@ from ..files import check_new_folder, new_folder, write
 from ..hub import classifier_card
 from ..progress import quiet
 from .classifier import class_predictions
-from .encoders import load_model
+from .encoders import Preprocessor, load_model
 from .features import Extractor
 from .finetuning import tuned_folder
 from .linear import LinearClassifier
@@ -23,9 +23,10 @@ from .protocol import Entry, Setup
 from .report import card_results
 
 
-__all__ = ["NUM_EXAMPLES", "check_export", "export", "is_exported", "on_class_token_and_mean"]
+__all__ = ["NUM_EXAMPLES", "NUM_SCORES", "check_export", "export", "is_exported", "on_class_token_and_mean"]
 
-NUM_EXAMPLES = 3  # pictures beside the classifier
+NUM_EXAMPLES = 3  # images beside the classifier
+NUM_SCORES = 5  # of each, as many as a pipeline gives
 
 
 def is_exported(setup: Setup, entry: Entry) -> bool:
@@ -67,7 +68,7 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
             encoder.config.label2id = {name: index for index, name in enumerate(data.class_names)}
             model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
         preprocessor = entry.preprocessor
-        if preprocessor.num_channels == 1:  # pipelines and widgets give pictures in colour
+        if preprocessor.num_channels == 1:  # pipelines and widgets give images in color
             model, preprocessor = accept_colours(model), preprocessor.in_colour()
     alone = Extractor(settings.batch_size, settings.dataloader_num_workers)  # the other processes have nothing to do
     predictions = class_predictions(model.to(setup.device), preprocessor, data.test, alone)
@@ -78,12 +79,14 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
         (partial / "examples").mkdir()
         model.save_pretrained(partial)
         preprocessor.save_pretrained(partial)
-        examples = {}
+        examples = []
         for number, label in enumerate(np.unique(data.test.labels)[:NUM_EXAMPLES], start=1):
             row = int(np.flatnonzero(data.test.labels == label)[0])
-            picture = Image.fromarray(decode(data.test.read(row), num_channels=3, **preprocessor.decoding))
-            examples[f"examples/{number}.jpg"] = data.class_names[label]
-            picture.save(partial / f"examples/{number}.jpg", quality=95)
+            path = f"examples/{number}.jpg"
+            image = Image.fromarray(decode(data.test.read(row), num_channels=3, **preprocessor.decoding))
+            image.save(partial / path, quality=95)
+            output = _answers(model, preprocessor, (partial / path).read_bytes())
+            examples.append({"src": path, "example_title": data.class_names[label], "output": output})
         entries = card_results(results, {"exported": figures}, entry.name)
         figures["test_images_seen_without_labels"] = results["models"][entry.name]["test_images_seen_without_labels"]
         card = classifier_card(
@@ -91,6 +94,15 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
         )
         write(partial / "README.md", card)
     return figures
+
+
+@torch.no_grad()
+def _answers(model: torch.nn.Module, preprocessor: Preprocessor, encoded: bytes) -> list[dict]:
+    """The likeliest classes of an image, in the form that transformers' pipeline and the Hub have."""
+    pixels = preprocessor.normalise(preprocessor.decode(encoded)[None].to(model.device))
+    scores, labels = model(pixel_values=pixels).logits[0].softmax(-1).sort(descending=True)
+    shown = list(zip(scores.tolist(), labels.tolist(), strict=True))[:NUM_SCORES]
+    return [{"label": model.config.id2label[label], "score": round(score, 4)} for score, label in shown]
 
 
 def on_class_token_and_mean(probe: LinearClassifier, pooling: str) -> torch.nn.Linear:

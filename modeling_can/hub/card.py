@@ -1,19 +1,18 @@
 """
-What a run leaves for others to read: where and with what it ran, and the model card, written from its recipe and its
-results, so that no number in it was typed. What the cards say is in the templates beside this file.
+Model cards, written from recipe and results, so that no number in them was typed. Their words are in the templates
+beside this file.
 """
 
 import re
 import shlex
 from pathlib import Path
 
-import datasets
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
-from ..data.folders import SAMPLE_DATA, counts, load_arguments
+from ..data.folders import SAMPLE_DATA, counts
 from ..files import write
 from ..progress import duration
 
@@ -25,8 +24,7 @@ _CARD_TEMPLATE, _CLASSIFIER_TEMPLATE, _EXPORT_TEMPLATE = (
     Path(__file__).parent / "templates" / f"{name}.md" for name in ("card", "classifier", "export")
 )
 _EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
-_PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as run_eval.py calls them
-_EXAMPLES = ("chelsea", "coffee", "rocket")  # photographs of the bundled tiles
+_PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as `modeling-can eval` calls them
 EXPORTS = {
     "can": "CAN's own class",
     "dinov2": "transformers' DINOv2, with no code to trust",
@@ -38,8 +36,9 @@ EXPORTS = {
 
 def update_card(folder: str, results: list[EvalResult]):
     """
-    Merges results into the `model-index` of a model folder's README.md, and shows all of that as a table in its text:
-    a result of the same task, data and metric is replaced, the others stay. A card is made where there is none.
+    Merges results into the `model-index` of a model folder's README.md, and shows them as a table in its text, except
+    those of the trainer's probe, which have a table of their own. A result of the same task, data and metric is
+    replaced, the others stay. A card is made where there is none.
 
     Raises:
         ValueError: if it is no folder.
@@ -63,16 +62,22 @@ def update_card(folder: str, results: list[EvalResult]):
     if begin not in card.text or end not in card.text:
         card.text = f"{card.text.rstrip()}\n\n## Evaluation\n\n{begin}\n{end}\n"
     before, after = card.text.split(begin)[0], card.text.split(end)[-1]
-    card.text = f"{before}{begin}\n{_evaluation_table(card.data.eval_results)}\n{end}{after}"
+    shown = [r for r in card.data.eval_results if not _is_probe(r)]
+    card.text = f"{before}{begin}\n{_evaluation_table(shown)}\n{end}{after}"
     write(path, str(card))
 
 
+def _is_probe(result: EvalResult) -> bool:
+    """Whether `_probe_results` made it."""
+    return "num_test_images" in (result.metric_args or {})
+
+
 def _evaluation_table(results: list[EvalResult]) -> str:
-    """What a `model-index` holds, as a table in Markdown; values as they stand there."""
+    """Results of `modeling-can eval` as a table in Markdown; values as in the `model-index`."""
     lines = [
-        "All results in this card's `model-index`, as they stand there, in brackets their 95 % intervals over the "
-        "test images.\n",
-        "| data | split | measure | value |",
+        "Measured by `modeling-can eval`: accuracies from 0 to 1, and where it says so dB; in brackets 95 % intervals "
+        "over the test images.\n",
+        "| data | split | metric | value |",
         "|---|---|---|---|",
     ]
     for result in results:
@@ -86,7 +91,7 @@ def _evaluation_table(results: list[EvalResult]) -> str:
 
 def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: dict, repo_id: str | None = None):
     """
-    README.md of an output folder, and the example pictures that it names; its figures must have been drawn.
+    README.md of an output folder; the figures that it shows must have been drawn.
 
     Args:
         recipe (`dict`): As `Recipe.to_dict` gives it.
@@ -95,12 +100,12 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         repo_id (`str`, *optional*): The repository that the run is pushed to.
     """
     name = repo_id.split("/")[-1] if repo_id else folder.resolve().name
-    processes = results["num_processes"]
     is_sample, is_probed = recipe["dataset_name"] == SAMPLE_DATA, "probe" in results
     source = recipe["dataset_name"] or recipe["data_dir"] or recipe["data_files"]
     source = ", ".join(source) if isinstance(source, list | tuple) else source
     named = f"`{source}`" if source else "a data set built in Python"
-    count = f"{results['num_images']:,} images" if results["num_images"] else "images, whose number was not known,"
+    images = _counted(results["num_images"], "image") if results["num_images"] else "an unknown number of images"
+    images = f"{images} of {named}"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
@@ -109,8 +114,6 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         tags=["can", "self-supervised-learning", "masked-image-modeling", "contrastive-learning"],
         datasets=None if is_sample else _hub_id(recipe["dataset_name"]),
         base_model=_hub_id(recipe["model_name_or_path"]),
-        # Nobody else's pictures are shown. The Hub takes them where it has a widget for the pipeline tag.
-        widget=_write_examples(folder) if is_sample else None,
         model_name=name if is_probed else None,  # a word of model-index
         eval_results=_probe_results(recipe, results) if is_probed else None,
     )
@@ -124,14 +127,15 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         results=results,
         is_sample=is_sample,
         source=source,
-        images=f"{count} of {named}",
+        images=images,
+        layers=_counted(config.num_hidden_layers, "layer"),
         start=f", from the weights of `{recipe['model_name_or_path']}`," if recipe["model_name_or_path"] else "",
         probe_name=short_name(recipe["probe_dataset_name"]) if is_probed else None,
         probe_rows=_probe_rows(results) if is_probed else None,
         evaluation=_EVALUATION,
-        training_rows=_training_rows(recipe, config, results, f"{count} of {named}").items(),
+        training_rows=_training_rows(recipe, config, results, images).items(),
         command=shlex.join(results["command"]),
-        launch=_launcher(processes),
+        launch=_launcher(results["num_processes"]),
     )
     write(folder / "README.md", f"{card}\n")
 
@@ -146,16 +150,20 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
 
 
-def _own_licence(source: str) -> str | None:
-    """The licence that the card in a folder states, if there is one."""
+def _counted(number: int, noun: str) -> str:
+    """`1 layer`, `1,234 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
+def _own_license(source: str) -> str | None:
+    """The license that the card in a folder states, if there is one."""
     path = Path(source) / "README.md"
     return ModelCard.load(path, ignore_metadata_errors=True).data.license if path.exists() else None
 
 
 def _launcher(num_processes: int) -> str:
-    if num_processes == 1:
-        return "python"
-    return f"accelerate launch --config_file launch/ddp.yaml --num_processes {num_processes}"
+    return "python" if num_processes == 1 else f"accelerate launch --multi_gpu --num_processes {num_processes}"
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -167,17 +175,6 @@ def _hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None  # a path that is gone
     return name
-
-
-def _write_examples(folder: Path) -> list[dict]:
-    """Some of the bundled test tiles, as pictures in `figures`, and the entries for the card's `widget`."""
-    tiles, examples = datasets.load_dataset(**load_arguments(SAMPLE_DATA), split="test"), []
-    names = tiles.features["label"].names
-    for photograph in _EXAMPLES:
-        path = f"figures/example-{photograph}.png"
-        tiles[tiles["label"][:].index(names.index(photograph))]["image"].save(folder / path)
-        examples.append({"src": path, "example_title": photograph})
-    return examples
 
 
 def _probe_results(recipe: dict, results: dict) -> list[EvalResult]:
@@ -212,8 +209,7 @@ def _probe_rows(results: dict) -> list[list[str]]:
 
 
 def _training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images: str) -> dict[str, str]:
-    """The facts of a run, by what they are."""
-    processes = results["num_processes"]
+    """What the run was, row by row: heading -> text."""
     bad = ", ".join(f"{count:,} {reason}" for reason, count in results["bad_samples"].items())
     weights = {
         "contrastive": config.contrastive_loss_weight,
@@ -225,46 +221,48 @@ def _training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images
     losses = [f"{name.removesuffix('_loss')} {value:.4f}" for name, value in results["final_losses"].items()]
     rows = {
         "data": images,
-        "files left out": counts(results.get("left_out", {})),  # of a results.json from before it was counted
-        "bad images passed over": bad or "none",
-        "encoder": f"width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} "
-        f"heads, patches of {config.patch_shape[0]} x {config.patch_shape[1]}",
+        "files skipped": counts(results.get("left_out", {})),  # of a results.json from before it was counted
+        "bad images skipped": bad or "none",
+        "encoder": f"width {config.hidden_size}, {_counted(config.num_hidden_layers, 'layer')}, "
+        f"{_counted(config.num_attention_heads, 'head')}, patches of {' x '.join(map(str, config.patch_shape))}",
         "loss weights": ", ".join(f"{term} {weight}" for term, weight in weights.items()),
-        "noise": ("a head of its own" if config.has_noise_head else "predicted by the head of the pixels")
-        + (", loss relative to predicting none" if config.norm_noise_loss else ", loss in raw units")
+        "noise prediction": ("a head of its own" if config.has_noise_head else "the head that predicts the pixels")
+        + (", loss relative to predicting no noise" if config.norm_noise_loss else ", loss in raw units")
         if config.denoising_loss_weight > 0
         else "",
         "mask ratio, largest noise": f"{config.mask_ratio}, {config.noise_std_max}",
         "steps x global batch": f"{results['num_steps']:,} x {results['global_batch_size']:,}",
-        "steps left out, as not finite": f"{results['nonfinite_steps']:,}" if results["nonfinite_steps"] else "",
-        "learning rate at its peak": f"{results['learning_rate']:.3g}",
-        "frozen, because nothing trains it": ", ".join(results["frozen"]),
+        "steps skipped, not finite": f"{results['nonfinite_steps']:,}" if results["nonfinite_steps"] else "",
+        "peak learning rate": f"{results['learning_rate']:.3g}",
+        "frozen, as no loss trains it": ", ".join(results["frozen"]),
         "seed": f"{results['seed']}",
-        "hardware": f"{results['machine']}, {processes} process{'es' if processes > 1 else ''}, {precision}",
+        "hardware": f"{results['machine']}, {_counted(results['num_processes'], 'process')}, {precision}",
         "time": f"{duration(results['train_seconds'])} of training, {duration(results['total_seconds'])} in all; "
-        f"{results['images_per_second']:.0f} images a second",
-        "memory": f"{results['peak_memory'] / 1e9:.1f} GB at most, of the main process",
-        "arithmetic": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "
+        f"{results['images_per_second']:.0f} images/s",
+        "peak memory": f"{results['peak_memory'] / 1e9:.1f} GB in the main process",
+        "compute": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "
         f"for {'both views' if recipe['num_views'] == 2 else 'the one view'} of an image".replace("e+0", "e").replace(
             "e+", "e"
         ),
         "software": software + (f"; commit {results['git_commit']}" if results["git_commit"] else ""),
-        "losses at the end": ", ".join(losses) or "not finite",
+        "final losses": ", ".join(losses) or "not finite",
     }
     return {name: text for name, text in rows.items() if text}
 
 
 def classifier_card(
-    name: str, results: dict, figures: dict, examples: dict[str, str], eval_results: list[EvalResult]
+    name: str, results: dict, figures: dict, examples: list[dict], eval_results: list[EvalResult]
 ) -> str:
     """
-    The card of a classifier that `run_eval.py --export_classifier` writes.
+    The card of a classifier that `--export_classifier` writes.
 
     Args:
         name (`str`): Of its folder.
         results (`dict`): The evaluation, as in `results.json`.
         figures (`dict`): What the classifier scores there, where its encoder is from, its kind and that of its head.
-        examples (`dict[str, str]`): Pictures in the folder -> their classes.
+        examples (`list[dict]`):
+            Images in the folder, as entries of the Hub's `widget`: their path `src`, the class `example_title`, and
+            the `output` of the classifier. Without a provider that serves the model, the page shows these.
         eval_results (`list[EvalResult]`): Its entries in `model-index`.
     """
     data, source = results["data"], figures["source"]
@@ -274,7 +272,7 @@ def classifier_card(
         tags=["can", "self-supervised-learning"] if figures["model_type"] == "can" else None,
         base_model=_hub_id(source),
         datasets=_hub_id(data["dataset_name"]),
-        widget=[{"src": path, "example_title": label} for path, label in examples.items()],
+        widget=examples,
         model_name=name,
         eval_results=eval_results,
     )
@@ -286,6 +284,8 @@ def classifier_card(
             figures=figures,
             examples=examples,
             data=data,
+            train_images=_counted(data["num_train"], "labeled image"),
+            test_images=_counted(data["num_test"], "test image"),
             data_name=short_name(data["dataset_name"]),
             source=short_name(source),
             classes=[_escaped(name) for name in data["class_names"]],
@@ -321,7 +321,7 @@ def export_card(
         pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
         base_model=_hub_id(source),
         tags=["can", "self-supervised-learning"],
-        license=_own_licence(source),
+        license=_own_license(source),
     )
     checked = ", which compared its outputs with the source's on random pixels: equal to 1e-5"
     if target == "onnx":
@@ -337,6 +337,7 @@ def export_card(
             has_processor=has_processor,
             described=EXPORTS[target],
             config=config,
+            layers=_counted(config.num_hidden_layers, "layer"),
             is_classifier=is_classifier,
             model_class="ViTModel" if target == "vit" else f"AutoModel{'ForImageClassification' * is_classifier}",
             trust=", trust_remote_code=True" if target == "can" else "",

@@ -272,9 +272,9 @@ tags:
 
 # {name}
 
-A vision encoder, **in training**: these are the weights after step {step} of {num_steps} of a pre-training with CAN
-([arXiv 2210.16870](https://arxiv.org/abs/2210.16870)). The next upload replaces them, and the last one this page too.
-`recipe.yaml` is the input of the run, `metrics.jsonl` its course so far.
+A vision encoder **in training** with CAN ([arXiv 2210.16870](https://arxiv.org/abs/2210.16870)): these are the weights
+after step {step:,} of {num_steps:,}. The next upload replaces them, and the last one this page too. `recipe.yaml` is
+the input of the run, and `metrics.jsonl` holds its metrics so far.
 """
 
 

@@ -14,9 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from testing_utils import inputs, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForPreTraining,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+)
 
 import modeling_can
 from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining, CANModel
@@ -129,7 +137,7 @@ from pathlib import Path
 sys.modules["modeling_can"] = None  # cannot be imported
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining, pipeline
 
 work = Path.cwd()
 answers, outputs, batch = {}, {}, load_file(work / "batch.safetensors")
@@ -159,6 +167,15 @@ def run(source, label, again=None):
 run(work / "can.v1", "folder", again="again")
 run(work / "again" / "CANForPreTraining", "again")
 run("someone/can", "hub")
+
+# The two snippets that the Hub shows for a model with code of its own, and what they are for.
+pipe = pipeline("image-feature-extraction", model="someone/can", trust_remote_code=True)
+model = AutoModel.from_pretrained("someone/can", trust_remote_code=True, device_map="auto")
+outputs["pipeline"] = torch.tensor(pipe("photo.png"))[0]
+pixel_values = load_file(work / "photo.safetensors")["pixel_values"]
+with torch.no_grad():
+    outputs["device_map"] = model(pixel_values.to(model.device)).last_hidden_state[0].cpu()
+
 config = AutoConfig.from_pretrained(work / "config", trust_remote_code=True)
 answers["from config"] = type(AutoModel.from_config(config, trust_remote_code=True)).__name__
 config.save_pretrained(work / "again" / "CANConfig")
@@ -175,6 +192,10 @@ def stranger(tmp_path_factory):
     model, classifier = tiny_model(), CANForImageClassification(tiny_config()).eval()
     classifier.can.load_state_dict(model.can.state_dict())
     model.save_pretrained(work / "saved")
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 48})
+    processor.save_pretrained(work / "saved")
+    photo = Image.effect_noise((70, 60), 60).convert("RGB")
+    photo.save(work / "photo.png")
     (work / "saved").rename(work / "can.v1")  # it is tied to no place; a dot is no part of a module's name
     model.config.save_pretrained(work / "config")
     # The cache of the Hub as a download leaves it, so that no network is needed.
@@ -182,8 +203,9 @@ def stranger(tmp_path_factory):
     shutil.copytree(work / "can.v1", cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
-    batch = inputs(model.config)
+    batch, photo = inputs(model.config), dict(processor(photo, return_tensors="pt"))
     save_file(batch, work / "batch.safetensors")
+    save_file(photo, work / "photo.safetensors")
     save_file(classifier.classifier.state_dict(), work / "classifier.safetensors")
     run_in(work, STRANGER, HF_HUB_OFFLINE="1")
     with torch.no_grad():
@@ -192,12 +214,13 @@ def stranger(tmp_path_factory):
             "classifier": classifier(batch["pixel_values"][:, 0]),
             "full": model(**batch),
         }
-    return work, json.loads((work / "answers.json").read_text()), expected
+        snippets = model.can(**photo).last_hidden_state[0]
+    return work, json.loads((work / "answers.json").read_text()), expected, snippets
 
 
 @pytest.mark.parametrize("source", ["folder", "again", "hub"])
 def test_every_auto_class_loads_one_folder_without_the_package(stranger, source):
-    work, answers, expected = stranger
+    work, answers, expected, _ = stranger
     assert not answers["package"] and answers[f"missing {source}"] == ["classifier.bias", "classifier.weight"]
     outputs = load_file(work / "outputs.safetensors")
     for model, output in expected.items():
@@ -206,15 +229,22 @@ def test_every_auto_class_loads_one_folder_without_the_package(stranger, source)
     assert outputs[f"{source} full loss"].isfinite()
 
 
+def test_the_snippets_that_the_hub_shows_run_without_the_package(stranger):
+    work, _, _, expected = stranger
+    outputs = load_file(work / "outputs.safetensors")
+    for snippet in ("pipeline", "device_map"):
+        torch.testing.assert_close(outputs[snippet], expected, atol=1e-5, rtol=0)
+
+
 def test_what_was_loaded_by_its_own_code_ships_it_again(stranger):
-    work, answers, _ = stranger
+    work, answers, _, _ = stranger
     for kind in (CANConfig, *MODELS):
         assert_ships_can(work / "again" / kind.__name__)
     assert answers["from config"] == "CANModel"
 
 
 def test_without_leave_nothing_of_it_is_run(stranger):
-    _, answers, _ = stranger
+    _, answers, _, _ = stranger
     assert answers["modules"] == []
     for name in ("asked", "refused"):  # closed standard input: an error, and no wait for an answer
         assert "pass the argument `trust_remote_code=True`" in answers[name]
