@@ -1,5 +1,6 @@
 """The order of an evaluation: processes, data, models, checks; then the tasks of each model; then what is shown."""
 
+import dataclasses
 import json
 import time
 from datetime import timedelta
@@ -59,6 +60,7 @@ def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict
         return embed_task(settings, accelerator, results)
 
     setup = _setup(settings, fine_tuning, accelerator)
+    settings = setup.settings
     entries = make_entries(setup)
     reference = named_reference(entries, settings.reference_model)
     plan = {entry.name: planned(entry, settings, reference) for entry in entries}
@@ -104,6 +106,12 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
             test_size=settings.test_size,
             seed=settings.seed,
         )
+    if data.test_size and settings.test_size is None and accelerator.is_main_process:
+        tell(
+            f"{settings.dataset_name} has no test split: {data.test_size:.0%} of every class is held out to be tested "
+            f"on, drawn with seed={settings.seed} (--test_size for another fraction)"
+        )
+    settings = dataclasses.replace(settings, test_size=data.test_size)
     setup = Setup(settings, fine_tuning, accelerator, data)
     for name, protocol in PROTOCOLS.items():
         if name in settings.task:

@@ -19,7 +19,7 @@ def seen_in_pretraining(path: str, settings) -> bool | None:
     where it names a part of the tested folder that may hold some, or a split that is gone. Copies are not found out.
     """
     recipe, tested = _recipe_of(path), Path(resolve_name(settings.dataset_name))
-    tested_split = settings.train_split if settings.test_size > 0 else settings.test_split
+    tested_split = settings.train_split if settings.test_size else settings.test_split
     name, config_name = recipe.get("dataset_name"), recipe.get("dataset_config_name")
     source = Path(resolve_name(name or recipe.get("data_dir") or "")).resolve()
     if name and (name == settings.dataset_name or source == tested):
