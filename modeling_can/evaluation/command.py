@@ -10,11 +10,12 @@ import numpy as np
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..files import write
-from ..hub import update_card
+from ..hub import short_name, update_card
 from ..optimization import mixed_precision
 from ..progress import tell
 from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
+from .advice import advice
 from .embed import embed_task
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
@@ -190,10 +191,14 @@ def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: 
     if reference:
         for task in settings.task:
             PROTOCOLS[task].compare(results["results"], reference)
+    advised = {entry.name: advice(entry) for entry in entries if entry.kind == "model"}
+    results["advice"] = {name: made for name, made in advised.items() if made}
     _write(setup, results, started)
     drawn = evaluation_figure(results["results"], output_dir / "figures" / "evaluation.png")
     if any(measures(figures) for figures in results["results"].values()):
         tell(f"\n{CAPTION}\n\n{table(results['results'])}")
+    for made in results["advice"].values():
+        tell(f"\n{made['text']}")
     written = [f"{output_dir}/results.json", *([f"{output_dir}/figures/evaluation.png"] if drawn else [])]
     tasks = [figures for model in results["results"].values() for figures in model.values()]
     written += [figures["picture"] for figures in tasks if "picture" in figures]
@@ -210,7 +215,12 @@ def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: 
         for name, model in results["models"].items():
             if not is_listed(model["path"], settings):  # no more than the reference
                 continue
-            update_card(model["path"], card_results(results, results["results"][name], name))
+            made = results["advice"].get(name)
+            update_card(
+                model["path"],
+                card_results(results, results["results"][name], name),
+                {short_name(settings.dataset_name): made["text"]} if made else {},
+            )
             tell(f"Updated: {model['path']}/README.md")
 
 

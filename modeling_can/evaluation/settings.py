@@ -59,7 +59,9 @@ class Settings:
     )
     pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both", choices=POOLINGS)
     baselines: tuple[str, ...] | None = option(
-        BASELINES, "to compare with: pixels, untrained; or none", choices=BASELINES
+        BASELINES,
+        "to compare with: pixels, untrained, start (the model that the run began from); or none",
+        choices=BASELINES,
     )
     trust_remote_code: bool = option(False, "run code that comes with a model from the Hub")
 

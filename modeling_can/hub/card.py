@@ -25,6 +25,7 @@ _CARD_TEMPLATE, _CLASSIFIER_TEMPLATE, _EXPORT_TEMPLATE = (
     Path(__file__).parent / "templates" / f"{name}.md" for name in ("card", "classifier", "export")
 )
 _EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
+_ADVICE = "Advice for `{}`: {}"
 _PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as run_eval.py calls them
 _EXAMPLES = ("chelsea", "coffee", "rocket")  # photographs of the bundled tiles
 EXPORTS = {
@@ -36,10 +37,13 @@ EXPORTS = {
 }
 
 
-def update_card(folder: str, results: list[EvalResult]):
+def update_card(folder: str, results: list[EvalResult], advice: dict[str, str] | None = None):
     """
     Merges results into the `model-index` of a model folder's README.md, and shows all of that as a table in its text:
     a result of the same task, data and metric is replaced, the others stay. A card is made where there is none.
+
+    Args:
+        advice (`dict[str, str]`, *optional*): A sentence for a data set, which replaces an earlier one for the same.
 
     Raises:
         ValueError: if it is no folder.
@@ -63,7 +67,10 @@ def update_card(folder: str, results: list[EvalResult]):
     if begin not in card.text or end not in card.text:
         card.text = f"{card.text.rstrip()}\n\n## Evaluation\n\n{begin}\n{end}\n"
     before, after = card.text.split(begin)[0], card.text.split(end)[-1]
-    card.text = f"{before}{begin}\n{_evaluation_table(card.data.eval_results)}\n{end}{after}"
+    earlier = dict(re.findall(_ADVICE.format("(.*?)", "(.*)"), card.text))
+    lines = [_ADVICE.format(data, text) for data, text in {**earlier, **(advice or {})}.items()]
+    shown = "\n\n".join([_evaluation_table(card.data.eval_results), *lines])
+    card.text = f"{before}{begin}\n{shown}\n{end}{after}"
     write(path, str(card))
 
 
