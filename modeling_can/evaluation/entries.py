@@ -62,8 +62,9 @@ def _load_in_turn(setup: Setup, path: str, is_needed: bool) -> Encoder | None:
         except ValueError as error:
             if is_needed:
                 raise
+            fix = f"; to make it loadable: python -m modeling_can.conversion {path} --to can FOLDER"
             if setup.is_main:
-                tell(f"not compared with what the run began from: {error}")
+                tell(f"not compared with what the run began from: {error}{fix if Path(path).exists() else ''}")
     return None
 
 

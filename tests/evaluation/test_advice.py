@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from testing_utils import options
 
@@ -142,3 +143,19 @@ def test_a_start_that_is_gone_or_not_wanted_is_left_out(mine, folder, tmp_path, 
     results = run_eval.main(options(mine, folder, tmp_path / "out", "can", baselines="start", **flags))
     assert f"not compared with what the run began from: model_name_or_path={mine['start']}" in capsys.readouterr().out
     assert list(results["results"]) == ["can"] and results["advice"] == {}
+
+
+@pytest.mark.parametrize("kind", ["timm", "pth"])
+def test_a_start_that_transformers_cannot_load_is_left_out_with_the_fix(mine, folder, tmp_path, kind, capsys):
+    start = tmp_path / f"theirs.{kind}"
+    if kind == "timm":
+        start.mkdir()
+        (start / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {}}))
+    else:
+        torch.save({"model": {}}, start)
+    (tmp_path / "can" / "recipe.yaml").write_text(json.dumps({"model_name_or_path": str(start)}))
+    flags = {"task": "knn", "feature_cache": "none", "baselines": "pixels,start"}
+    results = run_eval.main(options(mine, folder, tmp_path / "out", "can", **flags))
+    said = capsys.readouterr().out
+    assert "not compared with" in said and f"modeling_can.conversion {start} --to can FOLDER" in said
+    assert list(results["results"]) == ["pixels", "can"]
