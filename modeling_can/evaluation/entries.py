@@ -22,7 +22,8 @@ def make_entries(setup: Setup) -> list[Entry]:
     wanted = {*(settings.baselines or ()), settings.reference_model}
     given = [*settings.model_name_or_path, *{settings.reference_model}.difference({None, "pixels", "untrained"})]
     given = list(dict.fromkeys(map(os.path.normpath, given)))
-    starts = {path: start for path in given if "start" in wanted and (start := _start_of(path))}
+    measured = [path for path in given if is_listed(path, settings)] if "start" in wanted else []
+    starts = {path: start for path in measured if (start := _start_of(path))}
     paths = list(dict.fromkeys([*given, *starts.values()]))
     names = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
     for path, name in zip(paths, names, strict=True):
