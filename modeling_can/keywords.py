@@ -119,7 +119,7 @@ class Evaluation(TypedDict, total=False):
     dataset_config_name: str | None
     train_split: str
     test_split: str
-    test_size: float
+    test_size: float | None
     image_column: str
     label_column: str | None
     processor_name_or_path: str | None

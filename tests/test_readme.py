@@ -14,6 +14,7 @@ from PIL import Image
 from testing_utils import ROOT, free_port
 
 
+NOTEBOOK = ROOT / "docs" / "first-steps.ipynb"
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 
 
@@ -49,7 +50,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK.name, "CONTRIBUTING.md"])
 def test_links_lead_somewhere(page):
     path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
     for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
@@ -117,6 +118,25 @@ def test_two_hundred_pictures_become_a_classifier(tmp_path):
     run("python snippets.py", tmp_path)
     merged = json.loads((tmp_path / "out/lora-merged/config.json").read_text())
     assert merged["architectures"] == ["CANForImageClassification"]
+
+
+def test_the_notebook_is_kept_without_outputs():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    """Its code needs no notebook: it has no magics."""
+    (tmp_path / "modeling_can").symlink_to(ROOT / "modeling_can")
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    checks = (
+        "assert answers[0]['label'] in names and len(embeddings) == 1440 and nearest[0] == 0, answers",
+        "assert evaluation['results']['can']['linear_probe']['accuracy'] > 0.7 and evaluation['advice']['can']",
+    )
+    (tmp_path / "notebook.py").write_text("\n".join([*("".join(cell["source"]) for cell in cells), *checks]))
+    assert "has no test split" in run("TMPDIR=$PWD python notebook.py", tmp_path)
 
 
 def run(command: str, folder: Path = ROOT) -> str:

@@ -1,5 +1,6 @@
 """The order of an evaluation: processes, data, models, checks; then the tasks of each model; then what is shown."""
 
+import dataclasses
 import json
 import time
 from datetime import timedelta
@@ -9,11 +10,12 @@ import numpy as np
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..files import write
-from ..hub import update_card
+from ..hub import short_name, update_card
 from ..optimization import mixed_precision
 from ..progress import tell
 from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
+from .advice import advice
 from .embed import embed_task
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
@@ -59,6 +61,7 @@ def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict
         return embed_task(settings, accelerator, results)
 
     setup = _setup(settings, fine_tuning, accelerator)
+    settings = setup.settings
     entries = make_entries(setup)
     reference = named_reference(entries, settings.reference_model)
     plan = {entry.name: planned(entry, settings, reference) for entry in entries}
@@ -104,6 +107,12 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
             test_size=settings.test_size,
             seed=settings.seed,
         )
+    if data.test_size and settings.test_size is None and accelerator.is_main_process:
+        tell(
+            f"{settings.dataset_name} has no test split: {data.test_size:.0%} of every class is held out to be tested "
+            f"on, drawn with seed={settings.seed} (--test_size for another fraction)"
+        )
+    settings = dataclasses.replace(settings, test_size=data.test_size)
     setup = Setup(settings, fine_tuning, accelerator, data)
     for name, protocol in PROTOCOLS.items():
         if name in settings.task:
@@ -182,10 +191,14 @@ def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: 
     if reference:
         for task in settings.task:
             PROTOCOLS[task].compare(results["results"], reference)
+    advised = {entry.name: advice(entry) for entry in entries if entry.kind == "model"}
+    results["advice"] = {name: made for name, made in advised.items() if made}
     _write(setup, results, started)
     drawn = evaluation_figure(results["results"], output_dir / "figures" / "evaluation.png")
     if any(measures(figures) for figures in results["results"].values()):
         tell(f"\n{CAPTION}\n\n{table(results['results'])}")
+    for made in results["advice"].values():
+        tell(f"\n{made['text']}")
     written = [f"{output_dir}/results.json", *([f"{output_dir}/figures/evaluation.png"] if drawn else [])]
     tasks = [figures for model in results["results"].values() for figures in model.values()]
     written += [figures["picture"] for figures in tasks if "picture" in figures]
@@ -202,7 +215,12 @@ def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: 
         for name, model in results["models"].items():
             if not is_listed(model["path"], settings):  # no more than the reference
                 continue
-            update_card(model["path"], card_results(results, results["results"][name], name))
+            made = results["advice"].get(name)
+            update_card(
+                model["path"],
+                card_results(results, results["results"][name], name),
+                {short_name(settings.dataset_name): made["text"]} if made else {},
+            )
             tell(f"Updated: {model['path']}/README.md")
 
 

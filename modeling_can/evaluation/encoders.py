@@ -383,7 +383,7 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
             )
         except OSError as error:
             raise _not_found(name, error) from error
-        except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        except (KeyError, ValueError, RuntimeError, SafetensorError, ImportError) as error:  # ImportError: of timm
             raise ValueError(
                 f"model_name_or_path={name} cannot be loaded as {auto_class.__name__}: {error}"
             ) from error

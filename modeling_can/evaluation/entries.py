@@ -3,43 +3,73 @@
 import os
 from pathlib import Path
 
-from .encoders import Encoder, load_encoder, untrained
+from ..progress import tell
+from .encoders import Encoder, Preprocessor, load_encoder, untrained
 from .features import raw_pixels
+from .overlap import recipe_of
 from .protocol import Entry, Setup
 from .tasks import PROTOCOLS
 
 
 __all__ = ["BASELINES", "is_listed", "load", "make_entries", "named_reference", "planned"]
 
-BASELINES = ("pixels", "untrained")
+BASELINES = ("pixels", "untrained", "start")
 
 
 def make_entries(setup: Setup) -> list[Entry]:
     """The baselines, then the models."""
-    settings, baselines, models = setup.settings, [], []
-    wanted_baselines = {*(settings.baselines or ()), settings.reference_model}
-    paths = [os.path.normpath(path) for path in settings.model_name_or_path]
-    if settings.reference_model not in (None, *BASELINES):
-        paths.append(os.path.normpath(settings.reference_model))
-    paths = list(dict.fromkeys(paths))
+    settings, fresh, entries = setup.settings, {}, {}
+    wanted = {*(settings.baselines or ()), settings.reference_model}
+    given = [*settings.model_name_or_path, *{settings.reference_model}.difference({None, "pixels", "untrained"})]
+    given = list(dict.fromkeys(map(os.path.normpath, given)))
+    measured = [path for path in given if is_listed(path, settings)] if "start" in wanted else []
+    starts = {path: start for path in measured if (start := _start_of(path))}
+    paths = list(dict.fromkeys([*given, *starts.values()]))
     names = [Path(path).resolve().name if Path(path).is_dir() else path for path in paths]
     for path, name in zip(paths, names, strict=True):
-        with setup.accelerator.local_main_process_first():  # which downloads it
-            encoder = load(path, settings)
-        models.append(_entry(setup, encoder, path if names.count(name) > 1 or name in BASELINES else name, path))
-        fresh = untrained(encoder, settings.seed)
-        if "untrained" in wanted_baselines and fresh.digest() not in [b.digest for b in baselines]:
-            baselines.append(_entry(setup, fresh, f"untrained ({name})"))
-    if len(baselines) == 1:
-        baselines[0].name = "untrained"
-    if "pixels" in wanted_baselines:
-        preprocessor = models[0].preprocessor
-        encode = lambda pictures: {"mean": raw_pixels(preprocessor.normalise(pictures))}  # noqa: E731
-        baselines.insert(0, Entry("pixels", preprocessor, encode, "pixels"))
+        encoder = _load_in_turn(setup, path, is_needed=path in given)
+        if not encoder:
+            continue
+        kind = "model" if is_listed(path, settings) else "start" if path in starts.values() else "reference"
+        shown = path if names.count(name) > 1 or name in BASELINES else name
+        entries[path] = entry = _entry(setup, encoder, shown, kind=kind, path=path)
+        if "untrained" in wanted and path in given:
+            made = _entry(setup, untrained(encoder, settings.seed), f"untrained ({name})", kind="untrained")
+            entry.rivals["untrained"] = fresh.setdefault(made.digest, made)
+    if len(fresh) == 1:
+        next(iter(fresh.values())).name = "untrained"
+    for path, start in starts.items():
+        if start in entries:
+            entries[path].rivals["start"] = entries[start]
+    baselines, models = list(fresh.values()), sorted(entries.values(), key=lambda entry: entry.kind != "start")
+    if "pixels" in wanted:
+        baselines.insert(0, _pixels(entries[given[0]].preprocessor))
+        for entry in models:
+            entry.rivals["pixels"] = baselines[0]
     return baselines + models
 
 
-def _entry(setup: Setup, encoder: Encoder, name: str, path: str | None = None) -> Entry:
+def _start_of(path: str) -> str | None:
+    """What the run that left a model began from, as its recipe says."""
+    start = recipe_of(path).get("model_name_or_path")
+    return start and os.path.normpath(start)
+
+
+def _load_in_turn(setup: Setup, path: str, is_needed: bool) -> Encoder | None:
+    """A start may be gone, or weights that no Auto class loads; it is then left out, and a line says why."""
+    with setup.accelerator.local_main_process_first():  # which downloads it
+        try:
+            return load(path, setup.settings)
+        except ValueError as error:
+            if is_needed:
+                raise
+            fix = f"; to make it loadable: python -m modeling_can.conversion {path} --to can FOLDER"
+            if setup.is_main:
+                tell(f"not compared with what the run began from: {error}{fix if Path(path).exists() else ''}")
+    return None
+
+
+def _entry(setup: Setup, encoder: Encoder, name: str, kind: str, path: str | None = None) -> Entry:
     digest = encoder.digest()
     encoder.to(setup.device)
 
@@ -47,9 +77,13 @@ def _entry(setup: Setup, encoder: Encoder, name: str, path: str | None = None) -
         with setup.accelerator.autocast():
             return encoder(encoder.preprocessor.normalise(pictures.to(setup.device, non_blocking=True)))
 
-    return Entry(
-        name=name, preprocessor=encoder.preprocessor, encode=encode, digest=digest, path=path, encoder=encoder
-    )
+    preprocessor = encoder.preprocessor
+    return Entry(name, preprocessor, encode, digest, path=path, encoder=encoder, kind=kind)
+
+
+def _pixels(preprocessor: Preprocessor) -> Entry:
+    encode = lambda pictures: {"mean": raw_pixels(preprocessor.normalise(pictures))}  # noqa: E731
+    return Entry("pixels", preprocessor, encode, "pixels", kind="pixels")
 
 
 def load(path: str, settings) -> Encoder:
@@ -74,7 +108,7 @@ def named_reference(entries: list[Entry], reference_model: str | None) -> str | 
     names = {entry.path: entry.name for entry in entries if entry.path}
     for entry in reversed(entries):  # of several untrained ones the first
         if entry.path is None:
-            names["untrained" if entry.encoder else "pixels"] = entry.name
+            names[entry.kind] = entry.name
     return names[reference_model if reference_model in names else os.path.normpath(reference_model)]
 
 
@@ -83,11 +117,9 @@ def planned(entry: Entry, settings, reference: str | None) -> list[str]:
     The tasks of an entry: baselines take those that are for them; a model or a baseline that was named as the
     reference takes robustness, and a model no more than that, if it is named nowhere else.
     """
-    if entry.path is None:
-        kind = "untrained" if entry.encoder else "pixels"
-        is_wanted = kind in (settings.baselines or ())
-        tasks = [task for task in settings.task if is_wanted and PROTOCOLS[task].for_baselines]
-    else:
-        tasks = list(settings.task) if is_listed(entry.path, settings) else []
+    tasks = list(settings.task)
+    if entry.kind != "model":
+        is_wanted = entry.kind in (settings.baselines or ())
+        tasks = [task for task in tasks if is_wanted and PROTOCOLS[task].for_baselines]
     is_reference = entry.name == reference and "robustness" in settings.task
     return tasks + (["robustness"] if is_reference and "robustness" not in tasks else [])

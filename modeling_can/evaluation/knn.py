@@ -57,6 +57,7 @@ class KNN(Protocol):
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict:
         labels = setup.data.train.labels
         predictions = knn_predictions(features.train, labels, features.test, setup.num_classes, device=setup.device)
+        entry.correct["knn"] = predictions[20] == setup.data.test.labels
         return {str(k): setup.score(predicted) for k, predicted in predictions.items()}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:

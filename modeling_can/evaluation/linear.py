@@ -152,8 +152,10 @@ class LinearProbe(Protocol):
 
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict:
         entry.probe = probe = fit_probe(setup, features.train)
+        predicted = probe.predict(features.test)
+        entry.correct["linear_probe"] = predicted == setup.data.test.labels
         return {
-            **setup.score(probe.predict(features.test)),
+            **setup.score(predicted),
             "C": probe.inverse_penalty,
             "held_out_accuracy": probe.held_out_accuracy,
         }

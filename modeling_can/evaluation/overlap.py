@@ -10,7 +10,7 @@ from ..data.folders import load_arguments, resolve_name
 from ..fields import load_yaml
 
 
-__all__ = ["seen_in_pretraining"]
+__all__ = ["recipe_of", "seen_in_pretraining"]
 
 
 def seen_in_pretraining(path: str, settings) -> bool | None:
@@ -18,8 +18,8 @@ def seen_in_pretraining(path: str, settings) -> bool | None:
     Whether the recipe beside a model says that it was pre-trained on test images too, without their labels; `None`
     where it names a part of the tested folder that may hold some, or a split that is gone. Copies are not found out.
     """
-    recipe, tested = _recipe_of(path), Path(resolve_name(settings.dataset_name))
-    tested_split = settings.train_split if settings.test_size > 0 else settings.test_split
+    recipe, tested = recipe_of(path), Path(resolve_name(settings.dataset_name))
+    tested_split = settings.train_split if settings.test_size else settings.test_split
     name, config_name = recipe.get("dataset_name"), recipe.get("dataset_config_name")
     source = Path(resolve_name(name or recipe.get("data_dir") or "")).resolve()
     if name and (name == settings.dataset_name or source == tested):
@@ -44,7 +44,7 @@ def seen_in_pretraining(path: str, settings) -> bool | None:
     return None if any(folder == tested or tested in folder.parents for folder in folders) else False
 
 
-def _recipe_of(path: str) -> dict:
+def recipe_of(path: str) -> dict:
     """The recipe beside a model that `run_pretraining.py` made; empty for any other."""
     file = Path(path) / "recipe.yaml"
     recipe = load_yaml(file) if file.exists() else {}

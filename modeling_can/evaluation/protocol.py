@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,9 @@ class Entry:
         path (`str`, *optional*): Of a model, where it came from.
         encoder (`Encoder`, *optional*): All but the raw pixels have one.
         probe (`linear.LinearClassifier`, *optional*): What the linear probe fitted, once it has run.
+        kind (`str`): `"model"`, which takes all tasks; `"reference"`, which is there for robustness; or a baseline.
+        rivals (`dict[str, Entry]`): Of a model, the baselines that it should be better than, by their kind.
+        correct (`dict[str, np.ndarray]`): Task -> which test images it got right, bool `(N,)`; on the first process.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Entry:
     path: str | None = None
     encoder: Encoder | None = None
     probe: tuple | None = None
+    kind: str = "model"
+    rivals: dict[str, "Entry"] = field(default_factory=dict)
+    correct: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Features(NamedTuple):
@@ -149,7 +155,7 @@ class Protocol:
 
     - `name`: of the task, and the key of its figures.
     - `on_features`: it is given features of the frozen encoder, and `run` is called on the first process alone.
-    - `for_baselines`: raw pixels and untrained encoders take it too.
+    - `for_baselines`: raw pixels, untrained encoders and the weights that a run began with take it too.
     - `rank`: of its rows in the table: 0 for classifiers of all training images, 1 for what else tests features as
       they are, 2 for other images and other questions; of one rank in the order of `PROTOCOLS`.
     - `panel`: of the figure, where there is one.

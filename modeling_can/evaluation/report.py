@@ -128,14 +128,4 @@ def remarks(results: dict) -> list[str]:
             lines.append(f"{name} was pre-trained on test images too, without their labels")
         if model["test_images_seen_without_labels"] is None:
             lines.append(f"{name} was pre-trained on a part of this set; whether on test images, is not known")
-        ours = results["results"].get(name, {})
-        for other, theirs in results["results"].items():
-            if not other.startswith("untrained") or "linear_probe" not in ours or "linear_probe" not in theirs:
-                continue
-            accuracy, fresh = (100 * figures["linear_probe"]["accuracy"] for figures in (ours, theirs))
-            if accuracy <= fresh:
-                lines.append(
-                    f"{name} is no better than {other} in the linear probe: {accuracy:.1f} against {fresh:.1f} %; "
-                    "pre-train longer, or on more images"
-                )
     return lines

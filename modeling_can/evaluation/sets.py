@@ -18,7 +18,7 @@ from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cach
 from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 
 
-__all__ = ["LabelledSet", "Split", "by_class", "hold_out", "load_labelled", "load_split"]
+__all__ = ["HELD_OUT", "LabelledSet", "Split", "by_class", "hold_out", "load_labelled", "load_split"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,19 @@ class Split:
         return read_bytes(located(self.pictures[int(index)]["image"], self.folder))
 
 
+HELD_OUT = 0.2  # of every class, where a set has no test split
+
+
 class LabelledSet(NamedTuple):
-    """Pictures to learn from, pictures to be tested on, and the names of the classes."""
+    """
+    Images to learn from, images to be tested on, the names of the classes, and which fraction of the training split
+    the test images are; 0 where they have a split of their own.
+    """
 
     train: Split
     test: Split
     class_names: list[str]
+    test_size: float = 0.0
 
 
 def load_split(
@@ -160,7 +167,7 @@ def load_labelled(
     test_split: str = "test",
     image_column: str = "image",
     label_column: str = "label",
-    test_size: float = 0.0,
+    test_size: float | None = 0.0,
     seed: int = 0,
 ) -> LabelledSet:
     """
@@ -169,8 +176,9 @@ def load_labelled(
     Args:
         dataset_name (`str`): Hub id, folder of parquet shards or of class folders, or `"sample_data"`.
         train_split, test_split (`str`): Names, or slices such as `train[:80%]`.
-        test_size (`float`):
-            For a set without a test split, the share of every class of the training split to hold out.
+        test_size (`float`, *optional*):
+            For a set without a test split, the fraction of every class of the training split to hold out. `None`
+            holds out `HELD_OUT` where train is the only split, as of class folders that are in no folder of a split.
 
     Raises:
         ValueError: as `load_split`; if there is a single class, or a test label that no training image has.
@@ -180,11 +188,13 @@ def load_labelled(
     known = np.unique(train.labels)
     if len(known) < 2:
         raise ValueError(f"{train.name} has a single class, {names[known[0]]!r}; a test needs two or more")
+    if test_size is None:
+        test_size = HELD_OUT if set(train.pictures.info.splits or ()) == {"train"} and test_split == "test" else 0.0
     if test_size:
         held_out, rest = hold_out(train.labels, test_size, seed)
         if not len(held_out):
             raise ValueError(f"test_size={test_size} of {train.name} is no image of any class; raise it")
-        return LabelledSet(train.select(rest), train.select(held_out), names)
+        return LabelledSet(train.select(rest), train.select(held_out), names, test_size)
     test, test_names = load_split(dataset_name, config_name, test_split, **columns)
     unseen = [
         test_names[label] for label in np.unique(test.labels) if test_names[label] not in {names[k] for k in known}

@@ -15,6 +15,7 @@ from .few_shot import SHOTS
 from .finetuning import FineTuning
 from .linear_sgd import BASE_LEARNING_RATES
 from .robustness import GROUPS
+from .sets import HELD_OUT
 from .tasks import TASKS
 
 
@@ -38,8 +39,11 @@ class Settings:
     dataset_config_name: str | None = option(None, "its configuration, where it has several")
     train_split: str = option("train", "split to learn from, or a slice: train[:80%]")
     test_split: str = option("test", "split to be tested on")
-    test_size: float = option(
-        0.0, "without a test split, the fraction of the training split to hold out", minimum=0, below=1
+    test_size: float | None = option(
+        None,
+        f"fraction of the training split to be tested on; {HELD_OUT} where that is the only split",
+        minimum=0,
+        below=1,
     )
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column that holds the classes (label); of embed, one to carry along")
@@ -55,7 +59,9 @@ class Settings:
     )
     pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both", choices=POOLINGS)
     baselines: tuple[str, ...] | None = option(
-        BASELINES, "to compare with: pixels, untrained; or none", choices=BASELINES
+        BASELINES,
+        "to compare with: pixels, untrained, start (the model that the run began from); or none",
+        choices=BASELINES,
     )
     trust_remote_code: bool = option(False, "run code that comes with a model from the Hub")
 

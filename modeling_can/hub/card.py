@@ -24,6 +24,7 @@ _CARD_TEMPLATE, _CLASSIFIER_TEMPLATE, _EXPORT_TEMPLATE = (
     Path(__file__).parent / "templates" / f"{name}.md" for name in ("card", "classifier", "export")
 )
 _EVALUATION = ("<!-- evaluation: written by run_eval.py -->", "<!-- end of evaluation -->")
+_ADVICE = "Advice for `{}`: {}"
 _PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as `modeling-can eval` calls them
 EXPORTS = {
     "can": "CAN's own class",
@@ -34,11 +35,14 @@ EXPORTS = {
 }
 
 
-def update_card(folder: str, results: list[EvalResult]):
+def update_card(folder: str, results: list[EvalResult], advice: dict[str, str] | None = None):
     """
     Merges results into the `model-index` of a model folder's README.md, and shows them as a table in its text, except
     those of the trainer's probe, which have a table of their own. A result of the same task, data and metric is
     replaced, the others stay. A card is made where there is none.
+
+    Args:
+        advice (`dict[str, str]`, *optional*): A sentence for a data set, which replaces an earlier one for the same.
 
     Raises:
         ValueError: if it is no folder.
@@ -62,8 +66,11 @@ def update_card(folder: str, results: list[EvalResult]):
     if begin not in card.text or end not in card.text:
         card.text = f"{card.text.rstrip()}\n\n## Evaluation\n\n{begin}\n{end}\n"
     before, after = card.text.split(begin)[0], card.text.split(end)[-1]
-    shown = [r for r in card.data.eval_results if not _is_probe(r)]
-    card.text = f"{before}{begin}\n{_evaluation_table(shown)}\n{end}{after}"
+    earlier = dict(re.findall(_ADVICE.format("(.*?)", "(.*)"), card.text))
+    lines = [_ADVICE.format(data, text) for data, text in {**earlier, **(advice or {})}.items()]
+    shown = [result for result in card.data.eval_results if not _is_probe(result)]
+    text = "\n\n".join([_evaluation_table(shown), *lines])
+    card.text = f"{before}{begin}\n{text}\n{end}{after}"
     write(path, str(card))
 
 

@@ -70,6 +70,24 @@ def test_a_share_is_held_out_where_there_is_no_test_split(tmp_path):
     assert (len(sliced.train), len(sliced.test)) == (15, 15)
 
 
+@pytest.mark.parametrize("splits, test_size", [(["train"], 0.2), (["train", "test"], 0), (["train", "validation"], 0)])
+def test_class_folders_without_splits_are_tested_on_a_fifth(tmp_path, splits, test_size):
+    for split in splits:
+        for index, label in enumerate([0] * 10 + [1] * 20):
+            path = tmp_path / (split if splits[1:] else "") / ["cat", "dog"][label] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded((index, index, index)))
+    if "validation" in splits:  # which may be for something else
+        with pytest.raises(ValueError, match="train_split and test_split to others"):
+            load_labelled(str(tmp_path), test_size=None)
+        return
+    data, again = (load_labelled(str(tmp_path), test_size=None) for _ in range(2))
+    assert data.test_size == test_size and len(data.test) == (6 if test_size else 30)
+    assert [data.test.read(i) for i in range(len(data.test))] == [again.test.read(i) for i in range(len(again.test))]
+    if test_size:
+        assert np.bincount(data.test.labels).tolist() == [2, 4]
+
+
 ERRORS = {
     "no split": (dict(test=None), {}, "train_split and test_split to others.* test_size=0.2 holds out"),
     "no label column": ({}, dict(label_column="klass"), "no column 'klass'; set label_column to one of label"),

@@ -259,6 +259,16 @@ def test_later_metrics_are_shown_in_the_text_once(tmp_path):
     assert card.text.index("## Results") < card.text.index("| flowers") < card.text.index("## Training")
 
 
+def test_advice_is_kept_for_each_data_set_and_said_once(tmp_path):
+    for data, advice in {"a": "Worth it: x", "b": "Not known yet: y"}.items():
+        update_card(str(tmp_path), [result("linear probe", 0.5)], {data: advice})
+    update_card(str(tmp_path), [result("linear probe", 0.5)], {"a": "Not worth it yet: z"})
+    once = (tmp_path / "README.md").read_text()
+    update_card(str(tmp_path), [result("linear probe", 0.5)])
+    assert (tmp_path / "README.md").read_text() == once and "Worth it: x" not in once
+    assert "\n\nAdvice for `a`: Not worth it yet: z\n\nAdvice for `b`: Not known yet: y\n<!-- end" in once
+
+
 def test_a_card_of_others_gets_the_figures_at_its_end(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Theirs\n\nTheir text.\n")
     update_card(str(tmp_path), [result("linear probe", 0.5)])
