@@ -31,23 +31,23 @@ from .recipe import LENGTH, Recipe, model_fields
 
 __all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at"]
 
-NUM_LOOKED_AT = 64  # images
+_NUM_LOOKED_AT = 64  # images
 _COLOR_DIFFERENCE = 4  # of 255: what the channels of a gray JPEG may differ by
 
 # Width, layers and heads of encoder and decoder
-ENCODERS = {
+_ENCODERS = {
     "a small ViT": ((128, 4, 4), (64, 2, 4)),
     "ViT-tiny": ((192, 12, 3), (192, 4, 6)),
     "ViT-small": ((384, 12, 6), (256, 4, 8)),
     "ViT-base": ((768, 12, 12), (512, 8, 16)),
 }
-PATCHES = {32: 4, 64: 8, 128: 8, 224: 16}  # image size -> patch size
+_PATCHES = {32: 4, 64: 8, 128: 8, 224: 16}  # image size -> patch size
 # The encoder on a GPU: from so many images and so many GB of memory on
-ON_GPU = (("ViT-base", 1_000_000, 16), ("ViT-small", 100_000, 8), ("ViT-tiny", 0, 0))
-# Images seen, and the most epochs, on a CPU and on a GPU; a GPU does at least MIN_EPOCHS
-NUM_SEEN, MAX_EPOCHS, MIN_EPOCHS = {"cpu": 1_000_000, "cuda": 5_000_000}, {"cpu": 400, "cuda": 800}, 100
-UNKNOWN_NUMBER = 100_000  # what a source counts as that does not tell how many images it has
-MOST_WORKERS = 8
+_ON_GPU = (("ViT-base", 1_000_000, 16), ("ViT-small", 100_000, 8), ("ViT-tiny", 0, 0))
+# Images seen, and the most epochs, on a CPU and on a GPU; a GPU does at least _MIN_EPOCHS
+_NUM_SEEN, _MAX_EPOCHS, _MIN_EPOCHS = {"cpu": 1_000_000, "cuda": 5_000_000}, {"cpu": 400, "cuda": 800}, 100
+_UNKNOWN_NUMBER = 100_000  # what a source counts as that does not tell how many images it has
+_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def filled(recipe: Recipe, found: list[Choice], head: str = "") -> Recipe:
 
 
 def look_at(source: ImageSource) -> Images:
-    """Reads the first `NUM_LOOKED_AT` images; those that cannot be read count later, in training."""
+    """Reads the first `_NUM_LOOKED_AT` images; those that cannot be read count later, in training."""
     sides, is_gray = [], True
-    rows = next(source.blocks(source.dataset, block_size=NUM_LOOKED_AT), ({}, None))[0]
-    for row in islice(source.images(rows) if rows else (), NUM_LOOKED_AT):
+    rows = next(source.blocks(source.dataset, block_size=_NUM_LOOKED_AT), ({}, None))[0]
+    for row in islice(source.images(rows) if rows else (), _NUM_LOOKED_AT):
         try:
             image = Image.open(io.BytesIO(source.fetch(row)))
             sides.append(min(image.size))
@@ -141,7 +141,7 @@ def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:
     Args:
         given (`dict`): What the user set, by key of a recipe.
     """
-    on_gpu, number = machine.device == "cuda", images.number or UNKNOWN_NUMBER
+    on_gpu, number = machine.device == "cuda", images.number or _UNKNOWN_NUMBER
     start = given.get("model_name_or_path")
     return [
         _encoder(images, machine, given) if not start or Path(start).is_file() else _encoder_of(start),
@@ -159,15 +159,15 @@ def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:
 
 
 def _encoder_name(images: Images, machine: Machine) -> str:
-    number = images.number or UNKNOWN_NUMBER
+    number = images.number or _UNKNOWN_NUMBER
     if machine.device != "cuda":
         return "a small ViT"
-    return next(name for name, least, memory in ON_GPU if number >= least and machine.memory >= memory)
+    return next(name for name, least, memory in _ON_GPU if number >= least and machine.memory >= memory)
 
 
 def _sizes(name: str, given: dict) -> dict:
     values = {}
-    for prefix, (width, layers, heads) in zip(("", "decoder_"), ENCODERS[name], strict=True):
+    for prefix, (width, layers, heads) in zip(("", "decoder_"), _ENCODERS[name], strict=True):
         width = given.get(f"{prefix}hidden_size", width)  # what depends on it follows it
         values |= {
             f"{prefix}hidden_size": width,
@@ -189,7 +189,7 @@ def _encoder_of(start: str) -> Choice:
     config = can_config(start)
     values = {name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")}
     width = config.hidden_size
-    near = min(ENCODERS, key=lambda name: abs(ENCODERS[name][0][0] - width))
+    near = min(_ENCODERS, key=lambda name: abs(_ENCODERS[name][0][0] - width))
     values |= {name: value for name, value in _sizes(near, {}).items() if name.startswith("decoder")}
     if theirs := normalisation(start):
         values |= {"image_mean": tuple(theirs[0]), "image_std": tuple(theirs[1])}
@@ -197,17 +197,17 @@ def _encoder_of(start: str) -> Choice:
 
 
 def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
-    allowed = PATCHES if on_gpu else [size for size in PATCHES if size <= 64]
-    size = max([size for size in allowed if size <= images.side], default=min(PATCHES))
+    allowed = _PATCHES if on_gpu else [size for size in _PATCHES if size <= 64]
+    size = max([size for size in allowed if size <= images.side], default=min(_PATCHES))
     asked = given.get("image_size")
     if asked:  # its patches follow it
         side = min(asked) if isinstance(asked, tuple) else asked
-        patch = PATCHES[max([size for size in PATCHES if size <= side], default=min(PATCHES))]
+        patch = _PATCHES[max([size for size in _PATCHES if size <= side], default=min(_PATCHES))]
         return Choice({"patch_size": patch}, "patches that suit the image size")
     reason = f"half of the images have {images.side} pixels or more on their shorter side"
     if not on_gpu and images.side >= 128:
         reason += "; larger ones take a CPU days"
-    return Choice({"image_size": size, "patch_size": PATCHES[size]}, reason)
+    return Choice({"image_size": size, "patch_size": _PATCHES[size]}, reason)
 
 
 def _views(images: Images, given: dict) -> list[Choice]:
@@ -250,21 +250,21 @@ def _learning_rate(images: Images, machine: Machine) -> Choice:
 
 
 def _length(images: Images, machine: Machine) -> Choice:
-    seen = NUM_SEEN[machine.device]
+    seen = _NUM_SEEN[machine.device]
     if images.number is None:
         return Choice({"num_train_samples": 2 * seen}, "the source does not tell how many images it has")
-    epochs = min(MAX_EPOCHS[machine.device], seen / images.number)
+    epochs = min(_MAX_EPOCHS[machine.device], seen / images.number)
     if machine.device == "cuda":
-        epochs = max(MIN_EPOCHS, epochs)
+        epochs = max(_MIN_EPOCHS, epochs)
     epochs = float(f"{epochs:.2g}")
     return Choice({"num_train_epochs": epochs}, f"{epochs * images.number:,.0f} images seen; more is better")
 
 
 def _workers(machine: Machine) -> Choice:
     if machine.device == "cuda":
-        number = max(1, min(MOST_WORKERS, machine.num_cores - 1))
+        number = max(1, min(_MOST_WORKERS, machine.num_cores - 1))
         return Choice({"dataloader_num_workers": number}, f"of {machine.num_cores} cores for each process")
-    number = max(1, min(MOST_WORKERS, machine.num_cores // 4))
+    number = max(1, min(_MOST_WORKERS, machine.num_cores // 4))
     return Choice({"dataloader_num_workers": number}, "the other cores train")
 
 
@@ -312,7 +312,7 @@ def _how_long(recipe: Recipe, images: Images, machine: Machine, accelerator: Acc
     """Measured on some random images; and what a GPU would bring."""
     batch_size = recipe.per_device_train_batch_size
     if batch_size == "auto":
-        batch_size = max(1, largest_step(images.number or UNKNOWN_NUMBER, machine.device) // machine.num_processes)
+        batch_size = max(1, largest_step(images.number or _UNKNOWN_NUMBER, machine.device) // machine.num_processes)
     plan = Plan.of(replace(recipe, per_device_train_batch_size=batch_size), images.number, machine.num_processes)
     num_timed = 64 if machine.device == "cuda" else 16
     num_steps = plan.max_steps * plan.global_batch_size / machine.num_processes / num_timed
