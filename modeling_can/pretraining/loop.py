@@ -80,14 +80,8 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     # --- Data
     source = image_source(recipe, dataset)
     _tell(is_main and source.left_out_line)
-    if recipe.given is not None:
-        recipe = choose(recipe, source, accelerator)
-    if recipe.per_device_train_batch_size == "auto":
-        recipe = replace(recipe, per_device_train_batch_size=_batch_size(recipe, accelerator, source, checkpoint))
+    recipe = _settled(recipe, source, accelerator, checkpoint)
     compiled = compilation(recipe, accelerator)
-    if recipe.measure_mean_std:
-        mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
-        recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
     feed = Feed(recipe, source, accelerator, compiled)
     _tell(is_main and feed.remark)
     probe = probe_of(recipe, accelerator.device) if is_main else None
@@ -150,12 +144,21 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     return found
 
 
-def _batch_size(recipe: Recipe, accelerator: Accelerator, source: ImageSource, checkpoint: Path | None) -> int:
-    """What `auto` stands for: what fits, or what the run that goes on has."""
-    known = Path(recipe.output_dir) / "recipe.yaml"
-    if checkpoint and known.exists():
-        return yaml.safe_load(known.read_text())["per_device_train_batch_size"]
-    return measured_batch_size(recipe, accelerator, source.num_images())
+def _settled(recipe: Recipe, source: ImageSource, accelerator: Accelerator, checkpoint: Path | None) -> Recipe:
+    """The recipe with what only images and device can tell: open choices, the batch size, mean and deviation."""
+    if recipe.given is not None:
+        recipe = choose(recipe, source, accelerator)
+    if recipe.per_device_train_batch_size == "auto":
+        known = Path(recipe.output_dir) / "recipe.yaml"
+        if checkpoint and known.exists():  # a run that goes on keeps its own
+            size = yaml.safe_load(known.read_text())["per_device_train_batch_size"]
+        else:
+            size = measured_batch_size(recipe, accelerator, source.num_images())
+        recipe = replace(recipe, per_device_train_batch_size=size)
+    if recipe.measure_mean_std:
+        mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
+        recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
+    return recipe
 
 
 def _where_it_stands(
