@@ -155,7 +155,7 @@ OFF = dict(
     vertical_flip_probability=0,
     quarter_turn_probability=0,
     color_jitter_probability=0,
-    greyscale_probability=0,
+    grayscale_probability=0,
     blur_probability=0,
     solarize_probability=0,
 )

@@ -188,7 +188,7 @@ def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: 
         tell(f"\n{CAPTION}\n\n{table(results['results'])}")
     written = [f"{output_dir}/results.json", *([f"{output_dir}/figures/evaluation.png"] if drawn else [])]
     tasks = [figures for model in results["results"].values() for figures in model.values()]
-    written += [figures["picture"] for figures in tasks if "picture" in figures]
+    written += [figures["figure"] for figures in tasks if "figure" in figures]
     tell(f"\nFigures: {', '.join(written)}")
     for line in remarks(results):
         tell(f"Note: {line}")

@@ -33,7 +33,7 @@ class FeatureMaps(Protocol):
         path = setup.output_dir / "figures" / f"features-{file_name(entry.name)}.png"
         images = torch.stack([preprocessor.shown(image) for image in encoded]) / 255
         feature_sheet(images=images, tokens=tokens, attentions=attentions, path=path)
-        return {"picture": str(path)}
+        return {"figure": str(path)}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
         return {}

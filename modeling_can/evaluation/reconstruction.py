@@ -57,7 +57,7 @@ class Reconstruction(Protocol):
         figures = {"mask_ratio": config.mask_ratio, "noise_level": config.noise_std_max}
         figures["norm_pix_loss"] = config.norm_pix_loss
         if "hidden" in made:
-            figures["hidden_patches"] = self._below(setup, 1.0, made["hidden"])
+            figures["masked_patches"] = self._below(setup, 1.0, made["hidden"])
             figures["plain"] = self._below(setup, 1.0, made["plain"])
         if "noise" in made:
             figures["noise_reduction"] = self._below(setup, made["noise"].mean(), made["residual"])
@@ -68,7 +68,7 @@ class Reconstruction(Protocol):
             reconstruction_sheet(
                 model=model, pixel_values=preprocessor.normalise(few).to(device), mean=mean, std=std, path=path
             )
-        return {**figures, "picture": str(path)}
+        return {**figures, "figure": str(path)}
 
     @staticmethod
     def _below(setup: Setup, signal: float, error: np.ndarray) -> dict:
@@ -79,7 +79,7 @@ class Reconstruction(Protocol):
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
         plain = "their own mean" if figures["norm_pix_loss"] else "mean colour of the visible"
-        decibels = {"hidden_patches": ("hidden patches", "psnr"), "plain": (f"... {plain}", "psnr"),
+        decibels = {"masked_patches": ("masked patches", "psnr"), "plain": (f"... {plain}", "psnr"),
                     "noise_reduction": ("noise weaker by", "noise_reduction")}  # fmt: skip
         return {
             f"{title}, dB": Measure(figures[name]["db"], figures[name]["interval"], metric)

@@ -38,10 +38,10 @@ class Retrieval(Protocol):
         )
         share = right.mean(axis=1)
         interval = setup.interval(share)
-        return {"precision": float(share.mean()), "interval": interval, "neighbours": _SHOWN, "picture": str(path)}
+        return {"precision": float(share.mean()), "interval": interval, "neighbors": _SHOWN, "figure": str(path)}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
-        heading = f"of {figures['neighbours']} neighbours right"
+        heading = f"of {figures['neighbors']} neighbors right"
         return {heading: Measure(figures["precision"], figures["interval"], "precision", pooling=pooling)}
 
 

@@ -139,7 +139,7 @@ def augmentation(recipe: Recipe) -> Augmentation:
         quarter_turn_probability=recipe.quarter_turn_probability,
         color_jitter=recipe.color_jitter,
         color_jitter_probability=recipe.color_jitter_probability,
-        greyscale_probability=recipe.greyscale_probability,
+        grayscale_probability=recipe.grayscale_probability,
         blur_probability=recipe.blur_probability,
         blur_sigma=recipe.blur_sigma,
         blur_kernel_size=max(3, min(recipe.config.image_shape) // 10 // 2 * 2 + 1),

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..configuration_can import EARLIER
 from ..files import put_in_place
+from ..former_names import current_names
 from .recipe import Recipe, model_fields, training_fields
 
 
@@ -188,7 +189,7 @@ def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[s
     """
     # What an earlier version did not know yet, it did as the default does now, or as EARLIER says.
     fields = [*training_fields(), *model_fields()]
-    before = {field.name: field.default for field in fields} | EARLIER | shared["recipe"]
+    before = {field.name: field.default for field in fields} | EARLIER | current_names(shared["recipe"])
     harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
                 "dataloader_num_workers", "gradient_checkpointing", "data_on_device")  # fmt: skip
     now = recipe.to_dict()

@@ -16,6 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..configuration_can import CANConfig
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, load_yaml, option, parse_values, read_flags
+from ..former_names import current_names
 
 
 __all__ = [
@@ -106,7 +107,7 @@ class Recipe:
         (0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue", minimum=0, num_values=(4,)
     )
     color_jitter_probability: float = option(0.8, "of color jitter", minimum=0, maximum=1)
-    greyscale_probability: float = option(0.2, "of losing the color", minimum=0, maximum=1)
+    grayscale_probability: float = option(0.2, "of losing the color", minimum=0, maximum=1)
     blur_probability: float = option(0.5, "of Gaussian blur", minimum=0, maximum=1)
     blur_sigma: tuple[float, ...] = option(
         (0.1, 2.0), "range of the blur's width in pixels", above=0, num_values=(2,), ascending=True
@@ -329,7 +330,8 @@ def make_recipe(recipe: str | Path | dict, overrides: dict) -> Recipe:
     Raises:
         ValueError: as `Recipe.from_dict`; also for a recipe that does not exist.
     """
-    values = dict(recipe) if isinstance(recipe, dict) else _read(_find(recipe))
+    values = current_names(recipe if isinstance(recipe, dict) else _read(_find(recipe)))
+    overrides = current_names(overrides)
     if any(key in overrides for key in SOURCE if key != "dataset_config_name"):
         if values.get("probe_dataset_name") == values.get("dataset_name"):
             values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones

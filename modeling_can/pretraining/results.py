@@ -121,7 +121,7 @@ def _outcome(run: Run, began: float) -> dict:
         "images_per_second": num_samples / run.log.train_seconds,
         "data_wait": sum(line["data_wait"] for line in lines) / len(lines),
         "peak_memory": peak_memory(run.accelerator.device),
-        "bad_samples": dict(reasons(run.feed.ledger)),
+        "bad_samples": dict(reasons(run.feed.bad_sample_log)),
         "nonfinite_steps": run.log.num_nonfinite,
         "train_seconds": run.log.train_seconds,
         "total_seconds": time.perf_counter() - began,

@@ -25,7 +25,7 @@ from modeling_can.data.crops import RandomCrops
 ALL_ON = dict(
     color_jitter=(0.4, 0.4, 0.4, 0.1),
     color_jitter_probability=0.7,
-    greyscale_probability=0.3,
+    grayscale_probability=0.3,
     blur_kernel_size=7,
     solarize_probability=0.4,
 )

@@ -149,7 +149,7 @@ def test_sheets_of_features_need_no_right_labels(models, colours, tmp_path, caps
         assert set(results["results"]) == {"can", "dinov2", "convnext"}
         for name, figures in results["results"].items():
             path = folder / f"features-{name}.png"
-            assert figures == {"features": {"picture": str(path)}} and str(path) in output
+            assert figures == {"features": {"figure": str(path)}} and str(path) in output
             drawn.setdefault(name, []).append(path.read_bytes())
     widths = {name: Picture.open(folder / f"features-{name}.png").width for name in drawn}
     assert widths["can"] == widths["dinov2"] > 1.4 * widths["convnext"]  # no attention there
@@ -214,11 +214,11 @@ def test_a_pooling_is_named_where_features_were_pooled():
     figures = {
         "knn": {"20": of}, "linear_probe": of, "few_shot": {"5": {**of, "std": 0.1}}, "finetune": of,
         "linear_probe_sgd": {**of, "pooling": "both"}, "exported": {**of, "head": "fine-tuned"},
-        "retrieval": {"precision": 0.5, "interval": [0.4, 0.6], "neighbours": 7},
+        "retrieval": {"precision": 0.5, "interval": [0.4, 0.6], "neighbors": 7},
         "robustness": {**of, "clean": of, "head": "own classifier"},
     }  # fmt: skip
     poolings = {heading: measure.pooling for heading, measure in report.measures(figures, "cls").items()}
-    frozen = ("k-NN, k = 20", "linear probe", "5 a class", "of 7 neighbours right")
+    frozen = ("k-NN, k = 20", "linear probe", "5 a class", "of 7 neighbors right")
     trained = ("fine-tuned", "exported classifier", "corrupted", "clean, same classifier")
     assert poolings == {**dict.fromkeys(frozen, "cls"), **dict.fromkeys(trained, "mean"), "linear probe, SGD": "both"}
 
@@ -319,7 +319,7 @@ def test_two_processes_give_the_results_of_one(models, colours, tmp_path):
     one, two = results
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     for name in ("retrieval", "reconstruction"):
-        assert one["results"]["can"][name].pop("picture") != two["results"]["can"][name].pop("picture")
+        assert one["results"]["can"][name].pop("figure") != two["results"]["can"][name].pop("figure")
     sgd = [result["results"]["can"].pop("linear_probe_sgd") for result in results]
     assert one["results"] == two["results"]  # to the last digit; SGD's batches are encoded in halves:
     assert [head["held_out_accuracy"] for head in sgd[0]["heads"]] == [

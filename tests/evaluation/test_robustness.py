@@ -283,15 +283,15 @@ def test_reconstruction_is_in_decibels_below_the_full_range(models, colours, tmp
     results = run_eval.main(argv)
     figures = results["results"]["can"]["reconstruction"]
     assert set(results["results"]) == {"can"}
-    for name in ("hidden_patches", "plain", "noise_reduction"):
+    for name in ("masked_patches", "plain", "noise_reduction"):
         low, high = figures[name]["interval"]
         assert low <= figures[name]["db"] <= high
     # One colour a picture, whose noised mean stands in for the hidden patches; a fresh decoder is far from that.
-    assert figures["plain"]["db"] > 50 > figures["hidden_patches"]["db"]
+    assert figures["plain"]["db"] > 50 > figures["masked_patches"]["db"]
     assert figures["noise_reduction"]["db"] == 0  # a fresh noise head predicts none
-    assert Path(figures["picture"]).stat().st_size > 5000
+    assert Path(figures["figure"]).stat().st_size > 5000
     again = run_eval.main([*argv, "--batch_size=5"])["results"]["can"]["reconstruction"]
-    assert again["hidden_patches"]["db"] == pytest.approx(figures["hidden_patches"]["db"], abs=1e-4)
+    assert again["masked_patches"]["db"] == pytest.approx(figures["masked_patches"]["db"], abs=1e-4)
     with pytest.raises(ValueError, match="needs a CAN .* dinov2 is a dinov2"):
         run_eval.main(options(models, colours, tmp_path, "dinov2", task="reconstruction"))
 

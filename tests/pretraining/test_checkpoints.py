@@ -18,6 +18,7 @@ from testing_utils import ROOT, RUN, free_port, kill_rank_1
 
 import run_pretraining
 from modeling_can.evaluation.probe import Probe
+from modeling_can.former_names import FORMER_NAMES
 from modeling_can.pretraining.checkpoints import Checkpoints, describe_file
 
 
@@ -229,6 +230,11 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(tmp_path, ca
     for name in ("data_on_device", "noise_head", "norm_noise_loss"):  # which it did not know
         del shared["recipe"][name]
     shared["recipe"]["torch_compile"] = False
+    for part in (shared["recipe"], shared["progress"]):
+        for former, name in FORMER_NAMES.items():
+            if name in part:
+                part[former] = part.pop(name)
+    assert "greyscale_probability" in shared["recipe"] and "ledger_bytes" in shared["progress"]
     torch.save(shared, path / "shared.pt")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["shared.pt"] = describe_file(path / "shared.pt")

@@ -32,7 +32,7 @@ RUNS = {
         "on_nonfinite": "skip",
         "save_steps": 2, "save_total_limit": 1, "overwrite_output_dir": True, "crop_scale": "0.3,0.9",
         "crop_ratio": "0.9,1.1", "resample": "bicubic", "flip_probability": 0.3, "color_jitter": "0.1,0.1,0.1,0.05",
-        "color_jitter_probability": 0.5, "greyscale_probability": 0.1, "blur_probability": 0.9,
+        "color_jitter_probability": 0.5, "grayscale_probability": 0.1, "blur_probability": 0.9,
         "blur_sigma": "0.5,1.5", "solarize_probability": 0.3, "warmup_ratio": 0.5, "weight_decay": 0.1,
         "adam_beta1": 0.8, "adam_beta2": 0.9, "base_learning_rate": 1e-3, "seed": 5,
     },
