@@ -7,7 +7,7 @@ How many images a second come out of the input pipeline, from encoded photograph
 Per core, from wall and CPU time of this process and its loader workers, with 0, 1 and 2 workers:
 
 - baseline: what most trainers do, decode in Pillow and two full pipelines in Pillow and numpy to float tensors (random
-  resized crop, bicubic; flip, colour jitter, greyscale, blur, normalise; SimCLR's probabilities); and the same with
+  resized crop, bicubic; flip, color jitter, grayscale, blur, normalize; SimCLR's probabilities); and the same with
   the picture decoded for each view;
 - ours: decode once, two crops as uint8, bilinear and bicubic; the photometric steps run in batch on the device, and
   are timed by themselves.

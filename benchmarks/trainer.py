@@ -44,13 +44,13 @@ from modeling_can.pretraining.recipe import parse_arguments  # noqa: E402
 
 
 def write_pictures(folder: Path, number: int = 256):
-    """Smooth colours with some grain: JPEGs of about the size that photographs have."""
+    """Smooth colors with some grain: JPEGs of about the size that photographs have."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for index in range(number):
-        colours = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), 3)
+        colors = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), 3)
         grain = rng.normal(0, 8, (375, 500, 1))
-        pixels = np.clip(np.asarray(colours) + grain, 0, 255).astype(np.uint8)
+        pixels = np.clip(np.asarray(colors) + grain, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.jpg", quality=90)
 
 

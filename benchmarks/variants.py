@@ -1,5 +1,5 @@
 """
-What the choices about a step cost: one optimiser step under each of them, as ratios to the first.
+What the choices about a step cost: one optimizer step under each of them, as ratios to the first.
 
     python benchmarks/variants.py --study choices          # compiled, attention, checkpointing, other objectives
     python benchmarks/variants.py --study tried            # what was tried for speed and not taken

@@ -73,7 +73,7 @@ class CANForPreTrainingOutput(ModelOutput):
         reconstruction_loss (`torch.Tensor` of shape `()`, *optional*): A, unweighted.
         denoising_loss (`torch.Tensor` of shape `()`, *optional*): N, unweighted, in raw units.
         logits (`torch.Tensor` of shape `(batch_size, num_views, num_patches, pixels_per_patch)`, *optional*):
-            Predicted pixels on hidden patches (normalised per patch with `norm_pix_loss`), predicted noise sigma * e
+            Predicted pixels on hidden patches (normalized per patch with `norm_pix_loss`), predicted noise sigma * e
             on visible ones. Pixels are laid out (row, column, channel), as in MAE.
         mask (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`): 1 = hidden.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_views, num_patches)`): As in `CANModelOutput`.
@@ -206,7 +206,7 @@ class CANEmbeddings(nn.Module):
         # Not the usual convolution, because it can be applied to some of the patches.
         self.patch_embeddings = CANPatchLinear(config.pixels_per_patch, config.hidden_size)
         # A buffer, because transformers 5 gives loaded parameters their gradient back; a saved one, because a warm
-        # start may bring a learnt table.
+        # start may bring a learned table.
         positions = sincos_positions(config.grid_shape, config.hidden_size)
         self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
 
@@ -242,7 +242,7 @@ class CANEmbeddings(nn.Module):
     def check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """The patch grid of these pixels; raises ValueError where they do not fit the model."""
         if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised pixels, e.g. from the processor")
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalized pixels, e.g. from the processor")
         channels, height, width = pixel_values.shape[1:]
         patch_height, patch_width = self.config.patch_shape
         if channels != self.config.num_channels:
@@ -579,7 +579,7 @@ class CANModel(CANPreTrainedModel):
     ) -> CANModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
             mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); `None` hides none.
             masking_scores (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*):
                 The patches with the smallest scores stay visible; drawn from U[0, 1] if `None`.
@@ -644,11 +644,11 @@ class CANForPreTraining(CANPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 2, num_channels, height, width)`):
-                Two augmented views of each image, normalised; never modified. One view, `(batch_size, 1, ...)`, is
+                Two augmented views of each image, normalized; never modified. One view, `(batch_size, 1, ...)`, is
                 accepted when the contrastive weight is 0.
             pixel_noise (`torch.Tensor` of the same shape, *optional*): e, drawn from N(0, I) if `None`.
             noise_level (`torch.Tensor` of shape `(batch_size, num_views)`, *optional*):
-                sigma, in units of normalised pixels, drawn from U[0, noise_std_max] if `None`.
+                sigma, in units of normalized pixels, drawn from U[0, noise_std_max] if `None`.
             masking_scores (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`, *optional*):
                 In each view the patches with the smallest scores stay visible; drawn from U[0, 1] if `None`.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.
@@ -793,7 +793,7 @@ class CANForPreTraining(CANPreTrainedModel):
                 "as (batch_size, 2, num_channels, height, width), e.g. torch.stack([view_1, view_2], dim=1)"
             )
         if not pixel_values.is_floating_point():  # before noise makes it one
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised pixels, e.g. from the processor")
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalized pixels, e.g. from the processor")
         if pixel_values.shape[1] not in (1, 2):
             raise ValueError(f"pixel_values has {pixel_values.shape[1]} views; give 2, or 1 without contrastive term")
         if pixel_values.shape[1] == 1 and self.config.contrastive_loss_weight > 0:
@@ -828,7 +828,7 @@ class CANForImageClassification(CANPreTrainedModel):
     ) -> ImageClassifierOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
             labels (`torch.Tensor`, *optional*):
                 `(batch_size,)` class indices, or `(batch_size, num_labels)` targets, as `config.problem_type` says.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.

@@ -17,7 +17,7 @@ from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 __all__ = [
     "amplified_noise", "curves", "errors_of", "feature_sheet", "plain", "principal_components", "reconstruct",
-    "reconstruction_sheet", "save_figure", "true_colours",
+    "reconstruction_sheet", "save_figure", "true_colors",
 ]  # fmt: skip
 
 
@@ -34,14 +34,14 @@ def reconstruct(
     One view of each image through noise, mask and decoder.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
         noise_level (`float`, *optional*): sigma; `noise_std_max` if `None`.
         pixel_noise (`torch.Tensor` of the same shape, *optional*): e, drawn from N(0, I) if `None`.
         masking_scores (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Drawn from U[0, 1].
         mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); the model's own if `None`.
 
     Returns:
-        Tensors of the same shape, in normalised pixels: `input` (noised, hidden patches NaN), `reconstruction`
+        Tensors of the same shape, in normalized pixels: `input` (noised, hidden patches NaN), `reconstruction`
         (predicted on hidden patches, the noised input minus the predicted noise on visible ones), `noise` and
         `predicted_noise` (hidden patches NaN; zero where the model has no noise).
     """
@@ -58,7 +58,7 @@ def reconstruct(
 
     clean, noised_patches = patchify(pixel_values, config.patch_shape), patchify(noised, config.patch_shape)
     predicted_pixels = logits
-    if config.norm_pix_loss:  # back to true colours, with the statistics that normalised the target
+    if config.norm_pix_loss:  # back to true colors, with the statistics that normalized the target
         patch_mean, patch_std = patch_statistics(clean)
         predicted_pixels = logits * patch_std + patch_mean
     predicted_noise = logits if config.denoising_loss_weight > 0 else torch.zeros_like(logits)
@@ -81,14 +81,14 @@ def errors_of(
     """
     Args:
         pictures (`dict[str, torch.Tensor]`): What `reconstruct` made of `pixel_values`.
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
-        std (`tuple[float, ...]`): By which they were normalised.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
+        std (`tuple[float, ...]`): By which they were normalized.
 
     Returns:
         Each `(batch_size,)`. `hidden`: mean squared error on the hidden patches, pixels in [0, 1]; `plain`: that of
-        the mean colour of the visible patches in their place (both absent without reconstruction loss). `noise` and
+        the mean color of the visible patches in their place (both absent without reconstruction loss). `noise` and
         `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
-        noise, in normalised units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
+        noise, in normalized units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
         with its own true mean and deviation, as in MAE's pictures, and `plain` is each patch's own true mean. NaN
         where nothing is hidden.
     """
@@ -115,14 +115,14 @@ def errors_of(
     return errors
 
 
-def true_colours(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Normalised pixels `(..., C, H, W)` -> [0, 1], hidden patches grey."""
+def true_colors(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Normalized pixels `(..., C, H, W)` -> [0, 1], hidden patches gray."""
     mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (mean, std))
     return (pixels * std + mean).clamp(0, 1).nan_to_num(0.5)
 
 
 def amplified_noise(noise: torch.Tensor, noise_std_max: float) -> torch.Tensor:
-    """Noise -> [0, 1]: mid-grey is none (and hidden patches), the full range three times `noise_std_max`."""
+    """Noise -> [0, 1]: mid-gray is none (and hidden patches), the full range three times `noise_std_max`."""
     return (0.5 + noise / (6 * max(noise_std_max, 1e-6))).clamp(0, 1).nan_to_num(0.5)
 
 
@@ -132,9 +132,9 @@ def reconstruction_sheet(
     """Saves a sheet with a row an image: image, noised and masked input, reconstruction, noise, predicted noise."""
     pictures, sigma_max = reconstruct(model, pixel_values), model.config.noise_std_max
     columns = {
-        "image": true_colours(pixel_values, mean, std),
-        "noised, masked input": true_colours(pictures["input"], mean, std),
-        "reconstruction": true_colours(pictures["reconstruction"], mean, std),
+        "image": true_colors(pixel_values, mean, std),
+        "noised, masked input": true_colors(pictures["input"], mean, std),
+        "reconstruction": true_colors(pictures["reconstruction"], mean, std),
         "noise (amplified)": amplified_noise(pictures["noise"], sigma_max),
         "predicted noise": amplified_noise(pictures["predicted_noise"], sigma_max),
     }
@@ -239,7 +239,7 @@ def curves(metrics: list[dict], path: Path) -> None:
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.text(0.995, 0.005, "dashed: a model that has learnt nothing", fontsize=7, ha="right", va="bottom")
+    figure.text(0.995, 0.005, "dashed: a model that has learned nothing", fontsize=7, ha="right", va="bottom")
     save_figure(figure, path)
 
 

@@ -23,7 +23,7 @@ from demo.screenshot import chromium, running_app, wait_for_pictures
 from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
 from modeling_can.data.decoding import BadImage
 from modeling_can.demo import QUICKSTART, Demo, build, enlarged, main, write_examples
-from modeling_can.plots import reconstruct, true_colours
+from modeling_can.plots import reconstruct, true_colors
 
 
 DENOISER = dict(reconstruction_loss_weight=0, denoising_loss_weight=1)
@@ -71,17 +71,17 @@ def test_pictures_and_words_are_those_of_reconstruct(demo):
     noise = torch.randn(1, 3, 32, 48, generator=generator)
     made = reconstruct(demo.model, pixels, 0.03, noise, torch.rand(1, 24, generator=generator))
     for name in ("input", "reconstruction"):
-        colours = true_colours(made[name], (0.5,) * 3, (0.5,) * 3)[0].permute(1, 2, 0).numpy()
+        colors = true_colors(made[name], (0.5,) * 3, (0.5,) * 3)[0].permute(1, 2, 0).numpy()
         small = shown[name][3::7, 3::7]  # 7 x 48 is the first multiple from 320 pixels on
         seen = small[..., 3] == 255
         assert shown[name].shape == (7 * 32, 7 * 48, 4) and seen.any()
-        np.testing.assert_allclose(small[seen][:, :3] / 255, colours[seen], atol=0.5 / 255 + 1e-6)
+        np.testing.assert_allclose(small[seen][:, :3] / 255, colors[seen], atol=0.5 / 255 + 1e-6)
         np.testing.assert_array_equal(seen, ~made[name][0, 0].isnan().numpy())
 
     hidden = made["input"].isnan()
     error = ((made["reconstruction"] - pixels)[hidden] / 2).square().mean()
-    colour = torch.stack([pixels[0, c][~hidden[0, c]].mean() for c in range(3)])[:, None, None]
-    plain = ((colour - pixels)[hidden] / 2).square().mean()
+    color = torch.stack([pixels[0, c][~hidden[0, c]].mean() for c in range(3)])[:, None, None]
+    plain = ((color - pixels)[hidden] / 2).square().mean()
     left = (made["noise"] - made["predicted_noise"])[~hidden].square().mean() / made["noise"][~hidden].square().mean()
     said = [float(number) for number in re.findall(r"(-?\d+\.\d) dB", words)]
     expected = [-10 * error.log10(), -10 * plain.log10(), 10 * (error / plain).log10().abs(), 10 * left.log10().abs()]
@@ -111,7 +111,7 @@ def test_noise_level_scales_one_pattern_under_one_mask(demo):
 
 def test_without_noise_none_is_shown(demo):
     shown, words = demo(picture(), 0.5, 0.0, seed=3)
-    assert set(np.unique(shown["noise"][..., :3])) == {128} and "**Noise:** none." in words  # mid-grey
+    assert set(np.unique(shown["noise"][..., :3])) == {128} and "**Noise:** none." in words  # mid-gray
     seen = shown["input"][..., 3] == 255
     np.testing.assert_array_equal(shown["input"][seen], shown["picture"][seen])
 
@@ -138,15 +138,15 @@ def test_mask_ratio_hides_that_share_and_more_hides_more(demo):
         ({"num_channels": 1}, "below the full range"),
         ({"mask_ratio": 0.97}, "below the full range"),
     ],
-    ids=["norm_pix_loss", "mae", "denoiser", "greyscale", "one patch"],
+    ids=["norm_pix_loss", "mae", "denoiser", "grayscale", "one patch"],
 )
 def test_every_kind_of_model_is_shown(changes, said, tmp_path):
-    grey = {"image_mean": [0.4], "image_std": [0.2]} if "num_channels" in changes else {}
-    demo = Demo(save(tmp_path, tiny_model(**changes), **grey))
+    gray = {"image_mean": [0.4], "image_std": [0.2]} if "num_channels" in changes else {}
+    demo = Demo(save(tmp_path, tiny_model(**changes), **gray))
     shown, words = demo(picture(), 0.5, demo.config.noise_std_max, seed=0)
     assert said in words and "nan" not in words and "inf" not in words
     assert all(values.shape == (224, 336, 4) and values.dtype == np.uint8 for values in shown.values())
-    assert not grey or all((values[..., 0] == values[..., 2]).all() for values in shown.values())
+    assert not gray or all((values[..., 0] == values[..., 2]).all() for values in shown.values())
     page = build(demo, write_examples(tmp_path))
     blocks = {block.elem_id: block for block in page.blocks.values() if isinstance(block, Component)}
     assert blocks["noise_level"].visible == blocks["noise"].visible == (demo.config.noise_std_max > 0)

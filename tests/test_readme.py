@@ -77,9 +77,9 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", EVALUATIONS)
-def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colours):  # noqa: F811
+def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colors):  # noqa: F811
     command = re.sub("out/(can-quickstart|base)", models["can"], command)
-    command = command.replace("FOLDER", colours).replace("shards/*", f"{colours}/train-*")
+    command = command.replace("FOLDER", colors).replace("shards/*", f"{colors}/train-*")
     said = run(f"{command} {TOY_EVALUATION} --feature_cache none --output_dir {tmp_path / 'out'}")
     assert "results.json" in said
 

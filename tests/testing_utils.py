@@ -161,9 +161,9 @@ OFF = dict(
 )
 
 
-def encoded(colour, size=(40, 32)) -> bytes:
+def encoded(color, size=(40, 32)) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, tuple(map(int, colour))).save(buffer, "PNG")
+    Image.new("RGB", size, tuple(map(int, color))).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -179,9 +179,9 @@ def save(folder: Path, model) -> str:
     return str(folder)
 
 
-def options(models, colours, out, *names, **flags) -> list[str]:
+def options(models, colors, out, *names, **flags) -> list[str]:
     paths = [models[name] for name in names]
-    flags = {"dataset_name": colours, "output_dir": out, "feature_cache": Path(out) / "cache", **flags}
+    flags = {"dataset_name": colors, "output_dir": out, "feature_cache": Path(out) / "cache", **flags}
     return ["--model_name_or_path", *paths, *(f"--{name}={value}" for name, value in flags.items())]
 
 

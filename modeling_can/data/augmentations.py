@@ -305,7 +305,7 @@ def _smooth(images):
 
 
 def _enhance(dull, images, level):
-    """Away from the dull version of the images, or towards it."""
+    """Away from the dull version of the images, or toward it."""
     return _blend(dull, images, 1 + 0.9 * level)
 
 
@@ -328,7 +328,7 @@ def _rotate(images, level, fill):
     return _warp(images, fill, xx=angle.cos(), xy=-angle.sin(), yx=angle.sin(), yy=angle.cos())
 
 
-# Each takes images (n, C, H, W) in [0, 1], levels (n, 1, 1, 1) in [-1, 1]: which way and how strong; and the colour of
+# Each takes images (n, C, H, W) in [0, 1], levels (n, 1, 1, 1) in [-1, 1]: which way and how strong; and the color of
 # what comes into the picture.
 OPERATIONS = {
     "auto_contrast": lambda images, level, fill: _stretch(images),
@@ -359,14 +359,14 @@ class RandAugment:
 
     Args:
         magnitude (`float`): Mean of the level, of 10; its standard deviation is 0.5.
-        fill (`tuple[float]`): Colour in [0, 1] of what comes into the picture, an entry a channel.
+        fill (`tuple[float]`): Color in [0, 1] of what comes into the picture, an entry a channel.
     """
 
     def __init__(self, magnitude: float = 9.0, fill=(0.485, 0.456, 0.406)):
         self.magnitude, self.fill, self.operations = magnitude, torch.tensor(fill)[:, None, None], dict(OPERATIONS)
         if len(fill) != 3:
             del self.operations["color"]
-            logger.warning("RandAugment leaves out colour: it needs 3 channels, these images have %d", len(fill))
+            logger.warning("RandAugment leaves out color: it needs 3 channels, these images have %d", len(fill))
 
     def draw(self, num_images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Which operations, -1 for none, and their levels in [-1, 1]; each `(num_images, 2)`."""

@@ -18,7 +18,7 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """
     The box (left, upper, right, lower) of a random resized crop: its share of the area is uniform in `scale`, the
-    logarithm of its aspect (width / height) uniform in that of `ratio`. After ten misfits, the largest centred box
+    logarithm of its aspect (width / height) uniform in that of `ratio`. After ten misfits, the largest centered box
     of an allowed aspect.
     """
     width, height = size
@@ -41,7 +41,7 @@ class RandomCrops:
 
     Args:
         image_shape (`(int, int)`): Height and width of a view in pixels.
-        num_channels (`int`): 3 (RGB) or 1 (greyscale).
+        num_channels (`int`): 3 (RGB) or 1 (grayscale).
         scale, ratio: Ranges of `random_box`.
         resample (`str`): `"bilinear"` or `"bicubic"`, with antialiasing, the numbers of Pillow.
         seed (`int`): A picture's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
@@ -61,7 +61,7 @@ class RandomCrops:
         **decoding,
     ):
         if num_channels not in (1, 3):
-            raise ValueError(f"num_channels={num_channels}: pictures are read as RGB (3) or greyscale (1)")
+            raise ValueError(f"num_channels={num_channels}: pictures are read as RGB (3) or grayscale (1)")
         self.image_shape, self.decoding = image_shape, {"num_channels": num_channels, **decoding}
         self.scale, self.ratio, self.resample, self.seed, self.num_views = scale, ratio, resample, seed, num_views
 

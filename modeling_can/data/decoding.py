@@ -56,16 +56,16 @@ def decode(
     shrink: Callable[[tuple[int, int]], float] | None = None,
 ) -> np.ndarray:
     """
-    An encoded picture as uint8 `(height, width, num_channels)`, RGB (3 channels) or greyscale (1 channel), upright. Of
+    An encoded picture as uint8 `(height, width, num_channels)`, RGB (3 channels) or grayscale (1 channel), upright. Of
     an animation, the first frame. JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner),
     the rest through Pillow.
 
     Args:
         encoded (`bytes`): A file in any format that Pillow reads.
         num_channels (`int`): 3 or 1.
-        transparent_background (`str`): Name or `#rrggbb` of the colour that shines through transparent pixels.
+        transparent_background (`str`): Name or `#rrggbb` of the color that shines through transparent pixels.
         high_bit_depth (`str`):
-            What becomes of 16-bit greyscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
+            What becomes of 16-bit grayscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
             picture's own range to it (12-bit detectors, floating point); `"skip"` counts it as bad.
         min_size (`(int, int)`): The least height and width.
         shrink (callable, *optional*):

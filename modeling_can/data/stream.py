@@ -191,6 +191,6 @@ def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[floa
     if std.min() < 1e-3:
         raise ValueError(
             f"the standard deviations are {std.tolist()}: channel {int(std.argmin())} is the same everywhere, and the "
-            "normalisation would divide by 0; give image_mean and image_std, with 1 for that channel"
+            "normalization would divide by 0; give image_mean and image_std, with 1 for that channel"
         )
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())

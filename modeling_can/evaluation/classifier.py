@@ -165,6 +165,6 @@ def class_predictions(
 ) -> np.ndarray | None:
     """The class `(N,)` that a classifier sees in every picture; on the first process, elsewhere `None`."""
     device = next(model.parameters()).device
-    encode = lambda pictures: {"logits": model(pixel_values=preprocessor.normalise(pictures.to(device))).logits}  # noqa: E731
+    encode = lambda pictures: {"logits": model(pixel_values=preprocessor.normalize(pictures.to(device))).logits}  # noqa: E731
     made = extractor(encode, Pictures(split, preprocessor.decode), description)
     return None if made is None else made["logits"].argmax(axis=1)

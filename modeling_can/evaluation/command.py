@@ -22,7 +22,7 @@ from .overlap import seen_in_pretraining
 from .processes import check_processes, forget_settings
 from .protocol import Entry, Features, Setup
 from .report import CAPTION, card_results, evaluation_figure, measures, remarks, table
-from .sets import load_labelled
+from .sets import load_labeled
 from .settings import Settings
 from .tasks import EMBED, PROTOCOLS
 
@@ -92,9 +92,9 @@ def _processes(settings: Settings) -> Accelerator:
 
 
 def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator) -> Setup:
-    """The labelled set, and what the protocols make of it before a model is loaded."""
+    """The labeled set, and what the protocols make of it before a model is loaded."""
     with accelerator.local_main_process_first():
-        data = load_labelled(
+        data = load_labeled(
             dataset_name=settings.dataset_name,
             config_name=settings.dataset_config_name,
             train_split=settings.train_split,

@@ -38,7 +38,7 @@ POOLINGS = ("mean", "cls", "both")
 class Preprocessor:
     """
     The processor that was saved with a model, in two steps: the geometry of a picture (resize, crop), where images are
-    decoded, and the numbers (rescale, normalise), in batch on the device. Together they are the processor.
+    decoded, and the numbers (rescale, normalize), in batch on the device. Together they are the processor.
 
     A processor that does anything else is applied as a whole in the first step.
 
@@ -59,7 +59,7 @@ class Preprocessor:
         picture = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
         expected = self._process(picture)
         try:
-            two_steps = self.normalise(self(picture)[None])[0]
+            two_steps = self.normalize(self(picture)[None])[0]
             self.in_two_steps = two_steps.shape == expected.shape and bool((two_steps - expected).abs().max() < 1e-4)
         except Exception:  # whatever another kind of processor makes of it
             self.in_two_steps = False
@@ -117,7 +117,7 @@ class Preprocessor:
         pixels = torch.from_numpy(decode(encoded, self.num_channels, **self.decoding)).permute(2, 0, 1)
         return interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """What `__call__` returned, in batch `(B, C, H, W)`, -> the model's pixel values in fp32."""
         if not self.in_two_steps:
             return pixels
@@ -137,8 +137,8 @@ class Preprocessor:
         """Height and width that the model gets of a square picture."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
 
-    def in_colour(self) -> "Preprocessor":
-        """Of one for grey pictures, one that treats the three colours alike."""
+    def in_color(self) -> "Preprocessor":
+        """Of one for gray pictures, one that treats the three colors alike."""
         values = self.processor.to_dict()
         values |= {name: list(values[name]) * 3 for name in ("image_mean", "image_std")} | {"do_convert_rgb": True}
         return Preprocessor(type(self.processor).from_dict({**values, **self.sizes, **self.decoding}))

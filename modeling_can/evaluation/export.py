@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from ..configuration_can import CANConfig
-from ..conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
+from ..conversion import accept_colors, can_config, check_dinov2, to_can, to_dinov2
 from ..data.decoding import decode
 from ..files import check_new_folder, new_folder, write
 from ..hub import classifier_card
@@ -67,8 +67,8 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
             encoder.config.label2id = {name: index for index, name in enumerate(data.class_names)}
             model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
         preprocessor = entry.preprocessor
-        if preprocessor.num_channels == 1:  # pipelines and widgets give pictures in colour
-            model, preprocessor = accept_colours(model), preprocessor.in_colour()
+        if preprocessor.num_channels == 1:  # pipelines and widgets give pictures in color
+            model, preprocessor = accept_colors(model), preprocessor.in_color()
     alone = Extractor(settings.batch_size, settings.dataloader_num_workers)  # the other processes have nothing to do
     predictions = class_predictions(model.to(setup.device), preprocessor, data.test, alone)
     head = "fine-tuned" if is_tuned else "linear probe"

@@ -46,7 +46,7 @@ def few_shot_predictions(
 ) -> list[np.ndarray]:
     """
     What the linear probe predicts with the labels of `shots` images alone, for each of several draws. Features are
-    standardised by all training images, which takes no labels.
+    standardized by all training images, which takes no labels.
     """
     predictions, moments = [], mean_and_std(train)
     for draw in range(num_draws):

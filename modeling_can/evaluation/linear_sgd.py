@@ -32,7 +32,7 @@ BASE_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 class Heads(nn.Module):
     """
     Linear heads on several representations, the same number on each, on features that batch norm without affine
-    parameters has standardised, as in MAE's linear probe. They begin at zero: the problem is convex.
+    parameters has standardized, as in MAE's linear probe. They begin at zero: the problem is convex.
 
     Args:
         widths (`list[int]`): Of the representations.
@@ -128,7 +128,7 @@ def head_predictions(
     preprocessor = represent.encoder.preprocessor
 
     def encode(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        representations = represent(preprocessor.normalise(pictures.to(represent.device)))
+        representations = represent(preprocessor.normalize(pictures.to(represent.device)))
         with torch.autocast(represent.device.type, enabled=False):
             return {"classes": heads.eval()(representations).argmax(dim=2)}
 

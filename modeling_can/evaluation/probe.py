@@ -1,4 +1,4 @@
-"""A labelled set on which the trainer measures features again and again."""
+"""A labeled set on which the trainer measures features again and again."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from .features import Extractor, KeptPictures, Pictures
 from .knn import knn_predictions
 from .linear import linear_probe
 from .scores import bootstrap_interval
-from .sets import load_labelled
+from .sets import load_labeled
 
 
 __all__ = ["Probe"]
@@ -17,10 +17,10 @@ __all__ = ["Probe"]
 
 class Probe:
     """
-    A labelled set on which features are measured again and again.
+    A labeled set on which features are measured again and again.
 
     Args:
-        dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labelled` takes.
+        dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labeled` takes.
         preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
             measured.
         device (`torch.device`): That looks for the nearest neighbors.
@@ -38,7 +38,7 @@ class Probe:
         device: str | torch.device = "cpu",
     ):
         try:
-            self.set = load_labelled(
+            self.set = load_labeled(
                 dataset_name=dataset_name,
                 config_name=config_name,
                 train_split=train_split,
@@ -62,7 +62,7 @@ class Probe:
         """
 
         def features(pictures: Pictures) -> np.ndarray:
-            encode = lambda batch: {"features": embed(self.preprocessor.normalise(batch))}  # noqa: E731
+            encode = lambda batch: {"features": embed(self.preprocessor.normalize(batch))}  # noqa: E731
             return Extractor()(encode, pictures)["features"]
 
         train, test = features(self.train), features(self.test)

@@ -16,7 +16,7 @@ from ..progress import progress_bar
 from .encoders import Encoder, Preprocessor, pooled
 from .features import Extractor, Pictures, Processes, cached
 from .scores import bootstrap_interval
-from .sets import LabelledSet, Split
+from .sets import LabeledSet, Split
 
 
 __all__ = ["Entry", "Features", "Measure", "Panel", "Protocol", "Setup", "file_name"]
@@ -95,10 +95,10 @@ class Setup:
     Args:
         settings (`Settings`), fine_tuning (`FineTuning`): What to do.
         accelerator (`Accelerator`): The processes and the device.
-        data (`LabelledSet`): What to measure on.
+        data (`LabeledSet`): What to measure on.
     """
 
-    def __init__(self, settings, fine_tuning, accelerator: Accelerator, data: LabelledSet):
+    def __init__(self, settings, fine_tuning, accelerator: Accelerator, data: LabeledSet):
         self.settings, self.fine_tuning, self.accelerator, self.data = settings, fine_tuning, accelerator, data
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
         self.processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)

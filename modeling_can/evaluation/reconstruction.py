@@ -45,7 +45,7 @@ class Reconstruction(Protocol):
 
         def errors(batch):
             pictures, indices = batch
-            pixels = preprocessor.normalise(pictures.to(device))
+            pixels = preprocessor.normalize(pictures.to(device))
             return _reconstruction_errors(
                 model=model, pixel_values=pixels, indices=indices.tolist(), std=std, seed=seed
             )
@@ -66,7 +66,7 @@ class Reconstruction(Protocol):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             reconstruction_sheet(
-                model=model, pixel_values=preprocessor.normalise(few).to(device), mean=mean, std=std, path=path
+                model=model, pixel_values=preprocessor.normalize(few).to(device), mean=mean, std=std, path=path
             )
         return {**figures, "figure": str(path)}
 
@@ -78,7 +78,7 @@ class Reconstruction(Protocol):
         return {"db": decibels[0], "interval": decibels[1:]}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
-        plain = "their own mean" if figures["norm_pix_loss"] else "mean colour of the visible"
+        plain = "their own mean" if figures["norm_pix_loss"] else "mean color of the visible"
         decibels = {"masked_patches": ("masked patches", "psnr"), "plain": (f"... {plain}", "psnr"),
                     "noise_reduction": ("noise weaker by", "noise_reduction")}  # fmt: skip
         return {
@@ -100,8 +100,8 @@ def _reconstruction_errors(
     the image's index alone.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
-        std (`tuple[float, ...]`): By which they were normalised.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
+        std (`tuple[float, ...]`): By which they were normalized.
 
     Returns:
         As `errors_of`.

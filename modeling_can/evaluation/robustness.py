@@ -1,6 +1,6 @@
 """
 Accuracy where the pictures are not those of the training set: under common corruptions (Hendrycks and Dietterich,
-arXiv 1903.12261) and on further labelled sets with some of its classes.
+arXiv 1903.12261) and on further labeled sets with some of its classes.
 """
 
 import json
@@ -72,7 +72,7 @@ class Corrupted:
     def __init__(self, preprocessor, names: list[str], severities: tuple[int, ...] = SEVERITIES, seed: int = 0):
         if not preprocessor.in_two_steps:
             raise ValueError(
-                f"{type(preprocessor.processor).__name__} does more than resize, crop, rescale and normalise, so that "
+                f"{type(preprocessor.processor).__name__} does more than resize, crop, rescale and normalize, so that "
                 "its pictures cannot be corrupted in between; give another (--processor_name_or_path)"
             )
         if min(preprocessor.image_size) < 32:
@@ -148,7 +148,7 @@ def corruption_error(accuracies: dict, reference: dict) -> dict[str, float]:
 
 
 class FurtherSet(NamedTuple):
-    """A labelled set with some of the classes; predictions are then made among these alone, `classes`, sorted."""
+    """A labeled set with some of the classes; predictions are then made among these alone, `classes`, sorted."""
 
     split: Split
     classes: np.ndarray
@@ -354,7 +354,7 @@ def _classifier(setup: Setup, entry: Entry, train: np.ndarray | None) -> tuple[C
 
         def classify(pictures):
             with setup.accelerator.autocast():
-                pixels = entry.preprocessor.normalise(pictures.to(setup.device))
+                pixels = entry.preprocessor.normalize(pictures.to(setup.device))
                 return model(pixel_values=pixels, **entry.encoder.options).logits.float()[:, order]
 
         return classify, "its own classifier"

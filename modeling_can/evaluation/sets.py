@@ -1,4 +1,4 @@
-"""Labelled sets: pictures to learn from, pictures to be tested on, and the names of the classes."""
+"""Labeled sets: pictures to learn from, pictures to be tested on, and the names of the classes."""
 
 import collections
 import functools
@@ -18,7 +18,7 @@ from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cach
 from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 
 
-__all__ = ["LabelledSet", "Split", "by_class", "hold_out", "load_labelled", "load_split"]
+__all__ = ["LabeledSet", "Split", "by_class", "hold_out", "load_labeled", "load_split"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Split:
     """
-    Some labelled pictures.
+    Some labeled pictures.
 
     Args:
         name (`str`): For messages.
@@ -50,7 +50,7 @@ class Split:
         return read_bytes(located(self.pictures[int(index)]["image"], self.folder))
 
 
-class LabelledSet(NamedTuple):
+class LabeledSet(NamedTuple):
     """Pictures to learn from, pictures to be tested on, and the names of the classes."""
 
     train: Split
@@ -80,7 +80,7 @@ def load_split(
         arguments = load_arguments(dataset_name, config_name)
         if os.path.isdir(path):
             files = datasets.load_dataset_builder(**arguments).config.data_files or {}
-            _, line = left_out_of_split(path, "+".join(map(str, files)), files, labelled=True)
+            _, line = left_out_of_split(path, "+".join(map(str, files)), files, labeled=True)
             _warn_once(line)
         rows = load(arguments, split, dataset_name)
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
@@ -120,7 +120,7 @@ def load_split(
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} rows have no label, the first is row {missing[0]}; remove them, or name a "
-            "labelled split (train_split, test_split)"
+            "labeled split (train_split, test_split)"
         )
     values, indices = np.unique(labels, return_inverse=True)
     names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
@@ -153,7 +153,7 @@ def _warn_once(line: str):
         logger.warning(line)
 
 
-def load_labelled(
+def load_labeled(
     dataset_name: str,
     config_name: str | None = None,
     train_split: str = "train",
@@ -162,7 +162,7 @@ def load_labelled(
     label_column: str = "label",
     test_size: float = 0.0,
     seed: int = 0,
-) -> LabelledSet:
+) -> LabeledSet:
     """
     A set with a part to learn from and one to be tested on.
 
@@ -184,7 +184,7 @@ def load_labelled(
         held_out, rest = hold_out(train.labels, test_size, seed)
         if not len(held_out):
             raise ValueError(f"test_size={test_size} of {train.name} is no image of any class; raise it")
-        return LabelledSet(train.select(rest), train.select(held_out), names)
+        return LabeledSet(train.select(rest), train.select(held_out), names)
     test, test_names = load_split(dataset_name, config_name, test_split, **columns)
     unseen = [
         test_names[label] for label in np.unique(test.labels) if test_names[label] not in {names[k] for k in known}
@@ -195,7 +195,7 @@ def load_labelled(
             "those rows, or name other splits (train_split, test_split)"
         )
     ours = np.array([names.index(name) if name in names else -1 for name in test_names])
-    return LabelledSet(train, Split(test.name, test.pictures, ours[test.labels], test.folder), names)
+    return LabeledSet(train, Split(test.name, test.pictures, ours[test.labels], test.folder), names)
 
 
 def by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:

@@ -255,12 +255,12 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
         set_rng_state(mine["rng"])
         run.log.average.load_state_dict(mine["average"])
         if not exact:
-            remarks.append("weights, optimiser and random numbers are exact, the order of the data is new")
+            remarks.append("weights, optimizer and random numbers are exact, the order of the data is new")
     else:
         # Not the numbers of step 0 again
         set_seed((recipe.seed + 1_000_003 * first_step) % 2**31, device_specific=True)
         remarks.append(
-            f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are exact, "
+            f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimizer are exact, "
             "the order of the data and the random numbers are new"
         )
     return "; ".join(remarks) or "from here on the run is what it would have been without the interruption"

@@ -68,7 +68,7 @@ class Recipe:
     high_bit_depth: str = option(
         "full_range", "16-bit grayscale to 8: full_range, stretch (each image's own) or skip", choices=HIGH_BIT_DEPTH
     )
-    probe_dataset_name: str | None = option(None, "labelled set with two splits, to measure the features", path=True)
+    probe_dataset_name: str | None = option(None, "labeled set with two splits, to measure the features", path=True)
     probe_dataset_config_name: str | None = option(None, "its configuration, where it has several")
     probe_train_split: str = option("train", "its split to learn from")
     probe_test_split: str = option("test", "its split to be tested on")
@@ -131,7 +131,7 @@ class Recipe:
         None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, timm, .pth", path=True
     )
 
-    # Optimisation
+    # Optimization
     per_device_train_batch_size: int = option(
         128, "images of one step on one process", minimum=1, aliases=("batch_size",)
     )
@@ -175,7 +175,7 @@ class Recipe:
 
     # The Hub, under transformers' names where it has one
     push_to_hub: bool = option(False, "upload the output folder to the Hub, with the token of `hf auth login`")
-    hub_model_id: str | None = option(None, "repository, NAME or ORGANISATION/NAME; the output folder's name if none")
+    hub_model_id: str | None = option(None, "repository, NAME or ORGANIZATION/NAME; the output folder's name if none")
     hub_private: bool = option(False, "the repository is, or is made, private")
     hub_strategy: str = option(
         "every_save",
@@ -205,7 +205,7 @@ class Recipe:
         if self.length is None:
             raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
         if self.probe_every and not self.probe_dataset_name:
-            raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
+            raise ValueError(f"probe_every={self.probe_every} needs a labeled set; give probe_dataset_name")
         self._check_views()
         self._check_compilation()
         self._check_hub()
@@ -255,7 +255,7 @@ class Recipe:
                 validate_repo_id(self.repo_id)
             except HFValidationError as error:
                 raise ValueError(
-                    f"hub_model_id={self.repo_id!r}; give --hub_model_id NAME or ORGANISATION/NAME: {error}"
+                    f"hub_model_id={self.repo_id!r}; give --hub_model_id NAME or ORGANIZATION/NAME: {error}"
                 ) from error
 
     @property

@@ -188,7 +188,7 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
         "Next:\n"
         f"  look at it              {output_dir}/figures/{', '.join(figures)}"
         f"{f'; python demo/app.py --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"
-        f"  measure it              python run_eval.py --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
+        f"  measure it              python run_eval.py --model_name_or_path {output_dir} --dataset_name LABELED_SET\n"
         f"  export it               python -m modeling_can.conversion {output_dir} --to dinov2 {output_dir}-dinov2\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )

@@ -14,7 +14,7 @@ from other_encoders import (
     equal,
     features,
     pixels_of,
-    randomised,
+    randomized,
     tokens,
     vit,
     vit_mae,
@@ -84,7 +84,7 @@ class MAE(nn.Module):
 
 @pytest.fixture()
 def mae_file(tmp_path):
-    model = randomised(MAE())
+    model = randomized(MAE())
     content = {
         "model": model.state_dict(),
         "optimizer": {"state": {}},

@@ -45,9 +45,9 @@ BAD = {
 }
 
 
-UNUSUAL = {  # and the colour that the middle of a view must have
+UNUSUAL = {  # and the color that the middle of a view must have
     "CMYK JPEG": (picture(mode="CMYK", color=(0, 255, 255, 0), quality=95), (254, 0, 0)),
-    "greyscale JPEG": (picture(mode="L", color=77), (77, 77, 77)),
+    "grayscale JPEG": (picture(mode="L", color=77), (77, 77, 77)),
     "palette PNG with transparency": (image_file(PALETTE, "PNG", transparency=0), (255, 255, 255)),
     "RGBA PNG": (picture(mode="RGBA", color=(10, 20, 30, 255), format="PNG"), (10, 20, 30)),
     "transparent PNG": (picture(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), (255, 255, 255)),
@@ -93,7 +93,7 @@ def test_an_unusual_image_is_converted(good_and, kind):
     samples, ledger = good_and(encoded)
     assert not ledger
     colors = [sample["views"][0, :, 8, 8].int() for sample in samples]
-    # The other picture is noise of every grey; the unusual one shows in each of the two passes.
+    # The other picture is noise of every gray; the unusual one shows in each of the two passes.
     assert sum((abs(c - torch.tensor(color)) <= 4).all() for c in colors) >= 2
 
 

@@ -21,7 +21,7 @@ from testing_utils import ROOT, add_to_tar, identity, picture, read
 
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data.crops import RandomCrops
-from modeling_can.evaluation.sets import load_labelled, load_split
+from modeling_can.evaluation.sets import load_labeled, load_split
 
 
 PICTURES = [picture(color=(i * 20, 200, 100)) for i in range(8)]
@@ -210,7 +210,7 @@ def test_a_class_with_the_name_of_a_split_is_refused(tmp_path, name):
         with pytest.raises(ValueError, match=message):
             ImageSource(dataset_name=folder, streaming=streaming)
     with pytest.raises(ValueError, match=message):
-        load_labelled(folder)
+        load_labeled(folder)
     assert ImageSource(data_dir=folder).num_images() == 5
 
 
@@ -219,7 +219,7 @@ def test_a_class_with_the_name_of_the_other_split_is_refused(tmp_path):
     names = [f"{split}/{name}/0.jpg" for split in ("train", "test") for name in ("cat", "test")]
     folder = write_folder(tmp_path, *names)
     with pytest.raises(ValueError, match=r"takes train/test/0.jpg for an image of the splits test and train"):
-        load_labelled(folder)
+        load_labeled(folder)
 
 
 @pytest.mark.parametrize("other", ["stray.jpg", "bird/wild/0.jpg"])
@@ -232,7 +232,7 @@ def test_a_test_with_labels_names_the_image_at_another_depth(tmp_path, other):
 
 def test_class_folders_in_splits_are_read(tmp_path):
     folder = write_folder(tmp_path, *(f"{split}/{name}" for split in ("train", "test") for name in CLASSES))
-    assert len(load_labelled(folder).test) == 4
+    assert len(load_labeled(folder).test) == 4
     assert len(read(ViewStream(ImageSource(dataset_name=folder), identity), 4)) == 4
 
 
@@ -267,7 +267,7 @@ def test_relative_paths_begin_at_the_table_or_else_at_the_working_directory(tmp_
     assert sorted(read(ViewStream(source, identity), 8)) == everything()
 
 
-def test_relative_paths_in_a_labelled_set_begin_at_its_folder(tmp_path):
+def test_relative_paths_in_a_labeled_set_begin_at_its_folder(tmp_path):
     (tmp_path / "images").mkdir()
     write_paths(tmp_path, "jsonl")
     for i, encoded in enumerate(PICTURES):

@@ -44,7 +44,7 @@ def prepare(encoded: bytes) -> torch.Tensor:
 
 
 def encode(pixels: torch.Tensor) -> torch.Tensor:
-    """The colour, divided so that float16 holds it exactly."""
+    """The color, divided so that float16 holds it exactly."""
     return pixels[:, :, 0, 0] / 4
 
 

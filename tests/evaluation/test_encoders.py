@@ -1,4 +1,4 @@
-"""Every kind of vision encoder: loaded, pooled, normalised as its processor does; and refused in words."""
+"""Every kind of vision encoder: loaded, pooled, normalized as its processor does; and refused in words."""
 
 import io
 import json
@@ -187,7 +187,7 @@ def test_two_steps_are_the_processor(changes):
         prepared = two(picture)
         assert prepared.dtype == torch.uint8
         expected = whole([picture], return_tensors="pt").pixel_values
-        torch.testing.assert_close(two.normalise(prepared[None]), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(two.normalize(prepared[None]), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_another_kind_of_processor_is_applied_as_a_whole():
@@ -200,10 +200,10 @@ def test_another_kind_of_processor_is_applied_as_a_whole():
     odd = Odd(size={"height": 32, "width": 32})
     whole, picture = Preprocessor(odd), np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     expected = odd([picture], return_tensors="pt").pixel_values
-    assert not whole.in_two_steps and torch.equal(whole.normalise(whole(picture)[None]), expected)
+    assert not whole.in_two_steps and torch.equal(whole.normalize(whole(picture)[None]), expected)
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), (250, 120, 10)).save(buffer, "PNG")
-    shown = whole.shown(buffer.getvalue())  # not what the model gets, which is normalised
+    shown = whole.shown(buffer.getvalue())  # not what the model gets, which is normalized
     assert shown.dtype == torch.uint8 and shown.shape == (3, 32, 32)
     assert shown.flatten(1).float().mean(1).tolist() == [250, 120, 10]
 
@@ -268,7 +268,7 @@ def test_models_that_do_not_tell_their_patches_are_refused(tmp_path):
         load_encoder(saved(tmp_path, model))
 
 
-def test_greyscale_pictures_for_a_colour_model_are_refused(tmp_path):
+def test_grayscale_pictures_for_a_color_model_are_refused(tmp_path):
     folder = saved(tmp_path, build("ViTModel"), image_mean=[0.5], image_std=[0.5])
     with pytest.raises(ValueError, match="refuses the 1 x 32 x 32 pixels"):
         load_encoder(folder)

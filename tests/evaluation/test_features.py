@@ -14,7 +14,7 @@ from testing_utils import encoded, write_split
 
 from modeling_can.data.decoding import decode
 from modeling_can.evaluation.features import Extractor, Pictures, Processes, cached
-from modeling_can.evaluation.sets import Split, load_labelled
+from modeling_can.evaluation.sets import Split, load_labeled
 
 
 def split_of(num: int) -> Split:
@@ -99,7 +99,7 @@ def test_a_bad_image_is_named_and_not_left_out(tmp_path):
     rows = {"image": [encoded((i, 0, 0)) for i in range(5)] + [b"no image"], "label": [0, 1] * 3}
     write_split(tmp_path, "train", rows)
     write_split(tmp_path, "test", rows)
-    data = load_labelled(str(tmp_path))
+    data = load_labeled(str(tmp_path))
     pictures = Pictures(data.test, lambda encoded, index: torch.from_numpy(decode(encoded)))
     with pytest.raises(ValueError, match="test: the image of row 5 is not_an_image .*leaves no image out"):
         Extractor()(lambda batch: {"x": batch.float()}, pictures)

@@ -162,7 +162,7 @@ def test_a_run_is_what_a_plain_loop_makes_of_it(pretrained, tmp_path):
     losses = []
     for step, rate in enumerate([0.005, 0.01, 0.0075, 0.0025]):  # 0.08 * 32 / 256, warmed up and down again
         pixels = torch.cat([view(train.read(row), epoch=step) for row in range(32)])
-        loss = -(target * plain(preprocessor.normalise(pixels)).logits.log_softmax(1)).sum(1).mean()
+        loss = -(target * plain(preprocessor.normalize(pixels)).logits.log_softmax(1)).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -186,8 +186,8 @@ def test_another_size_leaves_the_function_as_it_was(pretrained):
         torch.testing.assert_close(resized(pixels).logits, expected)
 
 
-def test_the_whole_recipe_runs_also_on_grey_pictures(tmp_path, caplog):
-    name = str(tmp_path / "grey")
+def test_the_whole_recipe_runs_also_on_gray_pictures(tmp_path, caplog):
+    name = str(tmp_path / "gray")
     CANForPreTraining(CANConfig(**SMALL, num_channels=1)).save_pretrained(name)
     ViTImageProcessor(
         size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
@@ -195,7 +195,7 @@ def test_the_whole_recipe_runs_also_on_grey_pictures(tmp_path, caplog):
     train, recipe = pictures(24, channels=1), FineTuning(num_epochs=2, batch_size=1024)
     with caplog.at_level(logging.WARNING):
         first = tune(name, tmp_path / "one", recipe, train)
-    assert "RandAugment leaves out colour" in caplog.text
+    assert "RandAugment leaves out color" in caplog.text
     assert "a step takes 24 images: there are no more than 24 to train on" in caplog.text
     second = tune(name, tmp_path / "two", recipe, train)
     other = tune(name, tmp_path / "three", recipe, train, seed=1)
@@ -388,7 +388,7 @@ def test_fine_tuning_refuses_what_cannot_be(pretrained, tmp_path, monkeypatch):
 def test_a_processor_of_another_kind_is_refused(pretrained, tmp_path):
     preprocessor = load_preprocessor(pretrained("CAN"))
     preprocessor.in_two_steps = False
-    with pytest.raises(ValueError, match="does more than resize, crop, rescale and normalise"):
+    with pytest.raises(ValueError, match="does more than resize, crop, rescale and normalize"):
         finetune(pretrained("CAN"), pictures(8), NAMES, preprocessor, Accelerator(cpu=True), tmp_path / "x", QUICK)
 
 

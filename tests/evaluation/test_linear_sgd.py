@@ -99,7 +99,7 @@ def test_the_test_set_has_no_say_in_the_choice(probe):
 
 
 def test_the_probe_is_chosen_on_images_that_it_was_not_trained_on(pretrained, monkeypatch):
-    """Labels without any meaning can be learnt by heart, and held-out ones cannot be guessed."""
+    """Labels without any meaning can be learned by heart, and held-out ones cannot be guessed."""
     train = pictures(120)
     train.labels = np.random.default_rng(0).permutation(train.labels)
     seen, make = [], linear_sgd.crop_loader

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from colored_images import COLOURS, NAMES, pictures
+from colored_images import COLORS, NAMES, pictures
 from PIL import Image, ImageEnhance, ImageOps
 from transformers import (
     ViTImageProcessor,
@@ -57,15 +57,15 @@ def test_crops_depend_on_seed_epoch_and_image(pretrained):
     twice = [np.flatnonzero(rows == row) for row in np.unique(rows) if (rows == row).sum() == 2]
     assert twice and all(not torch.equal(made[first], made[second]) for first, second in twice)
     for crop, row in zip(made, rows, strict=True):
-        colour = crop.float().mean((0, 2, 3))
-        assert all(abs(colour - torch.tensor(COLOURS[NAMES[train.labels[row]]])) < 50)
+        color = crop.float().mean((0, 2, 3))
+        assert all(abs(color - torch.tensor(COLORS[NAMES[train.labels[row]]])) < 50)
 
 
 def test_augmentation_flips_by_place_and_is_the_processor_otherwise(pretrained):
     preprocessor = load_preprocessor(pretrained("CAN"))
     augment = training_images.Augmentation(preprocessor, 64, seed=0, flip_probability=0.5)
     crops = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    made, plain = augment(crops, step=3, first=0), preprocessor.normalise(crops)
+    made, plain = augment(crops, step=3, first=0), preprocessor.normalize(crops)
     flipped = (made == plain.flip(-1)).flatten(1).all(1)
     assert (flipped | (made == plain).flatten(1).all(1)).all() and 20 < flipped.sum() < 44
     torch.testing.assert_close(torch.cat([augment(crops[:24], 3, 0), augment(crops[24:], 3, 24)]), made)
@@ -107,7 +107,7 @@ def test_mixing_is_that_of_the_papers():
         kept = rng.beta(1.0, 1.0) if is_cut else rng.beta(0.8, 0.8)
         for own, other in ((2 * pair, 2 * pair + 1), (2 * pair + 1, 2 * pair)):
             expected = images[own].clone()
-            if is_cut:  # arXiv 1905.04899, eq. 2: r_w = W sqrt(1 - lambda), the centre uniform
+            if is_cut:  # arXiv 1905.04899, eq. 2: r_w = W sqrt(1 - lambda), the center uniform
                 if own % 2 == 0:
                     row, column = rng.integers(20), rng.integers(30)
                 height, width = int(20 * math.sqrt(1 - kept)) // 2, int(30 * math.sqrt(1 - kept)) // 2

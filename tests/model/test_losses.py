@@ -55,10 +55,10 @@ def test_losses_equal_loops_from_the_equations():
     assert outputs.loss.item() == pytest.approx(0.03 * contrastive + 0.67 * reconstruction + 0.3 * denoising, abs=1e-5)
 
 
-def test_norm_pix_loss_normalises_the_reconstruction_target_alone():
-    raw, normalised = tiny_model(), tiny_model(norm_pix_loss=True)
+def test_norm_pix_loss_normalizes_the_reconstruction_target_alone():
+    raw, normalized = tiny_model(), tiny_model(norm_pix_loss=True)
     batch = inputs(raw.config)
-    a, b = raw(**batch), normalised(**batch)
+    a, b = raw(**batch), normalized(**batch)
     assert torch.equal(a.logits, b.logits) and torch.equal(a.denoising_loss, b.denoising_loss)
     patches = batch["pixel_values"].unfold(3, 8, 8).unfold(4, 8, 8)  # (B, V, C, rows, columns, 8, 8)
     patches = patches.permute(0, 1, 3, 4, 5, 6, 2).reshape(*b.mask.shape, -1)

@@ -1,4 +1,4 @@
-"""The model: randomness, masking, positions, initialisation, limits of the dial, the transformers API."""
+"""The model: randomness, masking, positions, initialization, limits of the dial, the transformers API."""
 
 import copy
 import inspect
@@ -213,7 +213,7 @@ def test_other_sizes_work_in_encoder_and_decoder_when_asked_for():
     assert torch.equal(model(**batch).loss, model(**batch, interpolate_pos_encoding=True).loss)
 
 
-# --- Initialisation and training -------------------------------------------------------------------------------------
+# --- Initialization and training -------------------------------------------------------------------------------------
 
 
 def test_initial_weights_follow_maes_scheme():
@@ -548,7 +548,7 @@ def test_a_foreign_key_in_a_file_is_kept_with_a_warning(tmp_path, caplog):
         CANConfig.from_pretrained(tmp_path, layer_norm_epsilon=1e-5)
 
 
-def test_position_tables_are_there_before_any_initialisation():
+def test_position_tables_are_there_before_any_initialization():
     with no_init_weights():
         model = CANForPreTraining(tiny_config())
     assert torch.equal(model.can.embeddings.position_embeddings, sincos_positions((4, 6), 32))

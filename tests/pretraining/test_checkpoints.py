@@ -251,7 +251,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(tmp_path, ca
     assert "norm_noise_loss was False, is True" in capfd.readouterr().out
 
 
-def test_the_optimiser_takes_the_settings_of_the_recipe(uninterrupted, tmp_path, monkeypatch, capfd):
+def test_the_optimizer_takes_the_settings_of_the_recipe(uninterrupted, tmp_path, monkeypatch, capfd):
     used = []
     monkeypatch.setattr(torch.optim.AdamW, "step", spied(torch.optim.AdamW.step, used))
     run_pretraining.main([*RUN, f"--resume_from_checkpoint={uninterrupted}/checkpoints/step-25", "--weight_decay=0.5",

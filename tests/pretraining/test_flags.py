@@ -50,8 +50,8 @@ RUNS = {
         "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none", "image_size": 32,
         "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5,
     },
-    "labelled, from weights": {
-        "dataset_name": "labelled", "dataset_split": "test", "probe_dataset_name": "labelled",
+    "labeled, from weights": {
+        "dataset_name": "labeled", "dataset_split": "test", "probe_dataset_name": "labeled",
         "dataset_config_name": "default", "probe_train_split": "test", "probe_test_split": "train",
         "probe_dataset_config_name": "default",
         "probe_label_column": "kind", "probe_image_column": "image", "probe_every": 2, "max_steps": 4,
@@ -66,17 +66,17 @@ ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder of pictures, the same in parquet, a labelled set, and weights to begin with."""
+    """A folder of pictures, the same in parquet, a labeled set, and weights to begin with."""
     folder = tmp_path_factory.mktemp("places")
     pictures = [Image.effect_noise((60, 50), 60).convert("RGB") for _ in range(24)]
     (folder / "pictures").mkdir()
     for index, picture in enumerate(pictures):
         picture.save(folder / "pictures" / f"{index}.png")
     Dataset.from_dict({"picture": pictures}).to_parquet(folder / "pictures.parquet")
-    (folder / "labelled").mkdir()
+    (folder / "labeled").mkdir()
     for split in ("train", "test"):
-        labelled = Dataset.from_dict({"image": pictures, "kind": [index % 2 for index in range(24)]})
-        labelled.to_parquet(folder / "labelled" / f"{split}-00000.parquet")
+        labeled = Dataset.from_dict({"image": pictures, "kind": [index % 2 for index in range(24)]})
+        labeled.to_parquet(folder / "labeled" / f"{split}-00000.parquet")
     tiny_model().save_pretrained(folder / "weights")
     return folder
 
@@ -96,7 +96,7 @@ def test_the_script_runs_with(places, tmp_path, capfd, name):
         "a folder, accumulated": 6,
         "parquet, downloaded": 6,
         "one view, without contrast": 2,
-        "labelled, from weights": 4,
+        "labeled, from weights": 4,
     }
     assert results["num_steps"] == steps[name] and json.loads((tmp_path / "results.json").read_text()) == results
     recipe = Recipe.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
@@ -142,7 +142,7 @@ def test_trackers_that_are_not_there_are_named(tmp_path):
 @pytest.mark.parametrize("how", [True, "model"])
 def test_compiled_training_is_alike_and_compiles_once(places, tmp_path, monkeypatch, how):
     """Accumulated, cached and checkpointed, with dropout, probes and pictures, and a resume: all in the first step."""
-    settings = {"dataset_name": "labelled", "probe_dataset_name": "labelled", "probe_label_column": "kind",
+    settings = {"dataset_name": "labeled", "probe_dataset_name": "labeled", "probe_label_column": "kind",
                 "probe_every": 2, "save_steps": 2, "logging_steps": 1, "max_steps": 4, "log_with": "none",
                 "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "hidden_dropout_prob": 0.3,
                 "seed": 3}  # fmt: skip

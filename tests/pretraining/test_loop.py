@@ -215,7 +215,7 @@ def test_it_trains_in_a_thread_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_greyscale_non_square_images_train_probe_and_draw(tmp_path):
+def test_grayscale_non_square_images_train_probe_and_draw(tmp_path):
     settings = {"num_channels": 1, "image_mean": 0.5, "image_std": 0.2, "image_size": "32,48", "norm_pix_loss": True}
     results = run_pretraining.main([*TOY, "--output_dir", str(tmp_path / "out"), *flags(settings)])
     assert results["probe"]["CAN, pre-trained"]["knn"] > 0
