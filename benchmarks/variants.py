@@ -11,7 +11,7 @@ What the choices about a step cost: one optimizer step under each of them, as ra
 
 Every variant lives in a process of its own, which gives its peak memory, and steps when its turn comes: the rounds are
 interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. The order
-in which the processes start makes some per cent, so `embedding` has half of its rounds in the reverse order. What is
+in which the processes start makes a few percent, so `embedding` has half of its rounds in the reverse order. What is
 predicted for a thing tried is what its matrix products would save or cost, timed alone, if nothing else changed. The
 largest batch, in multiples of --batch_size, is that whose second step still has the memory, alone on the machine. Peak
 memory includes AdamW's states; on a CPU it is what the process held beyond what it held before the model was built.

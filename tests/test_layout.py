@@ -83,7 +83,10 @@ def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
 
 
 def test_settings_know_no_room():
-    assert {module for module in imports(PACKAGE / "fields.py") if module.startswith(".")} == {".files", ".former_names"}
+    assert {module for module in imports(PACKAGE / "fields.py") if module.startswith(".")} == {
+        ".files",
+        ".former_names",
+    }
     for name in ("files", "former_names"):
         assert not any(module.startswith(".") for module in imports(PACKAGE / f"{name}.py"))
     for path in PACKAGE.rglob("*.py"):  # cards and evaluation read a recipe's file; a Recipe is the trainer's alone

@@ -30,7 +30,7 @@ def refuse_bad(source_name, num_bad: int, num_seen: int, max_bad_fraction: float
     if num_bad > max_bad_fraction * num_seen:
         raise ValueError(
             f"{num_bad} of {num_seen} images of {source_name} are bad, more than max_bad_fraction={max_bad_fraction}; "
-            f"mend them ({ledger or 'the ledger'} lists them), or raise --max_bad_fraction. The last: {last}"
+            f"fix them ({ledger or 'the ledger'} lists them), or raise --max_bad_fraction. The last: {last}"
         )
 
 

@@ -341,7 +341,7 @@ class ImageSource:
         if not is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
             raise OSError(
                 f"{self.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
-                "Mend the file or remove it from the source, then start again"
+                "Fix the file or remove it from the source, then start again"
             ) from error
         logger.warning("%s: %r; trying again in %g s", self.name, error, RETRY_SECONDS[num_failures])
         time.sleep(RETRY_SECONDS[num_failures])

@@ -33,7 +33,7 @@ __all__ = ["run"]
 def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict:
     """
     Runs the tasks; returns what `results.json` holds. Called by every process. Raises ValueError for what the user can
-    mend.
+    fix.
 
     Args:
         command (`list[str]`): To be kept with the results.

@@ -64,7 +64,7 @@ class Pictures(torch.utils.data.Dataset):
         except BadImage as error:
             path = f", {image['path']}," if image and image["path"] else ""
             raise ValueError(
-                f"{self.split.name}: the image of row {index}{path} is {error.reason} ({error}); mend or remove it, "
+                f"{self.split.name}: the image of row {index}{path} is {error.reason} ({error}); fix or remove it, "
                 "as an evaluation leaves no image out"
             ) from error
 

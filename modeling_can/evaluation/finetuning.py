@@ -112,7 +112,7 @@ def finetune(
         output_dir (`Path`): A folder that does not exist yet, or is empty; it is there when it is complete.
 
     Raises:
-        ValueError: for what the user can mend.
+        ValueError: for what the user can fix.
         FloatingPointError: on all processes, if the gradient is not finite; no such update is made.
     """
     output_dir, device = Path(output_dir), accelerator.device

@@ -40,7 +40,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_what_the_user_can_mend_is_said_with_the_fix(models, colors, tmp_path, flag):
+def test_what_the_user_can_fix_is_said_with_the_fix(models, colors, tmp_path, flag):
     with pytest.raises(ValueError, match=REFUSED[flag]):
         run_eval.main([*options(models, colors, tmp_path, "can"), flag])
 
