@@ -13,7 +13,7 @@ Per core, from wall and CPU time of this process and its loader workers, with 0,
   are timed by themselves.
 
 The 500 first images of a run are not counted: the processes start. --soak N reads N more and notes the memory of the
-reader at every tenth. Result: a table and input_pipeline.json.
+worker at every tenth. Result: a table and input_pipeline.json.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def augmentation(device: str) -> dict:
 
 
 def soak(source, num_images) -> list[dict]:
-    """Resident memory of a reader in this process over a long stream of small views."""
+    """Resident memory of a worker in this process over a long stream of small views."""
     stream = iter(view_loader(ViewStream(source, RandomCrops((32, 32)), block_size=256), BATCH_SIZE))
     memory = []
     for step in tqdm(range(num_images // BATCH_SIZE), desc="soak", unit="batch"):

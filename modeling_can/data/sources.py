@@ -55,7 +55,7 @@ STALL_SECONDS = 60  # of silence, after which a connection counts as failed
 def _retry_here_alone():
     """
     datasets reads a broken connection up to 20 times more, 5 s apart, which a tar stream never survives. Instead, the
-    readers here open it anew from where the block began.
+    workers here open it anew from where the block began.
     """
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
@@ -251,7 +251,7 @@ class ImageSource:
             if name not in names:
                 raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
         self.image_columns = columns
-        # datasets deals the number of rows to skip or take to the shards: other rows for any number of readers
+        # datasets assigns the number of rows to skip or take to the shards: other rows for any number of workers
         counted = [is_part for name, is_part in _steps(dataset) if name.startswith(("SkipExamples", "TakeExamples"))]
         if any(counted):
             raise ValueError(

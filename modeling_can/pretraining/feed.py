@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..data import ImageSource, ViewStream, ledger_lines
+from ..data import ImageSource, ViewStream, bad_sample_lines
 from ..data.loading import Patient, resume, view_loader
 from ..data.resident import ResidentLoader, resident_images
 from .builders import augmentation, view_maker
@@ -60,7 +60,7 @@ class Feed:
                 recipe.seed,
                 block_size=recipe.shuffle_block_size,
                 max_bad_fraction=recipe.max_bad_fraction,
-                ledger=None if recipe.preflight else self.bad_sample_log,
+                bad_sample_log=None if recipe.preflight else self.bad_sample_log,
                 **place,
             )
             pin_memory = self.device.type == "cuda"
@@ -157,5 +157,5 @@ class DataWait:
         return sum(begin.elapsed_time(end) for begin, end in times) / 1000
 
 
-def reasons(ledger: Path) -> Counter:
-    return Counter(json.loads(line)["reason"] for line in ledger_lines(ledger))
+def reasons(log: Path) -> Counter:
+    return Counter(json.loads(line)["reason"] for line in bad_sample_lines(log))

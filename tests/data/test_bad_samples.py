@@ -68,10 +68,10 @@ def good_and(tmp_path_factory):
         rows = {"image": [{"bytes": PHOTO, "path": "photo.jpg"}, {"bytes": encoded, "path": "unusual"}]}
         Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(path)
         source = ImageSource(data_files=str(path))
-        ledger = path.with_name("bad_samples.jsonl")
-        stream = ViewStream(source, RandomCrops((16, 16), min_size=(8, 8)), max_bad_fraction=1.0, ledger=ledger)
+        log = path.with_name("bad_samples.jsonl")
+        stream = ViewStream(source, RandomCrops((16, 16), min_size=(8, 8)), max_bad_fraction=1.0, bad_sample_log=log)
         samples = list(itertools.islice(stream, 4))
-        return samples, [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+        return samples, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     return read_both
 
@@ -79,10 +79,10 @@ def good_and(tmp_path_factory):
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_image_is_passed_over_and_reported(good_and, kind):
     encoded, reason = BAD[kind]
-    samples, ledger = good_and(encoded)
+    samples, log = good_and(encoded)
     assert all(sample["views"].shape == (2, 3, 16, 16) for sample in samples)
     assert [bad for sample in samples for bad in sample["bad"]] == [reason]
-    (record,) = ledger
+    (record,) = log
     assert record["reason"] == reason and record["path"] == "unusual"
     assert record["sha256"] == (hashlib.sha256(encoded).hexdigest() if encoded else None) and record["detail"]
 
@@ -90,21 +90,23 @@ def test_a_bad_image_is_passed_over_and_reported(good_and, kind):
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_an_unusual_image_is_converted(good_and, kind):
     encoded, color = UNUSUAL[kind]
-    samples, ledger = good_and(encoded)
-    assert not ledger
+    samples, log = good_and(encoded)
+    assert not log
     colors = [sample["views"][0, :, 8, 8].int() for sample in samples]
     # The other picture is noise of every gray; the unusual one shows in each of the two passes.
     assert sum((abs(c - torch.tensor(color)) <= 4).all() for c in colors) >= 2
 
 
-def test_a_folder_with_bad_files_is_read_and_its_ledger_names_each_once(tmp_path):
+def test_a_folder_with_bad_files_is_read_and_its_log_names_each_once(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for name, content in {"a.jpg": PHOTO, "b.jpg": PHOTO[:300], "c.jpg": b"", "d.png": b"text"}.items():
         (images / name).write_bytes(content)
     source = ImageSource(data_dir=str(images))
     (images / "e.jpg").write_bytes(PHOTO)  # came too late to be listed
-    stream = ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.8, ledger=tmp_path / "bad_samples.jsonl")
+    stream = ViewStream(
+        source, RandomCrops((16, 16)), max_bad_fraction=0.8, bad_sample_log=tmp_path / "bad_samples.jsonl"
+    )
     bad = []
     for batch in itertools.islice(view_loader(stream, 3), 4):
         assert batch["views"].shape == (3, 2, 3, 16, 16)
@@ -134,13 +136,13 @@ def test_what_is_wrong_with_one_row_ends_no_stream(tmp_path):
     paths = [f"zip://a.jpg::{tmp_path}/a.zip", "nul\0byte.jpg", "foo://a.jpg", None, None, f"{tmp_path}/odd::name.jpg"]
     features = Features({"image": ImageFeature(decode=False)})
     rows = Dataset.from_dict({"image": [path and {"path": path, "bytes": None} for path in paths]}, features=features)
-    ledger = tmp_path / "not yet there" / "bad_samples.jsonl"
-    stream = ViewStream(ImageSource(dataset=rows), RandomCrops((16, 16)), max_bad_fraction=0.9, ledger=ledger)
+    log = tmp_path / "not yet there" / "bad_samples.jsonl"
+    stream = ViewStream(ImageSource(dataset=rows), RandomCrops((16, 16)), max_bad_fraction=0.9, bad_sample_log=log)
     samples = list(itertools.islice(stream, 2))
     bad = [reason for sample in samples for reason in sample["bad"]]
     assert sum(reason == "missing" for reason in bad) == 3 and bad.count("empty") >= 2  # rows without a name: each
-    text = ledger.read_text()
-    assert all(word in text for word in ("BadZipFile", "null byte", "foo", "reader 0"))
+    text = log.read_text()
+    assert all(word in text for word in ("BadZipFile", "null byte", "foo", "worker 0"))
 
 
 def test_folders_behind_links_are_read_and_names_that_are_no_text_refused(tmp_path):

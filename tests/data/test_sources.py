@@ -98,19 +98,19 @@ def test_a_damaged_picture_in_a_decoded_stream_is_not_waited_for(tmp_path, monke
         read(ViewStream(ImageSource(dataset=stream.filter(lambda row: row["image"].width > 0)), identity), 2)
 
 
-@pytest.mark.parametrize("num_readers", [1, 2, 3, 8])
-def test_skipped_and_taken_rows_are_the_same_for_any_number_of_readers(shards, num_readers):
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
+def test_skipped_and_taken_rows_are_the_same_for_any_number_of_workers(shards, num_workers):
     stream = load_dataset("parquet", data_files=f"{shards[0]}/*.parquet", split="train", streaming=True)
     in_order = [zlib.crc32(row["image"]["bytes"]) for row in stream.decode(False)]
     both = {"skip": (stream.skip(8), in_order[8:]), "take": (stream.take(16), in_order[:16])}
     for name, (part, expected) in both.items():
         source = ImageSource(dataset=part)
         shares = [
-            read(ViewStream(source, identity, 0, rank, num_readers), 2 * 16 // num_readers)
-            for rank in range(num_readers)
+            read(ViewStream(source, identity, 0, rank, num_workers), 2 * 16 // num_workers)
+            for rank in range(num_workers)
         ]
         assert {x for share in shares for x in share} <= set(expected), name
-        if 16 % num_readers == 0:
+        if 16 % num_workers == 0:
             assert sorted(x for share in shares for x in share) == sorted(2 * expected), name
     with pytest.raises(ValueError, match=r"joins parts that were made by \.skip\(\) or \.take\(\)"):
         ImageSource(dataset=concatenate_datasets([stream.take(8), stream.skip(16)]))

@@ -10,7 +10,7 @@ from modeling_can.data import ImageSource, ViewStream
 
 
 @pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (2, 2), (1, 2)])
-def test_readers_share_every_epoch_without_overlap(shards, num_processes, num_workers):
+def test_workers_share_every_epoch_without_overlap(shards, num_processes, num_workers):
     folder, everything = shards
     source = ImageSource(data_files=f"{folder}/*.parquet")
     shares = [
@@ -27,7 +27,7 @@ def test_rows_are_dealt_with_a_warning_where_shards_are_too_few(shards, caplog):
     source = ImageSource(data_files=f"{folder}/train-0.parquet")
     shares = [read(ViewStream(source, identity, 0, rank, 3), 2) for rank in range(3)]
     assert len({x for share in shares for x in share}) == 6
-    assert "1 shards for 3 readers" in caplog.text
+    assert "1 shards for 3 workers" in caplog.text
 
 
 def test_order_depends_on_seed_and_epoch_and_is_reproducible(shards):

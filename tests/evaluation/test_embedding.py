@@ -98,7 +98,7 @@ def load(folder: Path) -> Dataset:
     return datasets.load_dataset("parquet", data_files=files, cache_dir=cache, split="train")
 
 
-def ledger(folder: Path) -> list[dict]:
+def logged(folder: Path) -> list[dict]:
     path = folder / "bad_samples.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -132,9 +132,9 @@ def test_every_image_is_embedded_once_with_its_id_and_label(places, tmp_path, ki
     assert max(pq.read_metadata(path).num_rows for path in files) == (2 if kind == "folder" else 8)
     assert [result["done"] for result in results] == [False] * (num_processes - 1) + [True]
     assert results[-1]["num_images"] == sum(result["new_images"] for result in results) == NUM_IMAGES
-    assert results[-1]["files"] == len(files) and results[-1]["bad"] == {} and not ledger(tmp_path)
+    assert results[-1]["files"] == len(files) and results[-1]["bad"] == {} and not logged(tmp_path)
     assert min(result["new_images"] for result in results) >= NUM_IMAGES / num_processes - PER_SHARD
-    if kind == "one shard":  # it is shared by as many readers as there are
+    if kind == "one shard":  # it is shared by as many workers as there are
         assert len({path.name.split("-")[1] for path in files}) == num_processes * max(1, num_workers)
 
 
@@ -249,7 +249,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_twice(tmp_path, kind, 
     ids = places_of(rows_per_shard)
     good = {name: i for name, i in ids.items() if i not in bad}
     assert read(folder) == embeddings(good, labels=True)
-    assert sorted(ids[record["row"]] for record in ledger(folder)) == sorted(bad)
+    assert sorted(ids[record["row"]] for record in logged(folder)) == sorted(bad)
     result = embed(source, prepare_slowly, encode, folder, FACTS, **options | {"num_processes": 1})
     assert result["done"] and result["new_images"] == 0 and not list(folder.glob("part-*.partial"))
     assert result["num_images"] == len(good) and result["bad"] == {"not_an_image": 3, "empty": 2}
@@ -315,7 +315,7 @@ def test_a_worker_whose_process_was_killed_before_it_began_ends():
     assert worker.exitcode == 1
 
 
-def test_no_file_passes_over_a_row_that_is_not_in_the_ledger_yet(with_bad, monkeypatch):
+def test_no_file_skips_a_row_that_is_not_in_the_log_yet(with_bad, monkeypatch):
     source, folder = with_bad
 
     def killed(*_):
@@ -327,7 +327,7 @@ def test_no_file_passes_over_a_row_that_is_not_in_the_ledger_yet(with_bad, monke
             embed(source, prepare, encode, folder, FACTS, max_bad_fraction=1)
     assert len(read(folder)) == 10  # the shard before
     embed(source, prepare, encode, folder, FACTS, max_bad_fraction=1)
-    assert len(read(folder)) == 89 and len(ledger(folder)) == 11
+    assert len(read(folder)) == 89 and len(logged(folder)) == 11
 
 
 def test_what_a_kill_left_half_written_does_no_harm(tmp_path):
@@ -387,14 +387,14 @@ def with_bad(tmp_path):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_images_are_passed_over_and_in_the_ledger(with_bad, num_workers):
+def test_bad_images_are_skipped_and_in_the_log(with_bad, num_workers):
     source, folder = with_bad
     options = {"num_workers": num_workers, "id_column": "key", "max_bad_fraction": 0.2}
     result = embed(source, prepare, encode, folder, FACTS, **options)
     assert result["bad"] == {"not_an_image": 10, "damaged": 1} and result["num_images"] == 89
     assert {int(name) - 1000 for name in read(folder)} == {i for i in range(100) if not 10 <= i < 20 and i != 95}
-    records = {record["row"]: record for record in ledger(folder)}
-    assert len(ledger(folder)) == 11 and records.keys() == {"9:5", *(f"1:{i}" for i in range(10))}
+    records = {record["row"]: record for record in logged(folder)}
+    assert len(logged(folder)) == 11 and records.keys() == {"9:5", *(f"1:{i}" for i in range(10))}
     damaged = records["9:5"]
     assert damaged["reason"] == "damaged" and damaged["id"] == "1095" and damaged["detail"]
     assert damaged["path"] is None and len(damaged["sha256"]) == 64 and damaged["source"] == source.name
@@ -409,7 +409,7 @@ def test_a_unit_without_a_good_image_has_an_empty_file(with_bad, tmp_path):
     assert embed(source, prepare, encode, folder, FACTS, **options)["done"]
     rows = load(folder)
     assert rows.features == {"id": Value("string"), "embedding": datasets.List(Value("float32"), length=3)}
-    assert rows["id"][:] == [f"1:{i}" for i in range(10)] and len(ledger(folder)) == 10
+    assert rows["id"][:] == [f"1:{i}" for i in range(10)] and len(logged(folder)) == 10
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -420,7 +420,7 @@ def test_too_many_bad_images_stop_the_run(with_bad, num_workers):
             ValueError, match=r"11 of 100 images .* more than max_bad_fraction=0.1; .*bad_samples.jsonl"
         ):
             embed(source, prepare, encode, folder, FACTS, max_bad_fraction=0.1, num_workers=num_workers)
-        assert len(ledger(folder)) == 11
+        assert len(logged(folder)) == 11
     result = embed(source, prepare, encode, folder, FACTS, max_bad_fraction=0.11)
     assert result["done"] and result["new_images"] == 0 and result["num_images"] == 89
 
@@ -430,7 +430,7 @@ def test_too_many_bad_images_stop_the_run_after_a_thousand(tmp_path):
     source, folder = ImageSource(data_files=f"{tmp_path}/rows.parquet"), tmp_path / "out"
     with pytest.raises(ValueError, match=r"1024 of 1025 images .* The last: .*0:1024.*no image in"):
         embed(source, prepare, encode, folder, FACTS, batch_size=128)
-    assert len(ledger(folder)) == 1024
+    assert len(logged(folder)) == 1024
 
 
 def test_the_images_before_a_kill_count_in_the_share_of_bad_ones(with_bad):
@@ -441,7 +441,7 @@ def test_the_images_before_a_kill_count_in_the_share_of_bad_ones(with_bad):
         embed(source, prepare, encode, folder, FACTS, max_bad_fraction=0.1)
 
 
-def test_a_row_that_the_ledger_has_stays_bad(places, tmp_path):
+def test_a_row_that_the_log_has_stays_bad(places, tmp_path):
     def prepare_then(encoded):
         if encoded == picture(color=COLORS[3], format="PNG"):
             raise BadImage("missing", "a server refuses, and later no more")
@@ -451,7 +451,7 @@ def test_a_row_that_the_ledger_has_stays_bad(places, tmp_path):
     options = {"rows_per_file": 6, "max_bad_fraction": 0.5}
     embed_until_killed(source, tmp_path, 6, prepare_then, **options)
     result = embed(source, prepare, encode, tmp_path, FACTS, batch_size=6, **options)
-    assert [record["row"] for record in ledger(tmp_path)] == ["0:3"] and result["bad"] == {"missing": 1}
+    assert [record["row"] for record in logged(tmp_path)] == ["0:3"] and result["bad"] == {"missing": 1}
     assert read(tmp_path) == embeddings({name: i for name, i in places_of(NUM_IMAGES).items() if i != 3})
 
 
@@ -560,4 +560,4 @@ def test_a_bad_row_of_an_earlier_run_stays_bad_wherever_it_is(tmp_path, bad):
     options = {"rows_per_file": 6, "max_bad_fraction": 0.5}
     embed_until_killed(source, tmp_path, 6, prepare_then, **options)
     result = embed(source, prepare, encode, tmp_path, FACTS, batch_size=6, **options)
-    assert [record["row"] for record in ledger(tmp_path)] == [f"0:{bad}"] and result["bad"] == {"missing": 1}
+    assert [record["row"] for record in logged(tmp_path)] == [f"0:{bad}"] and result["bad"] == {"missing": 1}

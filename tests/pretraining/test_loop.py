@@ -348,14 +348,14 @@ def test_probes_meet_the_model_in_evaluation_and_leave_it_in_training(tmp_path, 
     assert trained == [True] * 3 and probed == [False] * 5  # before, after each step, at the end
 
 
-def test_a_resumed_run_cuts_its_ledger_back(tmp_path):
+def test_a_resumed_run_cuts_its_bad_sample_log_back(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(16):
         Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{i}.png")
     argv = [*TOY, f"--data_dir={tmp_path / 'images'}", f"--output_dir={tmp_path / 'out'}", "--probe_dataset_name=none",
             "--dataloader_num_workers=0"]  # fmt: skip
     run_pretraining.main([*argv, "--max_steps=2", "--save_steps=1"])
-    ledger = tmp_path / "out" / "bad_samples.jsonl"
-    ledger.write_text(json.dumps({"reason": "missing"}) + "\n")  # as if written after the checkpoint
+    log = tmp_path / "out" / "bad_samples.jsonl"
+    log.write_text(json.dumps({"reason": "missing"}) + "\n")  # as if written after the checkpoint
     results = run_pretraining.main([*argv, "--max_steps=3", "--save_steps=9", "--resume_from_checkpoint=latest"])
-    assert results["bad_samples"] == {} and ledger.read_text() == ""
+    assert results["bad_samples"] == {} and log.read_text() == ""
