@@ -340,7 +340,7 @@ class ImageSource:
     def _wait_or_give_up(self, error: Exception, num_failures: int, is_remote: bool):
         if not is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
             raise OSError(
-                f"{self.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
+                f"{self.name} cannot be read: {type(error).__name__}: {error}; no image was skipped. "
                 "Fix the file or remove it from the source, then start again"
             ) from error
         logger.warning("%s: %r; trying again in %g s", self.name, error, RETRY_SECONDS[num_failures])

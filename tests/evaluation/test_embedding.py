@@ -364,7 +364,7 @@ def test_every_row_comes_once_through_a_faulty_connection(places, tmp_path, impa
         source = ImageSource(data_files=[f"{server.url}/shard-{shard}.parquet" for shard in range(5)])
         server.faults, server.gone = ["drop", "503", None, "stall", "drop"], {"shard-3.parquet"}
         source.num_images = lambda: None  # would be the first to ask for the one that is gone
-        with pytest.raises(OSError, match=r"shard-3\.parquet.*no image was passed over"):
+        with pytest.raises(OSError, match=r"shard-3\.parquet.*no image was skipped"):
             embed(source, prepare, encode, tmp_path, FACTS, batch_size=7)
         assert len(server.befallen) == 4 and len(read(tmp_path)) == 54
         server.faults, server.gone = [None, "drop", "503"], set()
