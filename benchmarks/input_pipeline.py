@@ -8,7 +8,7 @@ Per core, from wall and CPU time of this process and its loader workers, with 0,
 
 - baseline: what most trainers do, decode in Pillow and two full pipelines in Pillow and numpy to float tensors (random
   resized crop, bicubic; flip, color jitter, grayscale, blur, normalize; SimCLR's probabilities); and the same with
-  the picture decoded for each view;
+  the image decoded for each view;
 - ours: decode once, two crops as uint8, bilinear and bicubic; the photometric steps run in batch on the device, and
   are timed by themselves.
 
@@ -42,7 +42,7 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 class PillowPipelines:
-    """Encoded picture -> two augmented views, float32 (2, 3, 224, 224), everything in Pillow."""
+    """Encoded image -> two augmented views, float32 (2, 3, 224, 224), everything in Pillow."""
 
     def __init__(self, decode_once: bool):
         self.decode_once = decode_once

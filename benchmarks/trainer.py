@@ -43,7 +43,7 @@ from modeling_can.pretraining.compiling import compile_model, how_to_compile  # 
 from modeling_can.pretraining.recipe import parse_arguments  # noqa: E402
 
 
-def write_pictures(folder: Path, number: int = 256):
+def write_images(folder: Path, number: int = 256):
     """Smooth colors with some grain: JPEGs of about the size that photographs have."""
     rng = np.random.default_rng(0)
     folder.mkdir()
@@ -146,8 +146,8 @@ def main():
     on_gpu = torch.cuda.is_available()
     provenance = facts(seed=0, device="cuda" if on_gpu else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder) / "pictures")
-        argv = [*recipe_arguments(arguments.size), f"--data_dir={folder}/pictures",
+        write_images(Path(folder) / "images")
+        argv = [*recipe_arguments(arguments.size), f"--data_dir={folder}/images",
                 f"--per_device_train_batch_size={arguments.batch_size}", f"--max_steps={arguments.num_steps}",
                 f"--dataloader_num_workers={arguments.dataloader_num_workers}"]  # fmt: skip
         world_size = torch.cuda.device_count() if on_gpu else 2

@@ -131,7 +131,7 @@ def project_apart(self, hidden_states):
 
 
 def two_passes(model):
-    """Encoder and decoder take one half of the pictures after the other."""
+    """Encoder and decoder take one half of the images after the other."""
     encode, decode = model.can.forward, model.decoder.forward
 
     def encode_halves(pixel_values, **kwargs):
@@ -147,7 +147,7 @@ def two_passes(model):
 
 
 def inference(name: str, config, pixels):
-    """A forward pass over both views, as so many pictures."""
+    """A forward pass over both views, as so many images."""
     pixels = pixels.flatten(0, 1)
     if name == "vit":
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",

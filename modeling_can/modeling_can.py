@@ -6,7 +6,7 @@ Robinson, Chang, Jacobs, Sarna, Maschinot, Krishnan, arXiv 2210.16870. The file 
 mask and embed the patches, encode, project and contrast, tell the decoder the noise level, decode, three losses,
 weighted sum.
 
-Legend of the shapes: B images, V views, N = B * V pictures, L patches, K visible patches, D encoder width,
+Legend of the shapes: B images, V views of each, N = B * V, L patches, K visible patches, D encoder width,
 E decoder width, P pixels per patch (rows, columns, channels).
 """
 
@@ -103,7 +103,7 @@ class CANForPreTrainingOutput(ModelOutput):
 
 def patchify(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> torch.Tensor:
     """
-    Cuts pictures into patches: `(..., num_channels, height, width)` -> `(..., num_patches, pixels_per_patch)`, patches
+    Cuts images into patches: `(..., num_channels, height, width)` -> `(..., num_patches, pixels_per_patch)`, patches
     row by row, the pixels of a patch as (row, column, channel). Height and width are multiples of the patch's.
     """
     *batch, channels, height, width = pixel_values.shape
@@ -342,7 +342,7 @@ class CANMLP(nn.Module):
 
 
 class CANDropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): leaves a residual branch out for some pictures of a batch."""
+    """Stochastic depth (arXiv 1603.09382): leaves a residual branch out for some images of a batch."""
 
     def __init__(self, rate: float):
         super().__init__()

@@ -76,11 +76,11 @@ def reconstruct(
 
 
 def errors_of(
-    pictures: dict[str, torch.Tensor], pixel_values: torch.Tensor, std: tuple[float, ...], config: CANConfig
+    images: dict[str, torch.Tensor], pixel_values: torch.Tensor, std: tuple[float, ...], config: CANConfig
 ) -> dict[str, torch.Tensor]:
     """
     Args:
-        pictures (`dict[str, torch.Tensor]`): What `reconstruct` made of `pixel_values`.
+        images (`dict[str, torch.Tensor]`): What `reconstruct` made of `pixel_values`.
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
         std (`tuple[float, ...]`): By which they were normalized.
 
@@ -89,10 +89,10 @@ def errors_of(
         the mean color of the visible patches in their place (both absent without reconstruction loss). `noise` and
         `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
         noise, in normalized units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
-        with its own true mean and deviation, as in MAE's pictures, and `plain` is each patch's own true mean. NaN
+        with its own true mean and deviation, as in MAE's figures, and `plain` is each patch's own true mean. NaN
         where nothing is hidden.
     """
-    hidden, std = pictures["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
+    hidden, std = images["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
 
     def mean_square(error, where):
         return torch.where(where, error, 0).square().sum(dim=(1, 2, 3)) / where.sum(dim=(1, 2, 3))
@@ -106,11 +106,11 @@ def errors_of(
         else:
             plain = torch.where(hidden, 0, pixel_values).sum(dim=(2, 3)) / (~hidden).sum(dim=(2, 3))
             plain = plain[:, :, None, None]
-        errors["hidden"] = mean_square((pictures["reconstruction"] - pixel_values) * std, hidden)
+        errors["hidden"] = mean_square((images["reconstruction"] - pixel_values) * std, hidden)
         errors["plain"] = mean_square((plain - pixel_values) * std, hidden)
     if config.denoising_loss_weight > 0:
-        errors["noise"] = mean_square(pictures["noise"].nan_to_num(), ~hidden)
-        residual = pictures["noise"] - pictures["predicted_noise"]
+        errors["noise"] = mean_square(images["noise"].nan_to_num(), ~hidden)
+        residual = images["noise"] - images["predicted_noise"]
         errors["residual"] = mean_square(residual.nan_to_num(), ~hidden)
     return errors
 
@@ -130,13 +130,13 @@ def reconstruction_sheet(
     model: CANForPreTraining, pixel_values: torch.Tensor, mean: tuple, std: tuple, path: Path
 ) -> None:
     """Saves a sheet with a row an image: image, noised and masked input, reconstruction, noise, predicted noise."""
-    pictures, sigma_max = reconstruct(model, pixel_values), model.config.noise_std_max
+    images, sigma_max = reconstruct(model, pixel_values), model.config.noise_std_max
     columns = {
         "image": true_colors(pixel_values, mean, std),
-        "noised, masked input": true_colors(pictures["input"], mean, std),
-        "reconstruction": true_colors(pictures["reconstruction"], mean, std),
-        "noise (amplified)": amplified_noise(pictures["noise"], sigma_max),
-        "predicted noise": amplified_noise(pictures["predicted_noise"], sigma_max),
+        "noised, masked input": true_colors(images["input"], mean, std),
+        "reconstruction": true_colors(images["reconstruction"], mean, std),
+        "noise (amplified)": amplified_noise(images["noise"], sigma_max),
+        "predicted noise": amplified_noise(images["predicted_noise"], sigma_max),
     }
     _save_sheet(columns, path)
 

@@ -85,7 +85,7 @@ def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colors):  
 
 
 @pytest.mark.slow
-def test_two_hundred_pictures_become_a_classifier(tmp_path):
+def test_two_hundred_images_become_a_classifier(tmp_path):
     """The walk-through, then the ways to fine-tune and the first screen's snippet, on the model that it leaves."""
     for name in ("run_pretraining.py", "run_eval.py", "modeling_can", "model_cards"):
         (tmp_path / name).symlink_to(ROOT / name)

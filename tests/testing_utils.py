@@ -112,7 +112,7 @@ def run_processes(function, world_size, *arguments) -> list:
     return [result for _, result, _ in answers]
 
 
-def picture(size=(40, 30), color=(200, 30, 90), mode="RGB", **options) -> bytes:
+def encoded_image(size=(40, 30), color=(200, 30, 90), mode="RGB", **options) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, color).save(buffer, options.pop("format", "JPEG"), **options)
     return buffer.getvalue()
@@ -125,7 +125,7 @@ def add_to_tar(archive: tarfile.TarFile, name: str, content: bytes):
 
 
 def identity(encoded: bytes, epoch: int) -> np.ndarray:
-    """A view maker that tells which picture it was given."""
+    """A view maker that tells which image it was given."""
     return np.array([zlib.crc32(encoded)])
 
 

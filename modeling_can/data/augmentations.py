@@ -329,7 +329,7 @@ def _rotate(images, level, fill):
 
 
 # Each takes images (n, C, H, W) in [0, 1], levels (n, 1, 1, 1) in [-1, 1]: which way and how strong; and the color of
-# what comes into the picture.
+# what comes into the image.
 OPERATIONS = {
     "auto_contrast": lambda images, level, fill: _stretch(images),
     "equalize": lambda images, level, fill: equalize(images),
@@ -359,7 +359,7 @@ class RandAugment:
 
     Args:
         magnitude (`float`): Mean of the level, of 10; its standard deviation is 0.5.
-        fill (`tuple[float]`): Color in [0, 1] of what comes into the picture, an entry a channel.
+        fill (`tuple[float]`): Color in [0, 1] of what comes into the image, an entry a channel.
     """
 
     def __init__(self, magnitude: float = 9.0, fill=(0.485, 0.456, 0.406)):

@@ -73,7 +73,7 @@ class ImageSource:
         data_files (`str` or `list[str]`, *optional*):
             Paths, globs or URLs (http, s3, hf, whatever fsspec reads) of parquet, WebDataset tar, arrow or jsonl.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
-            As it is. Of a stream with `.map()` or `.filter()` the pictures come decoded, and are encoded anew here; a
+            As it is. Of a stream with `.map()` or `.filter()` the images come decoded, and are encoded anew here; a
             damaged one ends it, and datasets itself encodes JPEGs anew, with loss, for `.remove_columns()` and
             `.rename_column()` after that. `.decode(False)` before all of them avoids it.
         split (`str`): Split of `dataset_name`; a part of one, such as `train[:10%]`, only where it is not streamed.
@@ -223,7 +223,7 @@ class ImageSource:
             raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
 
     def _undecoded(self, dataset) -> datasets.IterableDataset:
-        """The images, still encoded: a picture that datasets failed to decode would end the stream."""
+        """The images, still encoded: an image that datasets failed to decode would end the stream."""
         if isinstance(dataset, datasets.Dataset):
             self._num_images = len(dataset)
             self.fingerprint = self.fingerprint or hash_of([len(dataset)])

@@ -41,9 +41,9 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
     encoder.to(accelerator.device)
 
     @torch.no_grad()
-    def encode(pictures):
+    def encode(images):
         with accelerator.autocast():
-            pixels = encoder.preprocessor.normalize(pictures.to(accelerator.device, non_blocking=True))
+            pixels = encoder.preprocessor.normalize(images.to(accelerator.device, non_blocking=True))
             return pooled(encoder(pixels), settings.pooling, encoder.name)
 
     def source_with(label_column: str | None) -> ImageSource:
@@ -251,7 +251,7 @@ def _to_numpy(features: torch.Tensor, ids: list[str], dtype: str) -> np.ndarray:
 
 
 def _embedding_size(prepare, encode) -> int:
-    """D, where a unit has not one good image to tell it: that of a gray picture."""
+    """D, where a unit has not one good image to tell it: that of a gray image."""
     buffer = io.BytesIO()
     Image.new("RGB", (512, 512), "gray").save(buffer, "PNG")
     return encode(prepare(buffer.getvalue())[None]).shape[1]

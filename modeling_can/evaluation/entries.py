@@ -34,7 +34,7 @@ def make_entries(setup: Setup) -> list[Entry]:
         baselines[0].name = "untrained"
     if "pixels" in wanted_baselines:
         preprocessor = models[0].preprocessor
-        encode = lambda pictures: {"mean": raw_pixels(preprocessor.normalize(pictures))}  # noqa: E731
+        encode = lambda images: {"mean": raw_pixels(preprocessor.normalize(images))}  # noqa: E731
         baselines.insert(0, Entry("pixels", preprocessor, encode, "pixels"))
     return baselines + models
 
@@ -43,9 +43,9 @@ def _entry(setup: Setup, encoder: Encoder, name: str, path: str | None = None) -
     digest = encoder.digest()
     encoder.to(setup.device)
 
-    def encode(pictures):
+    def encode(images):
         with setup.accelerator.autocast():
-            return encoder(encoder.preprocessor.normalize(pictures.to(setup.device, non_blocking=True)))
+            return encoder(encoder.preprocessor.normalize(images.to(setup.device, non_blocking=True)))
 
     return Entry(
         name=name, preprocessor=encoder.preprocessor, encode=encode, digest=digest, path=path, encoder=encoder

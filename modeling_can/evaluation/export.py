@@ -25,7 +25,7 @@ from .report import card_results
 
 __all__ = ["NUM_EXAMPLES", "check_export", "export", "is_exported", "on_class_token_and_mean"]
 
-NUM_EXAMPLES = 3  # pictures beside the classifier
+NUM_EXAMPLES = 3  # images beside the classifier
 
 
 def is_exported(setup: Setup, entry: Entry) -> bool:
@@ -52,7 +52,7 @@ def check_export(setup: Setup, entry: Entry):
 def export(setup: Setup, entry: Entry, results: dict) -> dict:
     """
     Writes the fine-tuned model, or else the encoder with the probe on it, as a model that transformers loads by
-    itself, with processor, card and example pictures; all or nothing. Returns what it scores on the test images.
+    itself, with processor, card and example images; all or nothing. Returns what it scores on the test images.
     """
     settings, data, folder = setup.settings, setup.data, Path(setup.settings.export_classifier)
     is_tuned = "finetune" in settings.task
@@ -67,7 +67,7 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
             encoder.config.label2id = {name: index for index, name in enumerate(data.class_names)}
             model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
         preprocessor = entry.preprocessor
-        if preprocessor.num_channels == 1:  # pipelines and widgets give pictures in color
+        if preprocessor.num_channels == 1:  # pipelines and widgets give images in color
             model, preprocessor = accept_colors(model), preprocessor.in_color()
     alone = Extractor(settings.batch_size, settings.dataloader_num_workers)  # the other processes have nothing to do
     predictions = class_predictions(model.to(setup.device), preprocessor, data.test, alone)
@@ -81,9 +81,9 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
         examples = {}
         for number, label in enumerate(np.unique(data.test.labels)[:NUM_EXAMPLES], start=1):
             row = int(np.flatnonzero(data.test.labels == label)[0])
-            picture = Image.fromarray(decode(data.test.read(row), num_channels=3, **preprocessor.decoding))
+            image = Image.fromarray(decode(data.test.read(row), num_channels=3, **preprocessor.decoding))
             examples[f"examples/{number}.jpg"] = data.class_names[label]
-            picture.save(partial / f"examples/{number}.jpg", quality=95)
+            image.save(partial / f"examples/{number}.jpg", quality=95)
         entries = card_results(results, {"exported": figures}, entry.name)
         figures["test_images_seen_without_labels"] = results["models"][entry.name]["test_images_seen_without_labels"]
         card = classifier_card(

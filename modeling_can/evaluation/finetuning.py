@@ -98,7 +98,7 @@ def finetune(
 ) -> FineTuned:
     """
     Trains a classifier, all of it or adapters, and saves it with its processor in a folder that transformers'
-    image-classification pipeline (of pictures in color) and `encoders.load_encoder` read; of a LoRA run the merged
+    image-classification pipeline (of images in color) and `encoders.load_encoder` read; of a LoRA run the merged
     model, and the adapter under `adapter/`. Called by every process; DDP. Nothing is chosen: the model is the one
     after the last step.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .features import Extractor, KeptPictures, Pictures
+from .features import Extractor, Images, KeptImages
 from .knn import knn_predictions
 from .linear import linear_probe
 from .scores import bootstrap_interval
@@ -51,7 +51,7 @@ class Probe:
             raise ValueError(message) from error
         self.preprocessor, self.device = preprocessor, device
         self.train, self.test = (
-            KeptPictures(split, lambda *picture: self.preprocessor.decode(*picture))
+            KeptImages(split, lambda *image: self.preprocessor.decode(*image))
             for split in (self.set.train, self.set.test)
         )
 
@@ -61,9 +61,9 @@ class Probe:
         `linear_probe`; beside each its 95 % interval, as `knn_interval`; and `num_test`, the number of test images.
         """
 
-        def features(pictures: Pictures) -> np.ndarray:
+        def features(images: Images) -> np.ndarray:
             encode = lambda batch: {"features": embed(self.preprocessor.normalize(batch))}  # noqa: E731
-            return Extractor()(encode, pictures)["features"]
+            return Extractor()(encode, images)["features"]
 
         train, test = features(self.train), features(self.test)
         labels, num_classes = self.set.train.labels, len(self.set.class_names)

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from ..metrics import Accuracy
 from ..progress import progress_bar
 from .encoders import Encoder, Preprocessor, pooled
-from .features import Extractor, Pictures, Processes, cached
+from .features import Extractor, Images, Processes, cached
 from .scores import bootstrap_interval
 from .sets import LabeledSet, Split
 
@@ -29,8 +29,8 @@ class Entry:
 
     Args:
         name (`str`): Its heading.
-        preprocessor (`Preprocessor`): Makes its pictures.
-        encode (callable): Prepared pictures -> pooled features by name, as `Encoder` returns them.
+        preprocessor (`Preprocessor`): Makes its images.
+        encode (callable): Prepared images -> pooled features by name, as `Encoder` returns them.
         digest (`str`): What `encode` depends on.
         path (`str`, *optional*): Of a model, where it came from.
         encoder (`Encoder`, *optional*): All but the raw pixels have one.
@@ -112,11 +112,11 @@ class Setup:
         facts = {
             "weights": entry.digest,
             "preprocessing": entry.preprocessor.facts(),
-            "data": (split.pictures._fingerprint, len(split)),
+            "data": (split.images._fingerprint, len(split)),
             "precision": (self.device.type, self.accelerator.mixed_precision),
         }
-        pictures = Pictures(split, entry.preprocessor.decode)
-        make = partial(self.extractor, entry.encode, pictures, f"{entry.name}: {split.name}")
+        images = Images(split, entry.preprocessor.decode)
+        make = partial(self.extractor, entry.encode, images, f"{entry.name}: {split.name}")
         made = cached(self.settings.feature_cache, facts, make, self.processes)
         if made is None:
             return None

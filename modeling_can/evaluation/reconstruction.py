@@ -9,7 +9,7 @@ from transformers import AutoModelForPreTraining
 
 from ..plots import errors_of, reconstruct, reconstruction_sheet
 from .encoders import Preprocessor, load_model
-from .features import Pictures
+from .features import Images
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 
 
@@ -44,14 +44,14 @@ class Reconstruction(Protocol):
         mean, std = preprocessor.processor.image_mean, preprocessor.processor.image_std
 
         def errors(batch):
-            pictures, indices = batch
-            pixels = preprocessor.normalize(pictures.to(device))
+            images, indices = batch
+            pixels = preprocessor.normalize(images.to(device))
             return _reconstruction_errors(
                 model=model, pixel_values=pixels, indices=indices.tolist(), std=std, seed=seed
             )
 
-        pictures = Pictures(test, partial(_with_index, preprocessor))
-        made = setup.extractor(errors, pictures, f"{entry.name}: reconstruction")
+        images = Images(test, partial(_with_index, preprocessor))
+        made = setup.extractor(errors, images, f"{entry.name}: reconstruction")
         if not setup.is_main:
             return None
         figures = {"mask_ratio": config.mask_ratio, "noise_level": config.noise_std_max}

@@ -49,7 +49,7 @@ def retrieval_sheet(
     queries: torch.Tensor, neighbors: torch.Tensor, right: np.ndarray, names: list[str], path: Path
 ) -> None:
     """
-    Saves a contact sheet with a row for each query: the picture, then its nearest neighbors, the nearest first,
+    Saves a contact sheet with a row for each query: the image, then its nearest neighbors, the nearest first,
     framed green where they are of its class, else red.
 
     Args:
@@ -57,26 +57,26 @@ def retrieval_sheet(
         right (`np.ndarray` of shape `(N, k)`): Whether a neighbor is of the query's class.
         names (`list[str]`): The class of each query.
     """
-    pictures = torch.cat([queries[:, None], neighbors], dim=1).float() / 255
-    scale = max(1, round(120 / max(pictures.shape[-2:])))
-    pictures = pictures.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1).expand(-1, -1, 3, -1, -1)
+    images = torch.cat([queries[:, None], neighbors], dim=1).float() / 255
+    scale = max(1, round(120 / max(images.shape[-2:])))
+    images = images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1).expand(-1, -1, 3, -1, -1)
     colors = torch.tensor([[0.85, 0.15, 0.15], [0.15, 0.65, 0.25]])[torch.from_numpy(right).long()]  # (N, k, 3)
     frames = torch.cat([torch.ones(len(queries), 1, 3), colors], dim=1)[..., None, None]
-    border = max(2, pictures.shape[-1] // 30)
+    border = max(2, images.shape[-1] // 30)
 
     def framed(x, width, color):
         inside = nn.functional.pad(torch.ones_like(x[:, :, :1]), (width,) * 4).bool()
         return torch.where(inside, nn.functional.pad(x, (width,) * 4), color)
 
-    grid = framed(framed(pictures, border, frames), border, torch.ones(1))
+    grid = framed(framed(images, border, frames), border, torch.ones(1))
     sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2).numpy()
-    width = 1.2 * pictures.shape[1]
+    width = 1.2 * images.shape[1]
     figure = Figure((width + 0.8, width * sheet.shape[0] / sheet.shape[1] + 0.4))
     axis = figure.subplots()
     axis.imshow(sheet, interpolation="nearest")
-    rows, columns = sheet.shape[0] / len(pictures), sheet.shape[1] / pictures.shape[1]
+    rows, columns = sheet.shape[0] / len(images), sheet.shape[1] / images.shape[1]
     axis.xaxis.tick_top()
-    axis.set_xticks([columns / 2, columns * (pictures.shape[1] + 1) / 2], ["query", "nearest training images"])
+    axis.set_xticks([columns / 2, columns * (images.shape[1] + 1) / 2], ["query", "nearest training images"])
     axis.set_yticks([rows * (row + 0.5) for row in range(len(names))], [plain(name) for name in names])
     axis.tick_params(length=0, labelsize=8)
     axis.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""Labeled sets: pictures to learn from, pictures to be tested on, and the names of the classes."""
+"""Labeled sets: images to learn from, images to be tested on, and the names of the classes."""
 
 import collections
 import functools
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Split:
     """
-    Some labeled pictures.
+    Some labeled images.
 
     Args:
         name (`str`): For messages.
-        pictures (`datasets.Dataset`): One column, `image`, of encoded pictures.
+        images (`datasets.Dataset`): One column, `image`, of encoded images.
         labels (`np.ndarray` of shape `(N,)`): Class indices.
         folder (`str`, *optional*): Where images with relative paths are looked for before the working directory.
     """
 
     name: str
-    pictures: datasets.Dataset
+    images: datasets.Dataset
     labels: np.ndarray
     folder: str | None = None  # that relative paths begin at
 
@@ -44,14 +44,14 @@ class Split:
         return len(self.labels)
 
     def select(self, indices: np.ndarray) -> "Split":
-        return Split(self.name, self.pictures.select(indices), self.labels[indices], self.folder)
+        return Split(self.name, self.images.select(indices), self.labels[indices], self.folder)
 
     def read(self, index: int) -> bytes:
-        return read_bytes(located(self.pictures[int(index)]["image"], self.folder))
+        return read_bytes(located(self.images[int(index)]["image"], self.folder))
 
 
 class LabeledSet(NamedTuple):
-    """Pictures to learn from, pictures to be tested on, and the names of the classes."""
+    """Images to learn from, images to be tested on, and the names of the classes."""
 
     train: Split
     test: Split
@@ -125,14 +125,14 @@ def load_split(
     values, indices = np.unique(labels, return_inverse=True)
     names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
     try:
-        pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{name}: image_column={image_column!r} holds {rows.features[image_column]} and no images; set it to one "
             f"of {', '.join(rows.column_names)}"
         ) from error
-    pictures = pictures if image_column == "image" else pictures.rename_column(image_column, "image")
-    return Split(name, pictures, indices.astype(np.int64), path if os.path.isdir(path) else None), names
+    images = images if image_column == "image" else images.rename_column(image_column, "image")
+    return Split(name, images, indices.astype(np.int64), path if os.path.isdir(path) else None), names
 
 
 def _uneven(folder: Path) -> str:
@@ -195,7 +195,7 @@ def load_labeled(
             "those rows, or name other splits (train_split, test_split)"
         )
     ours = np.array([names.index(name) if name in names else -1 for name in test_names])
-    return LabeledSet(train, Split(test.name, test.pictures, ours[test.labels], test.folder), names)
+    return LabeledSet(train, Split(test.name, test.images, ours[test.labels], test.folder), names)
 
 
 def by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from ..data.augmentations import RandAugment, random_boxes
 from ..data.crops import RandomCrops
 from ..data.loading import Patient, worker_options
 from .encoders import Preprocessor
-from .features import Pictures
+from .features import Images
 from .sets import Split
 
 
@@ -52,11 +52,11 @@ def fitting_batch_size(num_images: int, batch_size: int, unit: int, why: str) ->
     return batch_size
 
 
-class _Crops(Pictures):
-    """Random crops of the pictures of a split, by (epoch, index)."""
+class _Crops(Images):
+    """Random crops of the images of a split, by (epoch, index)."""
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor]:
-        images = self.split.pictures[[index for _, index in keys]]["image"]
+        images = self.split.images[[index for _, index in keys]]["image"]
         return [self._prepare(image, index, epoch) for image, (epoch, index) in zip(images, keys, strict=True)]
 
 

@@ -214,7 +214,7 @@ def source(tmp_path) -> Path:
 
 
 def run_the_cards_snippet(folder: Path) -> dict:
-    """The names that it leaves, after running in the folder with a picture there."""
+    """The names that it leaves, after running in the folder with an image there."""
     Image.effect_noise((50, 40), 60).convert("RGB").save(folder / "photo.jpg")
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag and "None" not in card.content and "{{" not in card.content
@@ -235,9 +235,9 @@ def test_the_command_writes_what_pipelines_load(source, target, tmp_path, capsys
     code = {"configuration_can.py", "losses.py", "modeling_can.py"} if target == "can" else set()
     assert set(os.listdir(tmp_path / "out")) == files | code
     assert ", ".join(sorted(files | code)) in capsys.readouterr().out
-    picture = Image.effect_noise((50, 40), 60).convert("RGB")
-    extracted = pipeline("image-feature-extraction", model=str(tmp_path / "out"))(picture)
-    pixels = ViTImageProcessor.from_pretrained(source)(picture, return_tensors="pt")["pixel_values"]
+    image = Image.effect_noise((50, 40), 60).convert("RGB")
+    extracted = pipeline("image-feature-extraction", model=str(tmp_path / "out"))(image)
+    pixels = ViTImageProcessor.from_pretrained(source)(image, return_tensors="pt")["pixel_values"]
     expected = features(AutoModel.from_pretrained(source), pixels)
     equal(torch.tensor(extracted), expected)
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
@@ -325,8 +325,8 @@ def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
     convert(str(source), "timm", tmp_path / "timm")
     convert(str(tmp_path / "timm"), "can", tmp_path / "can")
     assert conversion.normalization(str(tmp_path / "timm")) == ([0.1] * 3, [0.3] * 3)
-    picture = Image.effect_noise((50, 40), 60).convert("RGB")
-    there, back = (ViTImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    image = Image.effect_noise((50, 40), 60).convert("RGB")
+    there, back = (ViTImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
                    for folder in (source, tmp_path / "can"))  # fmt: skip
     equal(back, there)
     for crop, edge in itertools.product(range(14, 200, 7), range(200, 400, 7)):

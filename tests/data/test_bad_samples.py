@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from testing_utils import PHOTO, identity, image_file, picture, read
+from testing_utils import PHOTO, encoded_image, identity, image_file, read
 
 from modeling_can.data import ImageSource, ViewStream, view_loader
 from modeling_can.data.crops import RandomCrops
@@ -22,7 +22,7 @@ from modeling_can.data.crops import RandomCrops
 
 def bomb() -> bytes:
     """A PNG of a few bytes that says it has 20,000 x 20,000 pixels."""
-    encoded = bytearray(picture(format="PNG"))
+    encoded = bytearray(encoded_image(format="PNG"))
     encoded[16:24] = struct.pack(">II", 20_000, 20_000)
     encoded[29:33] = struct.pack(">I", zlib.crc32(bytes(encoded[12:29])))
     return bytes(encoded)
@@ -38,30 +38,30 @@ PALETTE.putpalette([9, 8, 7, 200, 100, 0])
 BAD = {
     "empty": (b"", "empty"),
     "truncated JPEG": (PHOTO[: len(PHOTO) // 2], "damaged"),
-    "truncated PNG": (picture(format="PNG")[:60], "damaged"),
-    "text named .jpg": (b"this is not a picture", "not_an_image"),
+    "truncated PNG": (encoded_image(format="PNG")[:60], "damaged"),
+    "text named .jpg": (b"this is not an image", "not_an_image"),
     "decompression bomb": (bomb(), "too_large"),
-    "smaller than the patch": (picture(size=(7, 40)), "too_small"),
+    "smaller than the patch": (encoded_image(size=(7, 40)), "too_small"),
 }
 
 
 UNUSUAL = {  # and the color that the middle of a view must have
-    "CMYK JPEG": (picture(mode="CMYK", color=(0, 255, 255, 0), quality=95), (254, 0, 0)),
-    "grayscale JPEG": (picture(mode="L", color=77), (77, 77, 77)),
+    "CMYK JPEG": (encoded_image(mode="CMYK", color=(0, 255, 255, 0), quality=95), (254, 0, 0)),
+    "grayscale JPEG": (encoded_image(mode="L", color=77), (77, 77, 77)),
     "palette PNG with transparency": (image_file(PALETTE, "PNG", transparency=0), (255, 255, 255)),
-    "RGBA PNG": (picture(mode="RGBA", color=(10, 20, 30, 255), format="PNG"), (10, 20, 30)),
-    "transparent PNG": (picture(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), (255, 255, 255)),
-    "16-bit PNG": (picture(mode="I;16", color=30 * 257, format="PNG"), (30, 30, 30)),
+    "RGBA PNG": (encoded_image(mode="RGBA", color=(10, 20, 30, 255), format="PNG"), (10, 20, 30)),
+    "transparent PNG": (encoded_image(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), (255, 255, 255)),
+    "16-bit PNG": (encoded_image(mode="I;16", color=30 * 257, format="PNG"), (30, 30, 30)),
     "animated GIF": (image_file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), (250, 0, 0)),
     "animated WebP": (image_file(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), (250, 0, 0)),
-    "EXIF rotation": (picture(color=(9, 99, 199), exif=TURNED, quality=95), (9, 99, 199)),
-    "20,000 x 20 strip": (picture(size=(20_000, 20), color=(50, 60, 70), quality=95), (50, 60, 70)),
+    "EXIF rotation": (encoded_image(color=(9, 99, 199), exif=TURNED, quality=95), (9, 99, 199)),
+    "20,000 x 20 strip": (encoded_image(size=(20_000, 20), color=(50, 60, 70), quality=95), (50, 60, 70)),
 }
 
 
 @pytest.fixture(scope="module")
 def good_and(tmp_path_factory):
-    """A parquet file of one good picture and the one given; both are read to the end of the first pass and beyond."""
+    """A parquet file of one good image and the one given; both are read to the end of the first pass and beyond."""
 
     def read_both(encoded: bytes) -> tuple[list[dict], list[dict]]:
         path = tmp_path_factory.mktemp("images") / "rows.parquet"
@@ -93,7 +93,7 @@ def test_an_unusual_image_is_converted(good_and, kind):
     samples, log = good_and(encoded)
     assert not log
     colors = [sample["views"][0, :, 8, 8].int() for sample in samples]
-    # The other picture is noise of every gray; the unusual one shows in each of the two passes.
+    # The other image is noise of every gray; the unusual one shows in each of the two passes.
     assert sum((abs(c - torch.tensor(color)) <= 4).all() for c in colors) >= 2
 
 
@@ -157,9 +157,9 @@ def test_folders_behind_links_are_read_and_names_that_are_no_text_refused(tmp_pa
         ImageSource(data_dir=str(tmp_path / "images"))
 
 
-def test_null_rows_and_pictures_in_archives(tmp_path):
+def test_null_rows_and_images_in_archives(tmp_path):
     features = Features({"image": ImageFeature()})
-    rows = {"image": [{"bytes": picture(), "path": None}, None]}
+    rows = {"image": [{"bytes": encoded_image(), "path": None}, None]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     source = ImageSource(data_files=str(tmp_path / "rows.parquet"))
     stream = ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.5)
@@ -167,7 +167,7 @@ def test_null_rows_and_pictures_in_archives(tmp_path):
     (tmp_path / "folder").mkdir()
     with zipfile.ZipFile(tmp_path / "folder" / "train.zip", "w") as archive:
         for i in range(3):
-            archive.writestr(f"{i}.jpg", picture(color=(80 * i, 2, 3)))
+            archive.writestr(f"{i}.jpg", encoded_image(color=(80 * i, 2, 3)))
     source = ImageSource(dataset_name=str(tmp_path / "folder"))
     assert len(set(read(ViewStream(source, identity), 3))) == 3
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
-from testing_utils import TOY, identity, picture, read
+from testing_utils import TOY, encoded_image, identity, read
 
 import run_pretraining
 from modeling_can.data import ImageSource, ViewStream, folders
@@ -28,7 +28,7 @@ def fill(folder: Path, *names: str, start: int = 0) -> list[int]:
     """Writes a distinct image under each name; returns their CRC-32."""
     crcs = []
     for number, name in enumerate(names, start):
-        content = picture(color=(number * 10 % 256, 200, 100))
+        content = encoded_image(color=(number * 10 % 256, 200, 100))
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
         crcs.append(zlib.crc32(content))
@@ -37,7 +37,7 @@ def fill(folder: Path, *names: str, start: int = 0) -> list[int]:
 
 def parquet(path: Path, num_rows: int = 3):
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {"image": [{"bytes": picture(color=(i * 40, 1, 2)), "path": None} for i in range(num_rows)]}
+    rows = {"image": [{"bytes": encoded_image(color=(i * 40, 1, 2)), "path": None} for i in range(num_rows)]}
     Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(path)
 
 

@@ -72,7 +72,7 @@ def test_images_behind_urls_are_tried_again_and_missing_ones_reported(server, im
 
 
 def test_a_damaged_local_shard_stops_the_run_at_once(sources, tmp_path):  # noqa: F811
-    for kind, damage in (("parquet", 100), ("tar", 700)):  # in the tar, within a picture
+    for kind, damage in (("parquet", 100), ("tar", 700)):  # in the tar, within an image
         whole = Path(sources[kind]["data_files"].replace("*", "0"))
         damaged = tmp_path / f"damaged.{kind}"
         damaged.write_bytes(whole.read_bytes())

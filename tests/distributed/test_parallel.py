@@ -117,7 +117,7 @@ def launch(script: Path, folder: Path, *options: str) -> tuple[dict, dict, str]:
 
 @pytest.mark.slow
 def test_the_script_trains_sharded_as_it_does_with_ddp(tmp_path):
-    """Probe, clipping, pictures, checkpoint and resume included; a checkpoint fits the other way of training too."""
+    """Probe, clipping, images, checkpoint and resume included; a checkpoint fits the other way of training too."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     ddp, ddp_weights, _ = launch(ROOT / "run_pretraining.py", tmp_path / "ddp")
     sharded, weights, _ = launch(tmp_path / "sharded.py", tmp_path / "sharded")

@@ -53,7 +53,7 @@ QUICK = FineTuning(
 )
 
 
-def pictures(num_images: int, seed: int = 0, names=NAMES, channels: int = 3) -> Split:
+def labeled_images(num_images: int, seed: int = 0, names=NAMES, channels: int = 3) -> Split:
     """Noise around a color, the label."""
     rng, encoded = np.random.default_rng(seed), []
     labels = np.arange(num_images) % len(names)
@@ -67,7 +67,7 @@ def pictures(num_images: int, seed: int = 0, names=NAMES, channels: int = 3) -> 
 
 
 def tune(name: str, output_dir, recipe=QUICK, train=None, size=None, **options):
-    train = pictures(64) if train is None else train
+    train = labeled_images(64) if train is None else train
     return finetune(
         name, train, NAMES, load_preprocessor(name, size), Accelerator(cpu=True), output_dir, recipe, **options
     )

@@ -79,7 +79,7 @@ def test_what_cannot_become_a_classifier_is_refused_before_anything_takes_time(m
     assert not (tmp_path / "made").exists()
 
 
-def test_a_gray_encoder_becomes_a_classifier_of_color_pictures(colors, tmp_path):
+def test_a_gray_encoder_becomes_a_classifier_of_color_images(colors, tmp_path):
     path = tmp_path / "gray"
     CANForPreTraining(tiny_config(image_size=32, num_channels=1)).save_pretrained(path)
     gray = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}

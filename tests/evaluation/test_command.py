@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import ModelCard
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from testing_utils import NAMES, ROOT, encoded, free_port, options, save
 from transformers import ConvNextConfig, ConvNextModel, ViTImageProcessorPil, pipeline
 
@@ -97,8 +97,8 @@ def test_models_and_baselines_stand_side_by_side(measured, capsys):
     )
     accuracy = results["results"]["can"]["knn"]["20"]["accuracy"]
     assert f"{100 * accuracy:.1f} ±" in next(line for line in lines if line.startswith("k-NN, k = 20"))
-    for picture in ("evaluation.png", "retrieval-can.png", "retrieval-dinov2.png"):
-        assert (out / "out" / "figures" / picture).stat().st_size > 5000
+    for image in ("evaluation.png", "retrieval-can.png", "retrieval-dinov2.png"):
+        assert (out / "out" / "figures" / image).stat().st_size > 5000
 
 
 def test_the_card_keeps_what_it_had_and_says_each_result_once(measured):
@@ -149,7 +149,7 @@ def test_sheets_of_features_need_no_right_labels(models, colors, tmp_path, capsy
             path = folder / f"features-{name}.png"
             assert figures == {"features": {"figure": str(path)}} and str(path) in output
             drawn.setdefault(name, []).append(path.read_bytes())
-    widths = {name: Picture.open(folder / f"features-{name}.png").width for name in drawn}
+    widths = {name: PILImage.open(folder / f"features-{name}.png").width for name in drawn}
     assert widths["can"] == widths["dinov2"] > 1.4 * widths["convnext"]  # no attention there
     assert all(right == wrong for right, wrong in drawn.values())
 
@@ -162,9 +162,9 @@ def test_a_pretraining_run_is_not_written_over(models, colors, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_pictures_are_decoded_as_in_pretraining(models, colors, tmp_path):
+def test_images_are_decoded_as_in_pretraining(models, colors, tmp_path):
     twelve_bits = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
-    Picture.fromarray(twelve_bits).save(tmp_path / "12.png")
+    PILImage.fromarray(twelve_bits).save(tmp_path / "12.png")
     means = []
     for trained, flags in (({}, {}), ({"high_bit_depth": "stretch"}, {}), ({}, {"high_bit_depth": "stretch"})):
         path = str(shutil.copytree(models["can"], tmp_path / "can", dirs_exist_ok=True))
@@ -234,8 +234,8 @@ def test_a_model_has_one_color_and_names_are_shown_as_they_are(tmp_path, monkeyp
     handles, labels = first.get_legend_handles_labels()
     assert [handle.get_color() for handle in handles] == ["C0", "C1", "C2"]
     assert labels == ["pixels", r"\$a_\$x_\$", "reference"]
-    picture, right = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), np.ones((1, 1), bool)
-    retrieval_sheet(picture, picture[:, None], right, ["$100%$"], tmp_path / "sheet.png")
+    image, right = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), np.ones((1, 1), bool)
+    retrieval_sheet(image, image[:, None], right, ["$100%$"], tmp_path / "sheet.png")
 
 
 def test_another_batch_size_and_loader_workers_change_nothing(models, colors, tmp_path):

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from testing_utils import NAMES, options
 from transformers import (
     ViTImageProcessorPil,
@@ -45,14 +45,14 @@ def preprocessor(**changes) -> Preprocessor:
 def encoded(seed: int) -> bytes:
     buffer = io.BytesIO()
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Picture.fromarray(coarse).resize((80, 64), Picture.Resampling.BICUBIC).save(buffer, "PNG")
+    PILImage.fromarray(coarse).resize((80, 64), PILImage.Resampling.BICUBIC).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def split_of(num: int) -> Split:
     images = [{"bytes": encoded(i), "path": None} for i in range(num)]
-    pictures = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
-    return Split("a set", pictures, np.arange(num) % 2)
+    images = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
+    return Split("a set", images, np.arange(num) % 2)
 
 
 ALL = [name for names in corruptions_by_group().values() for name in names]
@@ -94,19 +94,19 @@ def test_corruptions_grow_with_severity():
     assert (errors[:, 4] > errors[:, 0]).all(), dict(zip(ALL, errors.tolist(), strict=True))
 
 
-def test_grayscale_pictures_stay_grayscale():
+def test_grayscale_images_stay_grayscale():
     versions = Corrupted(preprocessor(image_mean=[0.5], image_std=[0.5]), ALL, (1,))(encoded(0), 0)
     assert versions.shape == (15, 1, 32, 40)
 
 
-def test_predictions_are_those_of_one_picture_after_the_other():
+def test_predictions_are_those_of_one_image_after_the_other():
     prepare, split = preprocessor(), split_of(5)
     corrupted = Corrupted(prepare, ["gaussian_noise", "fog"], (1, 5))
     weight = torch.randn(3 * 32 * 40, 4, generator=torch.Generator().manual_seed(0))
 
-    def classify(pictures):
-        assert len(pictures) <= 9
-        return prepare.normalize(pictures).flatten(1) @ weight
+    def classify(images):
+        assert len(images) <= 9
+        return prepare.normalize(images).flatten(1) @ weight
 
     predictions = corrupted_predictions(classify, split, corrupted, Extractor(batch_size=9, num_workers=1))
     expected = [classify(corrupted(encoded(index), index)).argmax(1) for index in range(5)]
@@ -133,7 +133,7 @@ def test_the_formulas_of_the_paper():
         corruption_error(table, perfect)
 
 
-def test_small_pictures_and_other_processors_are_refused():
+def test_small_images_and_other_processors_are_refused():
     with pytest.raises(ValueError, match=r"image_size=\(16, 16\): the corruptions need 32 x 32"):
         Corrupted(preprocessor(size={"height": 16, "width": 16}), ALL)
     odd = preprocessor()
@@ -286,7 +286,7 @@ def test_reconstruction_is_in_decibels_below_the_full_range(models, colors, tmp_
     for name in ("masked_patches", "plain", "noise_reduction"):
         low, high = figures[name]["interval"]
         assert low <= figures[name]["db"] <= high
-    # One color a picture, whose noised mean stands in for the hidden patches; a fresh decoder is far from that.
+    # One color an image, whose noised mean stands in for the hidden patches; a fresh decoder is far from that.
     assert figures["plain"]["db"] > 50 > figures["masked_patches"]["db"]
     assert figures["noise_reduction"]["db"] == 0  # a fresh noise head predicts none
     assert Path(figures["figure"]).stat().st_size > 5000
@@ -316,6 +316,6 @@ def test_a_classifier_may_have_its_classes_in_another_order(models, colors, tmp_
     assert one["head"] == "its own classifier"
 
 
-def test_every_version_of_a_picture_draws_anew():
+def test_every_version_of_an_image_draws_anew():
     versions = Corrupted(preprocessor(), ["gaussian_noise"], (3, 3))(encoded(0), 0)
     assert not torch.equal(versions[0], versions[1])

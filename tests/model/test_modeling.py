@@ -140,7 +140,7 @@ def test_patchify_is_row_column_channel_and_unpatchify_inverts_it():
 
 
 def sensitivity_to_order(model: CANForPreTraining) -> float:
-    """How far pooled features move when the patches of a picture are shuffled."""
+    """How far pooled features move when the patches of an image are shuffled."""
     config = model.config
     pixels = inputs(config)["pixel_values"][:, 0]
     order = torch.randperm(config.num_patches, generator=torch.Generator().manual_seed(2))

@@ -161,7 +161,7 @@ def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path
         )
 
 
-def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tmp_path, monkeypatch):
+def test_the_best_checkpoint_by_probe_is_kept_and_images_and_trackers_go_on(tmp_path, monkeypatch):
     accuracies = iter([0.1, 0.9, 0.5, 0.4, 0.3])  # untrained, steps 2, 4, 6, 8; then once more from step 6
     measured = []
 

@@ -25,7 +25,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
          "per_device_train_batch_size": 4, "logging_steps": 2}  # fmt: skip
 RUNS = {
     "a folder, accumulated": {
-        "data_dir": "pictures", "num_train_samples": 48, "gradient_accumulation_steps": 2, "gradient_caching": False,
+        "data_dir": "images", "num_train_samples": 48, "gradient_accumulation_steps": 2, "gradient_caching": False,
         "gradient_checkpointing": True, "tf32": False, "mixed_precision": "no", "log_with": "none", "num_channels": 1,
         "measure_mean_std": True, "dataloader_num_workers": 1, "shuffle_block_size": 16, "max_bad_fraction": 0.5,
         "license": "cc0-1.0", "high_bit_depth": "skip", "transparent_background": "#102030", "max_grad_norm": 1.0,
@@ -37,7 +37,7 @@ RUNS = {
         "adam_beta1": 0.8, "adam_beta2": 0.9, "base_learning_rate": 1e-3, "seed": 5,
     },
     "parquet, downloaded": {
-        "data_files": "pictures.parquet", "image_column": "picture", "streaming": False, "num_train_epochs": 1,
+        "data_files": "images.parquet", "image_column": "photo", "streaming": False, "num_train_epochs": 1,
         "image_mean": "0.5,0.5,0.5", "image_std": "0.25,0.25,0.25", "drop_path_rate": 0.2, "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1, "hidden_act": "relu", "initializer_range": 0.01, "layer_norm_eps": 1e-5,
         "qkv_bias": False, "patch_size": 16, "norm_pix_loss": True, "mask_ratio": 0.6, "noise_std_max": 0.1,
@@ -46,7 +46,7 @@ RUNS = {
         "reconstruction_loss_weight": 0.5, "denoising_loss_weight": 0.4, "probe_dataset_name": None,
     },
     "one view, without contrast": {
-        "data_dir": "pictures", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
+        "data_dir": "images", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
         "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none", "image_size": 32,
         "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5,
     },
@@ -66,16 +66,16 @@ ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder of pictures, the same in parquet, a labeled set, and weights to begin with."""
+    """A folder of images, the same in parquet, a labeled set, and weights to begin with."""
     folder = tmp_path_factory.mktemp("places")
-    pictures = [Image.effect_noise((60, 50), 60).convert("RGB") for _ in range(24)]
-    (folder / "pictures").mkdir()
-    for index, picture in enumerate(pictures):
-        picture.save(folder / "pictures" / f"{index}.png")
-    Dataset.from_dict({"picture": pictures}).to_parquet(folder / "pictures.parquet")
+    images = [Image.effect_noise((60, 50), 60).convert("RGB") for _ in range(24)]
+    (folder / "images").mkdir()
+    for index, image in enumerate(images):
+        image.save(folder / "images" / f"{index}.png")
+    Dataset.from_dict({"photo": images}).to_parquet(folder / "images.parquet")
     (folder / "labeled").mkdir()
     for split in ("train", "test"):
-        labeled = Dataset.from_dict({"image": pictures, "kind": [index % 2 for index in range(24)]})
+        labeled = Dataset.from_dict({"image": images, "kind": [index % 2 for index in range(24)]})
         labeled.to_parquet(folder / "labeled" / f"{split}-00000.parquet")
     tiny_model().save_pretrained(folder / "weights")
     return folder
@@ -141,7 +141,7 @@ def test_trackers_that_are_not_there_are_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [True, "model"])
 def test_compiled_training_is_alike_and_compiles_once(places, tmp_path, monkeypatch, how):
-    """Accumulated, cached and checkpointed, with dropout, probes and pictures, and a resume: all in the first step."""
+    """Accumulated, cached and checkpointed, with dropout, probes and images, and a resume: all in the first step."""
     settings = {"dataset_name": "labeled", "probe_dataset_name": "labeled", "probe_label_column": "kind",
                 "probe_every": 2, "save_steps": 2, "logging_steps": 1, "max_steps": 4, "log_with": "none",
                 "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "hidden_dropout_prob": 0.3,
@@ -232,7 +232,7 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )
     monkeypatch.setattr(feed, "ViewStream", lambda *a, **k: orders.append(a[2]) or stream(*a, **k))
-    settings = {"data_dir": "pictures", "max_steps": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.5,
+    settings = {"data_dir": "images", "max_steps": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.5,
                 "seed": 5, "base_learning_rate": 0.032, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9,
                 "max_grad_norm": 0.01, "temperature": 0.2, "patch_size": 8}  # fmt: skip
     results = run(places, tmp_path, settings)

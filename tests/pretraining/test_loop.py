@@ -73,21 +73,19 @@ def test_the_saved_model_is_the_full_trained_one(finished):
     assert encoder(pixels).pooler_output.shape == (1, 32)
 
 
-def test_the_card_has_its_pictures_and_its_snippets_run(finished, monkeypatch, tmp_path, capsys):
+def test_the_card_has_its_images_and_its_snippets_run(finished, monkeypatch, tmp_path, capsys):
     """More on cards: tests/hub/test_card.py."""
     folder, results = finished
     card = (folder / "README.md").read_text()
-    pictures = re.findall(r"\]\((figures/[^)]+)\)", card) + re.findall(r"src: (\S+)", card)
-    assert len(pictures) == 6 and all((folder / picture).exists() for picture in pictures)
+    images = re.findall(r"\]\((figures/[^)]+)\)", card) + re.findall(r"src: (\S+)", card)
+    assert len(images) == 6 and all((folder / image).exists() for image in images)
     assert f"{100 * results['probe']['CAN, pre-trained']['knn']:.1f}" in card
     assert results["train_flops"] == 24 * results["flops_per_image"] > 0
     for features in results["probe"].values():
         for probe in ("knn", "linear_probe"):
             low, high = features[f"{probe}_interval"]
             assert 0 < low < features[probe] < high < 1 and 0.05 < high - low < 0.1  # of 720 test images
-    shutil.copytree(
-        folder, tmp_path / "shipped"
-    )  # the snippets' cache and picture do not belong into the run's folder
+    shutil.copytree(folder, tmp_path / "shipped")  # the snippets' cache and image do not belong into the run's folder
     Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "shipped" / "photo.jpg")
     monkeypatch.chdir(tmp_path / "shipped")
     scope, snippets = {}, re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -195,13 +193,13 @@ def test_a_folder_of_images_trains_for_epochs_with_bad_files_counted(tmp_path):
 
 
 def test_a_data_set_built_in_python_trains_and_too_many_bad_images_stop_the_run(tmp_path):
-    pictures = [Image.effect_noise((40, 40), 60).convert("RGB") for _ in range(16)]
+    images = [Image.effect_noise((40, 40), 60).convert("RGB") for _ in range(16)]
     options = ["--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none"]
-    results = run_pretraining.main([*TOY, *options], Dataset.from_dict({"image": pictures}))
+    results = run_pretraining.main([*TOY, *options], Dataset.from_dict({"image": images}))
     assert results["num_images"] == 16
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert recipe["dataset_name"] is None
-    rows = Dataset.from_dict({"image": [None, *pictures]})
+    rows = Dataset.from_dict({"image": [None, *images]})
     with pytest.raises(ValueError, match=r"1 of 17 images .* max_bad_fraction=0.01; .*--max_bad_fraction"):
         run_pretraining.main([*TOY, *options, "--overwrite_output_dir"], rows)
 
