@@ -130,15 +130,15 @@ class Demo:
 
     def words(self, errors: dict[str, torch.Tensor], noise_level: float) -> str:
         errors, lines = {name: error.item() for name, error in errors.items()}, []
-        if "hidden" not in errors:
+        if "masked" not in errors:
             lines.append("**Masked patches:** this model was not trained to fill them in.")
-        elif math.isnan(errors["hidden"]):
+        elif math.isnan(errors["masked"]):
             lines.append("**Masked patches:** none.")
         else:
             guess = "the mean color of the visible patches"
             if self.config.norm_pix_loss:
                 guess = "the patch's own true mean"
-            ours, plain = _decibels(1, errors["hidden"]), _decibels(1, errors["plain"])
+            ours, plain = _decibels(1, errors["masked"]), _decibels(1, errors["plain"])
             lines.append(
                 f"**Masked patches:** the error is {ours:.1f} dB below the full range. A plain guess, {guess}, is "
                 f"{plain:.1f} dB below it: the model is {abs(ours - plain):.1f} dB "

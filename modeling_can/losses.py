@@ -107,7 +107,7 @@ def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 def patch_errors(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
-    Mean squared error of each patch, which the terms A and N of CAN share. A averages it over the hidden patches, with
+    Mean squared error of each patch, which the terms A and N of CAN share. A averages it over the masked patches, with
     the clean pixels as target, N over the visible ones, with sigma * e as target, in raw units.
 
     Args:

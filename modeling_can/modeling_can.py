@@ -42,9 +42,9 @@ class CANModelOutput(ModelOutput):
         last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_visible_patches, hidden_size)`):
             Class token, then the patch tokens in image order (row by row), after the final layer norm.
         pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): Mean of the patch tokens.
-        mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): 1 = hidden. `None` when unmasked.
+        mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): 1 = masked. `None` when unmasked.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-            For every patch of the image its place in the sequence (visible patches, hidden patches), each part in
+            For every patch of the image its place in the sequence (visible patches, masked patches), each part in
             image order. `None` when unmasked.
         hidden_states (`tuple(torch.Tensor)`, *optional*):
             Input of the first block and output of each, `(batch_size, 1 + num_visible_patches, hidden_size)`, before
@@ -73,9 +73,9 @@ class CANForPreTrainingOutput(ModelOutput):
         reconstruction_loss (`torch.Tensor` of shape `()`, *optional*): A, unweighted.
         denoising_loss (`torch.Tensor` of shape `()`, *optional*): N, unweighted, in raw units.
         logits (`torch.Tensor` of shape `(batch_size, num_views, num_patches, pixels_per_patch)`, *optional*):
-            Predicted pixels on hidden patches (normalized per patch with `norm_pix_loss`), predicted noise sigma * e
+            Predicted pixels on masked patches (normalized per patch with `norm_pix_loss`), predicted noise sigma * e
             on visible ones. Pixels are laid out (row, column, channel), as in MAE.
-        mask (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`): 1 = hidden.
+        mask (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`): 1 = masked.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_views, num_patches)`): As in `CANModelOutput`.
         image_embeds (`torch.Tensor` of shape `(batch_size, num_views, projection_size)`, *optional*):
             Contrastive embeddings of unit length, fp32.
@@ -167,11 +167,11 @@ def random_masking(scores: torch.Tensor, num_visible: int) -> tuple[torch.Tensor
     Returns:
         ids_keep `(batch_size, K)` in image order (unlike MAE, whose order is that of the scores: a token can be placed
         without a second look-up, and hiding nothing changes nothing); ids_restore `(batch_size, num_patches)`;
-        mask `(batch_size, num_patches)`, 1 = hidden.
+        mask `(batch_size, num_patches)`, 1 = masked.
     """
     ids_keep = scores.argsort(dim=1, stable=True)[:, :num_visible]
     mask = torch.ones_like(scores, dtype=torch.float32).scatter(1, ids_keep, 0.0)
-    ids_shuffle = mask.argsort(dim=1, stable=True)  # the visible patches, then the hidden ones
+    ids_shuffle = mask.argsort(dim=1, stable=True)  # the visible patches, then the masked ones
     return ids_shuffle[:, :num_visible], ids_shuffle.argsort(dim=1), mask
 
 
@@ -197,7 +197,7 @@ class CANPatchLinear(nn.Module):
 
 
 class CANEmbeddings(nn.Module):
-    """Pixels -> class token and visible patch tokens with their positions. Hidden patches are never embedded."""
+    """Pixels -> class token and visible patch tokens with their positions. Masked patches are never embedded."""
 
     def __init__(self, config: CANConfig):
         super().__init__()

@@ -41,9 +41,9 @@ def reconstruct(
         mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); the model's own if `None`.
 
     Returns:
-        Tensors of the same shape, in normalized pixels: `input` (noised, hidden patches NaN), `reconstruction`
-        (predicted on hidden patches, the noised input minus the predicted noise on visible ones), `noise` and
-        `predicted_noise` (hidden patches NaN; zero where the model has no noise).
+        Tensors of the same shape, in normalized pixels: `input` (noised, masked patches NaN), `reconstruction`
+        (predicted on masked patches, the noised input minus the predicted noise on visible ones), `noise` and
+        `predicted_noise` (masked patches NaN; zero where the model has no noise).
     """
     config = model.config
     has_noise = config.noise_std_max > 0
@@ -62,12 +62,12 @@ def reconstruct(
         patch_mean, patch_std = patch_statistics(clean)
         predicted_pixels = logits * patch_std + patch_mean
     predicted_noise = logits if config.denoising_loss_weight > 0 else torch.zeros_like(logits)
-    hidden, nan = encoded.mask[:, :, None].bool(), torch.tensor(float("nan"), device=logits.device)
+    masked, nan = encoded.mask[:, :, None].bool(), torch.tensor(float("nan"), device=logits.device)
     patches = {
-        "input": torch.where(hidden, nan, noised_patches),
-        "reconstruction": torch.where(hidden, predicted_pixels, noised_patches - predicted_noise),
-        "noise": torch.where(hidden, nan, noised_patches - clean),
-        "predicted_noise": torch.where(hidden, nan, predicted_noise),
+        "input": torch.where(masked, nan, noised_patches),
+        "reconstruction": torch.where(masked, predicted_pixels, noised_patches - predicted_noise),
+        "noise": torch.where(masked, nan, noised_patches - clean),
+        "predicted_noise": torch.where(masked, nan, predicted_noise),
     }
     return {
         name: unpatchify(value, config.patch_shape, config.grid_shape, config.num_channels)
@@ -85,14 +85,14 @@ def errors_of(
         std (`tuple[float, ...]`): By which they were normalized.
 
     Returns:
-        Each `(batch_size,)`. `hidden`: mean squared error on the hidden patches, pixels in [0, 1]; `plain`: that of
+        Each `(batch_size,)`. `masked`: mean squared error on the masked patches, pixels in [0, 1]; `plain`: that of
         the mean color of the visible patches in their place (both absent without reconstruction loss). `noise` and
         `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
-        noise, in normalized units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
+        noise, in normalized units (absent without denoising loss). With `norm_pix_loss` a masked patch is put back
         with its own true mean and deviation, as in MAE's figures, and `plain` is each patch's own true mean. NaN
-        where nothing is hidden.
+        where nothing is masked.
     """
-    hidden, std = images["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
+    masked, std = images["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
 
     def mean_square(error, where):
         return torch.where(where, error, 0).square().sum(dim=(1, 2, 3)) / where.sum(dim=(1, 2, 3))
@@ -104,25 +104,25 @@ def errors_of(
             plain = patches.mean(dim=-1, keepdim=True).expand_as(patches)
             plain = unpatchify(plain, config.patch_shape, config.grid_shape, config.num_channels)
         else:
-            plain = torch.where(hidden, 0, pixel_values).sum(dim=(2, 3)) / (~hidden).sum(dim=(2, 3))
+            plain = torch.where(masked, 0, pixel_values).sum(dim=(2, 3)) / (~masked).sum(dim=(2, 3))
             plain = plain[:, :, None, None]
-        errors["hidden"] = mean_square((images["reconstruction"] - pixel_values) * std, hidden)
-        errors["plain"] = mean_square((plain - pixel_values) * std, hidden)
+        errors["masked"] = mean_square((images["reconstruction"] - pixel_values) * std, masked)
+        errors["plain"] = mean_square((plain - pixel_values) * std, masked)
     if config.denoising_loss_weight > 0:
-        errors["noise"] = mean_square(images["noise"].nan_to_num(), ~hidden)
+        errors["noise"] = mean_square(images["noise"].nan_to_num(), ~masked)
         residual = images["noise"] - images["predicted_noise"]
-        errors["residual"] = mean_square(residual.nan_to_num(), ~hidden)
+        errors["residual"] = mean_square(residual.nan_to_num(), ~masked)
     return errors
 
 
 def true_colors(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Normalized pixels `(..., C, H, W)` -> [0, 1], hidden patches gray."""
+    """Normalized pixels `(..., C, H, W)` -> [0, 1], masked patches gray."""
     mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (mean, std))
     return (pixels * std + mean).clamp(0, 1).nan_to_num(0.5)
 
 
 def amplified_noise(noise: torch.Tensor, noise_std_max: float) -> torch.Tensor:
-    """Noise -> [0, 1]: mid-gray is none (and hidden patches), the full range three times `noise_std_max`."""
+    """Noise -> [0, 1]: mid-gray is none (and masked patches), the full range three times `noise_std_max`."""
     return (0.5 + noise / (6 * max(noise_std_max, 1e-6))).clamp(0, 1).nan_to_num(0.5)
 
 
@@ -218,7 +218,7 @@ def curves(metrics: list[dict], path: Path) -> None:
     """Saves a panel for each of the run's measurements over the steps, with a trivial model's losses dashed."""
     panels = {
         "loss": "weighted sum", "contrastive_loss": "C, InfoNCE (nats)",
-        "reconstruction_loss": "A, hidden pixels (MSE)",
+        "reconstruction_loss": "A, masked patches (MSE)",
         "denoising_loss": "N, noise (MSE)", "knn": "k-NN accuracy",
         "embedding_spread": "embedding spread (0 = collapse)", "effective_rank": "effective rank of the embeddings",
         "uniformity": "uniformity (0 = collapse)", "grad_norm": "gradient norm", "learning_rate": "learning rate",

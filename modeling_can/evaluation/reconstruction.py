@@ -19,7 +19,7 @@ _NUM_DRAWN = 6  # rows of the sheet
 
 
 class Reconstruction(Protocol):
-    """The error on hidden patches below the full range, and by how much the noise gets weaker."""
+    """The error on masked patches below the full range, and by how much the noise gets weaker."""
 
     name, rank = "reconstruction", 2
 
@@ -56,8 +56,8 @@ class Reconstruction(Protocol):
             return None
         figures = {"mask_ratio": config.mask_ratio, "noise_level": config.noise_std_max}
         figures["norm_pix_loss"] = config.norm_pix_loss
-        if "hidden" in made:
-            figures["masked_patches"] = self._below(setup, 1.0, made["hidden"])
+        if "masked" in made:
+            figures["masked_patches"] = self._below(setup, 1.0, made["masked"])
             figures["plain"] = self._below(setup, 1.0, made["plain"])
         if "noise" in made:
             figures["noise_reduction"] = self._below(setup, made["noise"].mean(), made["residual"])

@@ -156,7 +156,7 @@ def findings(
         )
     dead = {  # with the share of the trivial loss above which a term is dead
         "contrastive": ("the contrastive head tells images apart no better than guessing", 0.95),
-        "reconstruction": ("the decoder reconstructs hidden patches no better than the mean color", 0.95),
+        "reconstruction": ("the decoder reconstructs masked patches no better than the mean color", 0.95),
         # A draw of sigma makes the loss of a dead head scatter, and 0.9 is half a decibel of noise.
         "denoising": ("the noise head is hardly better than predicting zero", 0.9),
     }

@@ -286,7 +286,7 @@ def test_reconstruction_is_in_decibels_below_the_full_range(models, colors, tmp_
     for name in ("masked_patches", "plain", "noise_reduction"):
         low, high = figures[name]["interval"]
         assert low <= figures[name]["db"] <= high
-    # One color an image, whose noised mean stands in for the hidden patches; a fresh decoder is far from that.
+    # One color an image, whose noised mean stands in for the masked patches; a fresh decoder is far from that.
     assert figures["plain"]["db"] > 50 > figures["masked_patches"]["db"]
     assert figures["noise_reduction"]["db"] == 0  # a fresh noise head predicts none
     assert Path(figures["figure"]).stat().st_size > 5000

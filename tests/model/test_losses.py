@@ -21,22 +21,22 @@ def info_nce_by_loops(embeds, temperature):
 
 
 def pixel_losses_by_loops(logits, clean, noise, mask, patch):
-    """Mean over hidden patches of the squared error to the clean pixels; over visible ones to sigma * e."""
+    """Mean over masked patches of the squared error to the clean pixels; over visible ones to sigma * e."""
     batch, views, channels, height, width = clean.shape
     reconstruction, denoising = [], []
     for b in range(batch):
         for v in range(views):
             for index in range(logits.shape[2]):
                 row, column = divmod(index, width // patch)
-                hidden = bool(mask[b, v, index])
-                target, error = (clean if hidden else noise)[b, v], []
+                masked = bool(mask[b, v, index])
+                target, error = (clean if masked else noise)[b, v], []
                 for y in range(patch):
                     for x in range(patch):
                         for c in range(channels):
                             wanted = target[c, row * patch + y, column * patch + x]
                             got = logits[b, v, index, (y * patch + x) * channels + c]
                             error.append(float(got - wanted) ** 2)
-                (reconstruction if hidden else denoising).append(sum(error) / len(error))
+                (reconstruction if masked else denoising).append(sum(error) / len(error))
     return sum(reconstruction) / len(reconstruction), sum(denoising) / len(denoising)
 
 

@@ -52,12 +52,12 @@ def test_drawn_randomness_differs_between_views_and_calls():
     assert (first.mask.sum(-1) == model.config.num_patches // 2).all()
 
 
-def test_hidden_pixels_reach_neither_encoder_nor_denoising_term():
+def test_masked_pixels_reach_neither_encoder_nor_denoising_term():
     model = tiny_model()
     batch = inputs(model.config)
     reference = model(**batch)
-    hidden = unpatchify(reference.mask[..., None].expand(-1, -1, -1, model.config.pixels_per_patch), (8, 8), (4, 6), 3)
-    changed = model(**{**batch, "pixel_values": batch["pixel_values"] + 5 * hidden})
+    masked = unpatchify(reference.mask[..., None].expand(-1, -1, -1, model.config.pixels_per_patch), (8, 8), (4, 6), 3)
+    changed = model(**{**batch, "pixel_values": batch["pixel_values"] + 5 * masked})
     assert torch.equal(changed.logits, reference.logits)
     assert torch.equal(changed.denoising_loss, reference.denoising_loss)
     assert torch.equal(changed.contrastive_loss, reference.contrastive_loss)
@@ -95,7 +95,7 @@ def test_random_masking_keeps_the_smallest_scores_in_image_order():
     scores = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
     ids_keep, ids_restore, mask = random_masking(scores, 2)
     assert ids_keep.tolist() == [[1, 3]] and mask.tolist() == [[1, 0, 1, 0]]
-    assert ids_restore.tolist() == [[2, 0, 3, 1]]  # visible 1, 3, then hidden 0, 2
+    assert ids_restore.tolist() == [[2, 0, 3, 1]]  # visible 1, 3, then masked 0, 2
 
 
 # --- Features --------------------------------------------------------------------------------------------------------
