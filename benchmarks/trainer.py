@@ -85,7 +85,7 @@ def bare(argv: list[str], num_steps: int) -> dict:
 def trainer(
     argv: list[str], num_steps: int, launcher: tuple[str, ...] = (), processes: int = 1, threads: str = ""
 ) -> dict:
-    """Seconds of a step, the share of them in which it waits for data, and that in which a GPU is busy."""
+    """Seconds of a step, the fraction of them in which it waits for data, and that in which a GPU is busy."""
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         command = [*(launcher or (sys.executable,)), str(ROOT / "run_pretraining.py"), *argv, "--log_with=none",
@@ -113,7 +113,7 @@ def logged(metrics: Path) -> list[dict]:
 
 
 def utilization() -> float:
-    """Share of the last moments in which the busiest GPU ran some kernel, as the driver tells it."""
+    """Fraction of the last moments in which the busiest GPU ran some kernel, as the driver tells it."""
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return max(map(float, lines)) / 100

@@ -580,7 +580,7 @@ class CANModel(CANPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
-            mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); `None` hides none.
+            mask_ratio (`float`, *optional*): Fraction of the patches to mask, in [0, 1); `None` masks none.
             masking_scores (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*):
                 The patches with the smallest scores stay visible; drawn from U[0, 1] if `None`.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.

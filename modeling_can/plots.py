@@ -38,7 +38,7 @@ def reconstruct(
         noise_level (`float`, *optional*): sigma; `noise_std_max` if `None`.
         pixel_noise (`torch.Tensor` of the same shape, *optional*): e, drawn from N(0, I) if `None`.
         masking_scores (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Drawn from U[0, 1].
-        mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); the model's own if `None`.
+        mask_ratio (`float`, *optional*): Fraction of the patches to mask, in [0, 1); the model's own if `None`.
 
     Returns:
         Tensors of the same shape, in normalized pixels: `input` (noised, masked patches NaN), `reconstruction`
@@ -89,8 +89,8 @@ def errors_of(
         the mean color of the visible patches in their place (both absent without reconstruction loss). `noise` and
         `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
         noise, in normalized units (absent without denoising loss). With `norm_pix_loss` a masked patch is put back
-        with its own true mean and deviation, as in MAE's figures, and `plain` is each patch's own true mean. NaN
-        where nothing is masked.
+        with its own true mean and standard deviation, as in MAE's figures, and `plain` is each patch's own true mean.
+        NaN where nothing is masked.
     """
     masked, std = images["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
 
@@ -222,7 +222,7 @@ def curves(metrics: list[dict], path: Path) -> None:
         "denoising_loss": "N, noise (MSE)", "knn": "k-NN accuracy",
         "embedding_spread": "embedding spread (0 = collapse)", "effective_rank": "effective rank of the embeddings",
         "uniformity": "uniformity (0 = collapse)", "grad_norm": "gradient norm", "learning_rate": "learning rate",
-        "images_per_second": "images a second", "data_wait": "share of the time waiting for data",
+        "images_per_second": "images a second", "data_wait": "fraction of the time waiting for data",
     }  # fmt: skip
     panels = {name: title for name, title in panels.items() if any(name in line for line in metrics)}
     figure = Figure((14, 5))

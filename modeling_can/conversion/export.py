@@ -137,7 +137,7 @@ def to_vit(model: CANPreTrainedModel) -> ViTModel:
 def accept_colors(model: Dinov2ForImageClassification) -> Dinov2ForImageClassification:
     """
     The same classifier of gray images for RGB ones, which pipelines and widgets give: it weighs the colors as
-    Pillow's conversion to gray does. The processor must have the gray mean and deviation three times.
+    Pillow's conversion to gray does. The processor must have the gray mean and standard deviation three times.
     """
     config = copy.deepcopy(model.config)
     config.num_channels = 3

@@ -10,7 +10,7 @@ __all__ = ["from_timm_preprocessing", "normalization", "preprocessing", "timm_pr
 
 
 def normalization(name_or_path: str) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation that the images of a checkpoint were normalized with; `None` if it does not say."""
+    """Mean and standard deviation that the images of a checkpoint were normalized with; `None` if it does not say."""
     values = preprocessing(name_or_path)
     if "image_mean" not in values or "image_std" not in values:
         return None

@@ -17,7 +17,7 @@ def random_box(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """
-    The box (left, upper, right, lower) of a random resized crop: its share of the area is uniform in `scale`, the
+    The box (left, upper, right, lower) of a random resized crop: its fraction of the area is uniform in `scale`, the
     logarithm of its aspect (width / height) uniform in that of `ratio`. After ten misfits, the largest centered box
     of an allowed aspect.
     """

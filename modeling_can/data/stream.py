@@ -48,7 +48,7 @@ class ViewStream(torch.utils.data.IterableDataset):
         seed (`int`): Of the order.
         process_index, num_processes (`int`): This process among those that share the source.
         block_size (`int`): Encoded images that a worker holds and shuffles at a time.
-        max_bad_fraction (`float`): Fraction of bad images above which a worker gives up.
+        max_bad_fraction (`float`): Fraction of bad images above which a worker stops.
         bad_sample_log (`Path`, *optional*): The file that all workers append bad images to.
 
     Raises:

@@ -146,7 +146,7 @@ def embed(
             Column of the ids. By default it is the path, for a folder of images, or else `"{shard}:{row in shard}"`.
         label_column (`str`, *optional*): Column of single values.
         process_index, num_processes (`int`): This process among those that share the work.
-        max_bad_fraction (`float`): Share of bad images above which the process gives up.
+        max_bad_fraction (`float`): Fraction of bad images above which the process stops.
 
     Returns:
         `totals` of the folder; `new_images` and `images_per_second` of this call.

@@ -15,7 +15,7 @@ SHOTS = ("1", "2", "5", "10", "1%", "10%")
 
 def draw_shots(labels: np.ndarray, shots: str, rng: np.random.Generator, names: list[str] | None = None) -> np.ndarray:
     """
-    Random indices of so many images of every class (`"5"`) or of so large a share of every class, at least one image
+    Random indices of so many images of every class (`"5"`) or of a fraction of every class, at least one image
     (`"10%"`).
 
     Raises:

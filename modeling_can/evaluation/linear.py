@@ -61,7 +61,7 @@ def linear_probe(
 
     Args:
         device: A GPU runs torch's L-BFGS, a CPU scikit-learn's.
-        moments (`(np.ndarray, np.ndarray)`, *optional*): Mean and deviation to standardize by, if not those of these.
+        moments (`(np.ndarray, np.ndarray)`, *optional*): Mean and standard deviation to scale by; their own if `None`.
     """
     mean, std = moments or mean_and_std(features)
     held_out, fit = hold_out(labels, 0.2, seed)

@@ -18,7 +18,7 @@ _QUERIES, _SHOWN = 8, 7  # rows of the sheet, and neighbors in each
 
 
 class Retrieval(Protocol):
-    """The sheet, and the share of the neighbors that are of the query's class."""
+    """The sheet, and the fraction of the neighbors that are of the query's class."""
 
     name, on_features = "retrieval", True
 

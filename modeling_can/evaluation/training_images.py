@@ -150,7 +150,7 @@ def mix(
     Args:
         images (`torch.Tensor` of shape `(2 * n, C, H, W)`), targets (`torch.Tensor` of shape `(2 * n, num_classes)`):
             Of n pairs; shares of the classes.
-        mixup_alpha, cutmix_alpha (`float`): Beta(alpha, alpha) is the share that an image keeps of itself; 0 is off.
+        mixup_alpha, cutmix_alpha (`float`): Beta(alpha, alpha) is the fraction an image keeps of itself; 0 is off.
         first_pair (`int`): Number of the first pair among those of all processes.
     """
     height, width = images.shape[-2:]

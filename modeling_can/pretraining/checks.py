@@ -25,7 +25,7 @@ __all__ = [
 def check_pixels(pixel_values: torch.Tensor) -> str | None:
     """
     Whether normalized pixels `(B, V, C, H, W)` are finite, two views differ, and, of 16 images and more, each
-    channel has about mean 0 and deviation 1.
+    channel has about mean 0 and standard deviation 1.
     """
     pixels = pixel_values.float()
     mean, std = pixels.mean(dim=(0, 1, 3, 4)), pixels.std(dim=(0, 1, 3, 4))
@@ -33,8 +33,8 @@ def check_pixels(pixel_values: torch.Tensor) -> str | None:
         return "the normalized pixels are not finite; check image_mean and image_std"
     if len(pixels) >= 16 and (mean.abs().max() > 1.5 or std.min() < 0.2 or std.max() > 3):
         return (
-            f"the normalized pixels have mean {_numbers(mean)} and deviation {_numbers(std)}, far from 0 and 1; "
-            "set image_mean and image_std to those of your images (--measure_mean_std finds them)"
+            f"the normalized pixels have mean {_numbers(mean)} and standard deviation {_numbers(std)}, far from 0 "
+            "and 1; set image_mean and image_std to those of your images (--measure_mean_std finds them)"
         )
     if pixels.shape[1] == 2 and torch.equal(pixels[:, 0], pixels[:, 1]):
         return "the two views of every image are the same; augmentation is off"

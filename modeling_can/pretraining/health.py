@@ -154,7 +154,7 @@ def findings(
             f"the embeddings have collapsed: those of different images have a cosine of {similarity:.3f} and fill "
             f"{rank:.1f} directions; lower base_learning_rate, or check that the two views are not all alike"
         )
-    dead = {  # with the share of the trivial loss above which a term is dead
+    dead = {  # with the fraction of the trivial loss above which a term is dead
         "contrastive": ("the contrastive head tells images apart no better than guessing", 0.95),
         "reconstruction": ("the decoder reconstructs masked patches no better than the mean color", 0.95),
         # A draw of sigma makes the loss of a dead head scatter, and 0.9 is half a decibel of noise.

@@ -1,4 +1,4 @@
-"""The model: randomness, masking, positions, initialization, limits of the dial, the transformers API."""
+"""The model: randomness, masking, positions, initialization, special cases, the transformers API."""
 
 import copy
 import inspect
@@ -292,7 +292,7 @@ def test_gradient_checkpointing_and_drop_path_train():
     assert dropped(**batch).loss != dropped(**batch).loss
 
 
-# --- Limits of the dial ----------------------------------------------------------------------------------------------
+# --- Special cases ---------------------------------------------------------------------------------------------------
 
 
 def copy_encoder(can: CANModel, vit) -> None:
