@@ -23,11 +23,11 @@ from modeling_can.evaluation.linear import linear_probe
 
 def features(num: int, width: int, seed: int):
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(10, width))
+    centers = np.random.default_rng(99).normal(size=(10, width))
     mixing = np.random.default_rng(98).normal(size=(width, width)) / width**0.5  # correlated, as a network's are
     labels = rng.integers(10, size=num)
     noise = 12 * rng.normal(size=(num, width)).astype(np.float32) * np.geomspace(1, 0.03, width, dtype=np.float32)
-    return ((centres[labels] * 0.5 + noise) @ mixing).astype(np.float32), labels
+    return ((centers[labels] * 0.5 + noise) @ mixing).astype(np.float32), labels
 
 
 def knn(train, labels, test):

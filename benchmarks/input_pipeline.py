@@ -7,13 +7,13 @@ How many images a second come out of the input pipeline, from encoded photograph
 Per core, from wall and CPU time of this process and its loader workers, with 0, 1 and 2 workers:
 
 - baseline: what most trainers do, decode in Pillow and two full pipelines in Pillow and numpy to float tensors (random
-  resized crop, bicubic; flip, colour jitter, greyscale, blur, normalise; SimCLR's probabilities); and the same with
-  the picture decoded for each view;
+  resized crop, bicubic; flip, color jitter, grayscale, blur, normalize; SimCLR's probabilities); and the same with
+  the image decoded for each view;
 - ours: decode once, two crops as uint8, bilinear and bicubic; the photometric steps run in batch on the device, and
   are timed by themselves.
 
 The 500 first images of a run are not counted: the processes start. --soak N reads N more and notes the memory of the
-reader at every tenth. Result: a table and input_pipeline.json.
+worker at every tenth. Result: a table and input_pipeline.json.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
 class PillowPipelines:
-    """Encoded picture -> two augmented views, float32 (2, 3, 224, 224), everything in Pillow."""
+    """Encoded image -> two augmented views, float32 (2, 3, 224, 224), everything in Pillow."""
 
     def __init__(self, decode_once: bool):
         self.decode_once = decode_once
@@ -131,7 +131,7 @@ def augmentation(device: str) -> dict:
 
 
 def soak(source, num_images) -> list[dict]:
-    """Resident memory of a reader in this process over a long stream of small views."""
+    """Resident memory of a worker in this process over a long stream of small views."""
     stream = iter(view_loader(ViewStream(source, RandomCrops((32, 32)), block_size=256), BATCH_SIZE))
     memory = []
     for step in tqdm(range(num_images // BATCH_SIZE), desc="soak", unit="batch"):

@@ -1,5 +1,5 @@
 """
-Where the time of an optimizer step goes: the share of each kind of operation, by torch's profiler.
+Where the time of an optimizer step goes: the fraction of each kind of operation, by torch's profiler.
 
     python benchmarks/profile_step.py                                   # ViT-B/16 at 224, batch 4, on a CPU
     python benchmarks/profile_step.py --size large --batch_size 64 --num_steps 10 --compiled      # a GPU

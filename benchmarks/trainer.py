@@ -43,14 +43,14 @@ from modeling_can.pretraining.compiling import compile_model, how_to_compile  # 
 from modeling_can.pretraining.recipe import parse_arguments  # noqa: E402
 
 
-def write_pictures(folder: Path, number: int = 256):
-    """Smooth colours with some grain: JPEGs of about the size that photographs have."""
+def write_images(folder: Path, number: int = 256):
+    """Smooth colors with some grain: JPEGs of about the size that photographs have."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for index in range(number):
-        colours = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), 3)
+        colors = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), 3)
         grain = rng.normal(0, 8, (375, 500, 1))
-        pixels = np.clip(np.asarray(colours) + grain, 0, 255).astype(np.uint8)
+        pixels = np.clip(np.asarray(colors) + grain, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{index}.jpg", quality=90)
 
 
@@ -85,7 +85,7 @@ def bare(argv: list[str], num_steps: int) -> dict:
 def trainer(
     argv: list[str], num_steps: int, launcher: tuple[str, ...] = (), processes: int = 1, threads: str = ""
 ) -> dict:
-    """Seconds of a step, the share of them in which it waits for data, and that in which a GPU is busy."""
+    """Seconds of a step, the fraction of them in which it waits for data, and that in which a GPU is busy."""
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         command = [*(launcher or (sys.executable,)), str(ROOT / "run_pretraining.py"), *argv, "--log_with=none",
@@ -113,7 +113,7 @@ def logged(metrics: Path) -> list[dict]:
 
 
 def utilization() -> float:
-    """Share of the last moments in which the busiest GPU ran some kernel, as the driver tells it."""
+    """Fraction of the last moments in which the busiest GPU ran some kernel, as the driver tells it."""
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return max(map(float, lines)) / 100
@@ -146,8 +146,8 @@ def main():
     on_gpu = torch.cuda.is_available()
     provenance = facts(seed=0, device="cuda" if on_gpu else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder) / "pictures")
-        argv = [*recipe_arguments(arguments.size), f"--data_dir={folder}/pictures",
+        write_images(Path(folder) / "images")
+        argv = [*recipe_arguments(arguments.size), f"--data_dir={folder}/images",
                 f"--per_device_train_batch_size={arguments.batch_size}", f"--max_steps={arguments.num_steps}",
                 f"--dataloader_num_workers={arguments.dataloader_num_workers}"]  # fmt: skip
         world_size = torch.cuda.device_count() if on_gpu else 2

@@ -1,5 +1,5 @@
 """
-What the choices about a step cost: one optimiser step under each of them, as ratios to the first.
+What the choices about a step cost: one optimizer step under each of them, as ratios to the first.
 
     python benchmarks/variants.py --study choices          # compiled, attention, checkpointing, other objectives
     python benchmarks/variants.py --study tried            # what was tried for speed and not taken
@@ -11,7 +11,7 @@ What the choices about a step cost: one optimiser step under each of them, as ra
 
 Every variant lives in a process of its own, which gives its peak memory, and steps when its turn comes: the rounds are
 interleaved and nothing else runs. Medians over the rounds; ratios are medians of the ratios within a round. The order
-in which the processes start makes some per cent, so `embedding` has half of its rounds in the reverse order. What is
+in which the processes start makes a few percent, so `embedding` has half of its rounds in the reverse order. What is
 predicted for a thing tried is what its matrix products would save or cost, timed alone, if nothing else changed. The
 largest batch, in multiples of --batch_size, is that whose second step still has the memory, alone on the machine. Peak
 memory includes AdamW's states; on a CPU it is what the process held beyond what it held before the model was built.
@@ -131,7 +131,7 @@ def project_apart(self, hidden_states):
 
 
 def two_passes(model):
-    """Encoder and decoder take one half of the pictures after the other."""
+    """Encoder and decoder take one half of the images after the other."""
     encode, decode = model.can.forward, model.decoder.forward
 
     def encode_halves(pixel_values, **kwargs):
@@ -147,7 +147,7 @@ def two_passes(model):
 
 
 def inference(name: str, config, pixels):
-    """A forward pass over both views, as so many pictures."""
+    """A forward pass over both views, as so many images."""
     pixels = pixels.flatten(0, 1)
     if name == "vit":
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size",

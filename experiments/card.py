@@ -28,7 +28,7 @@ from experiments.keeping import round_weights  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.evaluation.encoders import feature_maps  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
-from modeling_can.plots import curves, feature_sheet, reconstruction_sheet, true_colours  # noqa: E402
+from modeling_can.plots import curves, feature_sheet, reconstruction_sheet, true_colors  # noqa: E402
 from modeling_can.pretraining.recipe import Recipe  # noqa: E402
 
 
@@ -63,7 +63,7 @@ def keep(run: Path, folder: Path, data: str):
     figures, mean, std = folder / "figures", recipe.image_mean, recipe.image_std
     sheet = figures / "reconstructions.png"
     reconstruction_sheet(model=model, pixel_values=pixels, mean=mean, std=std, path=sheet)
-    feature_sheet(true_colours(pixels, mean, std), *feature_maps(model.can, pixels), figures / "features.png")
+    feature_sheet(true_colors(pixels, mean, std), *feature_maps(model.can, pixels), figures / "features.png")
 
     write_card(folder, recipe.to_dict(), recipe.config, results)
     card = folder / "README.md"

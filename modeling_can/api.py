@@ -45,7 +45,7 @@ def pretrain(recipe: str | Path | dict | None = None, *, dataset=None, **fields:
 
 def evaluate(**fields: Unpack[Evaluation]) -> dict:
     """
-    Measures vision encoders on a labelled set.
+    Measures vision encoders on a labeled set.
 
     ```python
     modeling_can.evaluate(model_name_or_path="out/mine", dataset_name="my-images", task="knn,linear_probe")

@@ -9,7 +9,7 @@ __all__ = ["MetricAverage"]
 class MetricAverage:
     """
     Averages named scalars over steps and processes. Scalars stay on their device until `compute`, which is the only
-    call that synchronises, with the device and between processes.
+    call that synchronizes, with the device and between processes.
 
     Args:
         reduce (callable): Sums a tensor over the processes and divides by their number.

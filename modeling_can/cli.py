@@ -37,7 +37,7 @@ def pretrain(argv: list[str] | None = None, dataset=None, program: str = "modeli
 
 def evaluate(argv: list[str] | None = None, program: str = "modeling-can eval") -> dict:
     """
-    Measures vision encoders on a labelled set beside baselines, and says whether they are worth it.
+    Measures vision encoders on a labeled set beside baselines, and says whether they are worth it.
 
         modeling-can eval --model_name_or_path out/can-quickstart --dataset_name sample_data --output_dir out/eval
         modeling-can eval --model_name_or_path MINE OTHERS --task knn,linear_probe --dataset_name FOLDER

@@ -29,7 +29,7 @@ EARLIER = {"noise_head": "shared", "norm_noise_loss": False}
 
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
-    """K, the number of patches that stay visible when `mask_ratio` of `num_patches` are hidden; at least one."""
+    """K, the number of patches that stay visible when `mask_ratio` of `num_patches` are masked; at least one."""
     return max(1, int(num_patches * (1 - mask_ratio)))
 
 
@@ -61,9 +61,9 @@ class CANConfig(PreTrainedConfig):
         decoder_num_hidden_layers (`int`, defaults to 8): Decoder blocks.
         decoder_num_attention_heads (`int`, defaults to 16): Attention heads of each decoder block.
         decoder_intermediate_size (`int`, defaults to 2048): Width of the decoder's MLPs.
-        mask_ratio (`float`, defaults to 0.5): Share of the patches that is hidden from the encoder, in [0, 1).
+        mask_ratio (`float`, defaults to 0.5): Fraction of the patches that are masked, in [0, 1).
         noise_std_max (`float`, defaults to 0.05):
-            sigma_max, in units of normalised pixels: each view's noise level is drawn from U[0, sigma_max].
+            sigma_max, in units of normalized pixels: each view's noise level is drawn from U[0, sigma_max].
             0 builds no noise-level embedding. 0.05 is the default of the authors' flag, which never reaches their
             model: that runs with 0.1. On CIFAR-10, noise is learned from 0.1 on (experiments/noise).
         noise_level_embedding (`bool`, defaults to `True`):
@@ -75,7 +75,7 @@ class CANConfig(PreTrainedConfig):
         reconstruction_loss_weight (`float`, defaults to 0.67): Weight of the reconstruction term A, >= 0.
         denoising_loss_weight (`float`, defaults to 0.30): Weight of the noise-prediction term N, >= 0.
         norm_pix_loss (`bool`, defaults to `False`):
-            Whether the reconstruction target is normalised per patch (MAE, section 4). Never applied to the noise
+            Whether the reconstruction target is normalized per patch (MAE, section 4). Never applied to the noise
             target, from which it would erase the noise level.
         noise_head (`str`, defaults to `"own"`):
             `"own"`: a linear layer of its own, which starts at zero, predicts e on the visible patches, and sigma

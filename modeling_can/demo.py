@@ -18,7 +18,7 @@ from transformers import AutoModelForPreTraining
 from .data.decoding import BadImage, decode
 from .evaluation.encoders import feature_maps, load_config, load_model, load_preprocessor
 from .evaluation.sets import load_split
-from .plots import amplified_noise, errors_of, feature_columns, reconstruct, true_colours
+from .plots import amplified_noise, errors_of, feature_columns, reconstruct, true_colors
 from .progress import INSTALL, tell
 
 
@@ -97,7 +97,7 @@ class Demo:
         """A file -> `(1, C, H, W)`, normalized; raises BadImage where that is impossible."""
         options = {"min_size": self.config.patch_shape, **self.preprocessor.decoding}
         pixels = decode(encoded, self.config.num_channels, **options)
-        return self.preprocessor.normalise(self.preprocessor(pixels)[None])
+        return self.preprocessor.normalize(self.preprocessor(pixels)[None])
 
     def __call__(
         self, encoded: bytes, mask_ratio: float, noise_level: float, seed: int
@@ -128,7 +128,7 @@ class Demo:
         shown = {
             name: enlarged(
                 amplified_noise(values, self.config.noise_std_max) if "noise" in name
-                else true_colours(values, mean, std), ~values.isnan()
+                else true_colors(values, mean, std), ~values.isnan()
             )
             for name, values in {"picture": pixels, **made}.items()
         }  # fmt: skip
@@ -144,15 +144,15 @@ class Demo:
 
     def words(self, errors: dict[str, torch.Tensor], noise_level: float) -> str:
         errors, lines = {name: error.item() for name, error in errors.items()}, []
-        if "hidden" not in errors:
+        if "masked" not in errors:
             lines.append("**Masked patches:** this model was not trained to fill them in.")
-        elif math.isnan(errors["hidden"]):
+        elif math.isnan(errors["masked"]):
             lines.append("**Masked patches:** none.")
         else:
             guess = "the mean color of the visible patches"
             if self.config.norm_pix_loss:
                 guess = "the patch's own true mean"
-            ours, plain = _decibels(1, errors["hidden"]), _decibels(1, errors["plain"])
+            ours, plain = _decibels(1, errors["masked"]), _decibels(1, errors["plain"])
             lines.append(
                 f"**Masked patches:** the error is {ours:.1f} dB below the full range. A plain guess, {guess}, is "
                 f"{plain:.1f} dB below it: the model is {abs(ours - plain):.1f} dB "
@@ -178,7 +178,7 @@ def _decibels(signal: float, error: float) -> float:
 
 
 def enlarged(picture: torch.Tensor, visible: torch.Tensor) -> np.ndarray:
-    """Values in [0, 1] and where they count, `(1, C, H, W)` both -> RGBA, enlarged by nearest neighbours."""
+    """Values in [0, 1] and where they count, `(1, C, H, W)` both -> RGBA, enlarged by nearest neighbors."""
     rgba = torch.cat([picture.expand(-1, 3, -1, -1), visible[:, :1].float()], dim=1)[0]
     scale = math.ceil(_SHOWN / max(rgba.shape[-2:]))
     rgba = rgba.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from .files import expand_user, literal_pattern
+from .former_names import FORMER_NAMES, current_names
 
 
 __all__ = ["Option", "check", "expand_paths", "load_yaml", "option", "parse_value", "parse_values", "read_flags"]
@@ -105,8 +106,10 @@ def parse_values(values: dict, fields: list[dataclasses.Field]) -> dict:
     Words of a YAML file or a command line as the values of fields, by name.
 
     Raises:
-        ValueError: for a key that is none of the fields (the nearest one is named), or a value of the wrong type.
+        ValueError: for a key that is none of the fields (the nearest one is named) or is given under its former name
+            too, or a value of the wrong type.
     """
+    values = current_names(values)
     _refuse_unknown(values, fields)
     annotations = {f.name: f.type for f in fields}
     return {name: parse_value(name, value, annotations[name]) for name, value in values.items()}
@@ -175,7 +178,8 @@ def read_flags(
     `true`, several values as a list.
 
     Raises:
-        ValueError: for an unknown flag (the nearest one is named), or a word that belongs to none.
+        ValueError: for an unknown flag (the nearest one is named), one that is given under its former name too, or a
+            word that belongs to none.
     """
     several = {"nargs": "*", "action": _Joined}
     for group, group_fields in groups.items():
@@ -185,13 +189,17 @@ def read_flags(
             text = f"{text} (default {f.default})"
             number = several if _takes_several(f.type) else {"nargs": "?", "const": "true"}
             arguments.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text.replace("%", "%%"), **number)
+            for former in (former for former, name in FORMER_NAMES.items() if name == f.name):
+                arguments.add_argument(f"--{former}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **number)
     argv = sys.argv[1:] if argv is None else argv
     known = [f for group_fields in groups.values() for f in group_fields]
-    _refuse_unknown((word[2:].split("=")[0] for word in argv if word.startswith("--") and word != "--help"), known)
+    flags = (word[2:].split("=")[0] for word in argv if word.startswith("--") and word != "--help")
+    _refuse_unknown((FORMER_NAMES.get(flag, flag) for flag in flags), known)
     arguments, stray = parser.parse_known_args(argv)
     if stray:
         raise ValueError(f"unexpected {stray[0]!r}; write --key value")
-    return arguments, {f.name: getattr(arguments, f.name) for f in known if hasattr(arguments, f.name)}
+    given = current_names(vars(arguments))
+    return arguments, {f.name: given[f.name] for f in known if f.name in given}
 
 
 def _takes_several(annotation) -> bool:

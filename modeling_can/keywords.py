@@ -38,7 +38,7 @@ class Pretraining(TypedDict, total=False):
     quarter_turn_probability: float
     color_jitter: tuple[float, ...]
     color_jitter_probability: float
-    greyscale_probability: float
+    grayscale_probability: float
     blur_probability: float
     blur_sigma: tuple[float, ...]
     solarize_probability: float

@@ -81,7 +81,7 @@ def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Te
             "give pixel_values of shape (B, 2, C, H, W), or set contrastive_loss_weight=0"
         )
     with full_precision(image_embeds):
-        anchors = image_embeds.float().flatten(0, 1)  # (2B, d): the two views of an image are neighbours
+        anchors = image_embeds.float().flatten(0, 1)  # (2B, d): the two views of an image are neighbors
         keys, offset = _all_gather(anchors)  # (2N, d)
         if keys.shape[0] < 4:
             raise ValueError(
@@ -91,7 +91,7 @@ def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Te
         itself = offset + torch.arange(anchors.shape[0], device=anchors.device)
         logits = anchors @ keys.T / temperature  # (2B, 2N)
         logits = logits.scatter(1, itself[:, None], float("-inf"))
-        return nn.functional.cross_entropy(logits, itself ^ 1)  # neighbours 2n and 2n + 1 differ in the last bit
+        return nn.functional.cross_entropy(logits, itself ^ 1)  # neighbors 2n and 2n + 1 differ in the last bit
 
 
 def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 def patch_errors(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
-    Mean squared error of each patch, which the terms A and N of CAN share. A averages it over the hidden patches, with
+    Mean squared error of each patch, which the terms A and N of CAN share. A averages it over the masked patches, with
     the clean pixels as target, N over the visible ones, with sigma * e as target, in raw units.
 
     Args:

@@ -6,7 +6,7 @@ Robinson, Chang, Jacobs, Sarna, Maschinot, Krishnan, arXiv 2210.16870. The file 
 mask and embed the patches, encode, project and contrast, tell the decoder the noise level, decode, three losses,
 weighted sum.
 
-Legend of the shapes: B images, V views, N = B * V pictures, L patches, K visible patches, D encoder width,
+Legend of the shapes: B images, V views of each, N = B * V, L patches, K visible patches, D encoder width,
 E decoder width, P pixels per patch (rows, columns, channels).
 """
 
@@ -42,9 +42,9 @@ class CANModelOutput(ModelOutput):
         last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_visible_patches, hidden_size)`):
             Class token, then the patch tokens in image order (row by row), after the final layer norm.
         pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): Mean of the patch tokens.
-        mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): 1 = hidden. `None` when unmasked.
+        mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): 1 = masked. `None` when unmasked.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
-            For every patch of the image its place in the sequence (visible patches, hidden patches), each part in
+            For every patch of the image its place in the sequence (visible patches, masked patches), each part in
             image order. `None` when unmasked.
         hidden_states (`tuple(torch.Tensor)`, *optional*):
             Input of the first block and output of each, `(batch_size, 1 + num_visible_patches, hidden_size)`, before
@@ -73,9 +73,9 @@ class CANForPreTrainingOutput(ModelOutput):
         reconstruction_loss (`torch.Tensor` of shape `()`, *optional*): A, unweighted.
         denoising_loss (`torch.Tensor` of shape `()`, *optional*): N, unweighted, in raw units.
         logits (`torch.Tensor` of shape `(batch_size, num_views, num_patches, pixels_per_patch)`, *optional*):
-            Predicted pixels on hidden patches (normalised per patch with `norm_pix_loss`), predicted noise sigma * e
+            Predicted pixels on masked patches (normalized per patch with `norm_pix_loss`), predicted noise sigma * e
             on visible ones. Pixels are laid out (row, column, channel), as in MAE.
-        mask (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`): 1 = hidden.
+        mask (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`): 1 = masked.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_views, num_patches)`): As in `CANModelOutput`.
         image_embeds (`torch.Tensor` of shape `(batch_size, num_views, projection_size)`, *optional*):
             Contrastive embeddings of unit length, fp32.
@@ -103,7 +103,7 @@ class CANForPreTrainingOutput(ModelOutput):
 
 def patchify(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> torch.Tensor:
     """
-    Cuts pictures into patches: `(..., num_channels, height, width)` -> `(..., num_patches, pixels_per_patch)`, patches
+    Cuts images into patches: `(..., num_channels, height, width)` -> `(..., num_patches, pixels_per_patch)`, patches
     row by row, the pixels of a patch as (row, column, channel). Height and width are multiples of the patch's.
     """
     *batch, channels, height, width = pixel_values.shape
@@ -167,11 +167,11 @@ def random_masking(scores: torch.Tensor, num_visible: int) -> tuple[torch.Tensor
     Returns:
         ids_keep `(batch_size, K)` in image order (unlike MAE, whose order is that of the scores: a token can be placed
         without a second look-up, and hiding nothing changes nothing); ids_restore `(batch_size, num_patches)`;
-        mask `(batch_size, num_patches)`, 1 = hidden.
+        mask `(batch_size, num_patches)`, 1 = masked.
     """
     ids_keep = scores.argsort(dim=1, stable=True)[:, :num_visible]
     mask = torch.ones_like(scores, dtype=torch.float32).scatter(1, ids_keep, 0.0)
-    ids_shuffle = mask.argsort(dim=1, stable=True)  # the visible patches, then the hidden ones
+    ids_shuffle = mask.argsort(dim=1, stable=True)  # the visible patches, then the masked ones
     return ids_shuffle[:, :num_visible], ids_shuffle.argsort(dim=1), mask
 
 
@@ -197,7 +197,7 @@ class CANPatchLinear(nn.Module):
 
 
 class CANEmbeddings(nn.Module):
-    """Pixels -> class token and visible patch tokens with their positions. Hidden patches are never embedded."""
+    """Pixels -> class token and visible patch tokens with their positions. Masked patches are never embedded."""
 
     def __init__(self, config: CANConfig):
         super().__init__()
@@ -206,7 +206,7 @@ class CANEmbeddings(nn.Module):
         # Not the usual convolution, because it can be applied to some of the patches.
         self.patch_embeddings = CANPatchLinear(config.pixels_per_patch, config.hidden_size)
         # A buffer, because transformers 5 gives loaded parameters their gradient back; a saved one, because a warm
-        # start may bring a learnt table.
+        # start may bring a learned table.
         positions = sincos_positions(config.grid_shape, config.hidden_size)
         self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
 
@@ -242,7 +242,7 @@ class CANEmbeddings(nn.Module):
     def check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """The patch grid of these pixels; raises ValueError where they do not fit the model."""
         if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised pixels, e.g. from the processor")
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalized pixels, e.g. from the processor")
         channels, height, width = pixel_values.shape[1:]
         patch_height, patch_width = self.config.patch_shape
         if channels != self.config.num_channels:
@@ -342,7 +342,7 @@ class CANMLP(nn.Module):
 
 
 class CANDropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): leaves a residual branch out for some pictures of a batch."""
+    """Stochastic depth (arXiv 1603.09382): leaves a residual branch out for some images of a batch."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -579,8 +579,8 @@ class CANModel(CANPreTrainedModel):
     ) -> CANModelOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
-            mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); `None` hides none.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
+            mask_ratio (`float`, *optional*): Fraction of the patches to mask, in [0, 1); `None` masks none.
             masking_scores (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*):
                 The patches with the smallest scores stay visible; drawn from U[0, 1] if `None`.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.
@@ -644,11 +644,11 @@ class CANForPreTraining(CANPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, 2, num_channels, height, width)`):
-                Two augmented views of each image, normalised; never modified. One view, `(batch_size, 1, ...)`, is
+                Two augmented views of each image, normalized; never modified. One view, `(batch_size, 1, ...)`, is
                 accepted when the contrastive weight is 0.
             pixel_noise (`torch.Tensor` of the same shape, *optional*): e, drawn from N(0, I) if `None`.
             noise_level (`torch.Tensor` of shape `(batch_size, num_views)`, *optional*):
-                sigma, in units of normalised pixels, drawn from U[0, noise_std_max] if `None`.
+                sigma, in units of normalized pixels, drawn from U[0, noise_std_max] if `None`.
             masking_scores (`torch.Tensor` of shape `(batch_size, num_views, num_patches)`, *optional*):
                 In each view the patches with the smallest scores stay visible; drawn from U[0, 1] if `None`.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.
@@ -793,7 +793,7 @@ class CANForPreTraining(CANPreTrainedModel):
                 "as (batch_size, 2, num_channels, height, width), e.g. torch.stack([view_1, view_2], dim=1)"
             )
         if not pixel_values.is_floating_point():  # before noise makes it one
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised pixels, e.g. from the processor")
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalized pixels, e.g. from the processor")
         if pixel_values.shape[1] not in (1, 2):
             raise ValueError(f"pixel_values has {pixel_values.shape[1]} views; give 2, or 1 without contrastive term")
         if pixel_values.shape[1] == 1 and self.config.contrastive_loss_weight > 0:
@@ -828,7 +828,7 @@ class CANForImageClassification(CANPreTrainedModel):
     ) -> ImageClassifierOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
             labels (`torch.Tensor`, *optional*):
                 `(batch_size,)` class indices, or `(batch_size, num_labels)` targets, as `config.problem_type` says.
             interpolate_pos_encoding (`bool`, defaults to `False`): Accept sizes other than `config.image_size`.

@@ -17,7 +17,7 @@ from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 __all__ = [
     "amplified_noise", "curves", "errors_of", "feature_columns", "feature_sheet", "plain", "principal_components",
-    "reconstruct", "reconstruction_sheet", "save_figure", "true_colours",
+    "reconstruct", "reconstruction_sheet", "save_figure", "true_colors",
 ]  # fmt: skip
 
 
@@ -34,16 +34,16 @@ def reconstruct(
     One view of each image through noise, mask and decoder.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
         noise_level (`float`, *optional*): sigma; `noise_std_max` if `None`.
         pixel_noise (`torch.Tensor` of the same shape, *optional*): e, drawn from N(0, I) if `None`.
         masking_scores (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Drawn from U[0, 1].
-        mask_ratio (`float`, *optional*): Share of the patches to hide, in [0, 1); the model's own if `None`.
+        mask_ratio (`float`, *optional*): Fraction of the patches to mask, in [0, 1); the model's own if `None`.
 
     Returns:
-        Tensors of the same shape, in normalised pixels: `input` (noised, hidden patches NaN), `reconstruction`
-        (predicted on hidden patches, the noised input minus the predicted noise on visible ones), `noise` and
-        `predicted_noise` (hidden patches NaN; zero where the model has no noise).
+        Tensors of the same shape, in normalized pixels: `input` (noised, masked patches NaN), `reconstruction`
+        (predicted on masked patches, the noised input minus the predicted noise on visible ones), `noise` and
+        `predicted_noise` (masked patches NaN; zero where the model has no noise).
     """
     config = model.config
     has_noise = config.noise_std_max > 0
@@ -58,16 +58,16 @@ def reconstruct(
 
     clean, noised_patches = patchify(pixel_values, config.patch_shape), patchify(noised, config.patch_shape)
     predicted_pixels = logits
-    if config.norm_pix_loss:  # back to true colours, with the statistics that normalised the target
+    if config.norm_pix_loss:  # back to true colors, with the statistics that normalized the target
         patch_mean, patch_std = patch_statistics(clean)
         predicted_pixels = logits * patch_std + patch_mean
     predicted_noise = logits if config.denoising_loss_weight > 0 else torch.zeros_like(logits)
-    hidden, nan = encoded.mask[:, :, None].bool(), torch.tensor(float("nan"), device=logits.device)
+    masked, nan = encoded.mask[:, :, None].bool(), torch.tensor(float("nan"), device=logits.device)
     patches = {
-        "input": torch.where(hidden, nan, noised_patches),
-        "reconstruction": torch.where(hidden, predicted_pixels, noised_patches - predicted_noise),
-        "noise": torch.where(hidden, nan, noised_patches - clean),
-        "predicted_noise": torch.where(hidden, nan, predicted_noise),
+        "input": torch.where(masked, nan, noised_patches),
+        "reconstruction": torch.where(masked, predicted_pixels, noised_patches - predicted_noise),
+        "noise": torch.where(masked, nan, noised_patches - clean),
+        "predicted_noise": torch.where(masked, nan, predicted_noise),
     }
     return {
         name: unpatchify(value, config.patch_shape, config.grid_shape, config.num_channels)
@@ -76,23 +76,23 @@ def reconstruct(
 
 
 def errors_of(
-    pictures: dict[str, torch.Tensor], pixel_values: torch.Tensor, std: tuple[float, ...], config: CANConfig
+    images: dict[str, torch.Tensor], pixel_values: torch.Tensor, std: tuple[float, ...], config: CANConfig
 ) -> dict[str, torch.Tensor]:
     """
     Args:
-        pictures (`dict[str, torch.Tensor]`): What `reconstruct` made of `pixel_values`.
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
-        std (`tuple[float, ...]`): By which they were normalised.
+        images (`dict[str, torch.Tensor]`): What `reconstruct` made of `pixel_values`.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
+        std (`tuple[float, ...]`): By which they were normalized.
 
     Returns:
-        Each `(batch_size,)`. `hidden`: mean squared error on the hidden patches, pixels in [0, 1]; `plain`: that of
-        the mean colour of the visible patches in their place (both absent without reconstruction loss). `noise` and
+        Each `(batch_size,)`. `masked`: mean squared error on the masked patches, pixels in [0, 1]; `plain`: that of
+        the mean color of the visible patches in their place (both absent without reconstruction loss). `noise` and
         `residual`: mean square on visible patches of the noise, and of what is left after subtracting the predicted
-        noise, in normalised units (absent without denoising loss). With `norm_pix_loss` a hidden patch is put back
-        with its own true mean and deviation, as in MAE's pictures, and `plain` is each patch's own true mean. NaN
-        where nothing is hidden.
+        noise, in normalized units (absent without denoising loss). With `norm_pix_loss` a masked patch is put back
+        with its own true mean and standard deviation, as in MAE's figures, and `plain` is each patch's own true mean.
+        NaN where nothing is masked.
     """
-    hidden, std = pictures["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
+    masked, std = images["input"].isnan(), torch.tensor(std, device=pixel_values.device)[:, None, None]
 
     def mean_square(error, where):
         return torch.where(where, error, 0).square().sum(dim=(1, 2, 3)) / where.sum(dim=(1, 2, 3))
@@ -104,25 +104,25 @@ def errors_of(
             plain = patches.mean(dim=-1, keepdim=True).expand_as(patches)
             plain = unpatchify(plain, config.patch_shape, config.grid_shape, config.num_channels)
         else:
-            plain = torch.where(hidden, 0, pixel_values).sum(dim=(2, 3)) / (~hidden).sum(dim=(2, 3))
+            plain = torch.where(masked, 0, pixel_values).sum(dim=(2, 3)) / (~masked).sum(dim=(2, 3))
             plain = plain[:, :, None, None]
-        errors["hidden"] = mean_square((pictures["reconstruction"] - pixel_values) * std, hidden)
-        errors["plain"] = mean_square((plain - pixel_values) * std, hidden)
+        errors["masked"] = mean_square((images["reconstruction"] - pixel_values) * std, masked)
+        errors["plain"] = mean_square((plain - pixel_values) * std, masked)
     if config.denoising_loss_weight > 0:
-        errors["noise"] = mean_square(pictures["noise"].nan_to_num(), ~hidden)
-        residual = pictures["noise"] - pictures["predicted_noise"]
-        errors["residual"] = mean_square(residual.nan_to_num(), ~hidden)
+        errors["noise"] = mean_square(images["noise"].nan_to_num(), ~masked)
+        residual = images["noise"] - images["predicted_noise"]
+        errors["residual"] = mean_square(residual.nan_to_num(), ~masked)
     return errors
 
 
-def true_colours(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Normalised pixels `(..., C, H, W)` -> [0, 1], hidden patches grey."""
+def true_colors(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Normalized pixels `(..., C, H, W)` -> [0, 1], masked patches gray."""
     mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (mean, std))
     return (pixels * std + mean).clamp(0, 1).nan_to_num(0.5)
 
 
 def amplified_noise(noise: torch.Tensor, noise_std_max: float) -> torch.Tensor:
-    """Noise -> [0, 1]: mid-grey is none (and hidden patches), the full range three times `noise_std_max`."""
+    """Noise -> [0, 1]: mid-gray is none (and masked patches), the full range three times `noise_std_max`."""
     return (0.5 + noise / (6 * max(noise_std_max, 1e-6))).clamp(0, 1).nan_to_num(0.5)
 
 
@@ -130,13 +130,13 @@ def reconstruction_sheet(
     model: CANForPreTraining, pixel_values: torch.Tensor, mean: tuple, std: tuple, path: Path
 ) -> None:
     """Saves a sheet with a row an image: image, noised and masked input, reconstruction, noise, predicted noise."""
-    pictures, sigma_max = reconstruct(model, pixel_values), model.config.noise_std_max
+    images, sigma_max = reconstruct(model, pixel_values), model.config.noise_std_max
     columns = {
-        "image": true_colours(pixel_values, mean, std),
-        "noised, masked input": true_colours(pictures["input"], mean, std),
-        "reconstruction": true_colours(pictures["reconstruction"], mean, std),
-        "noise (amplified)": amplified_noise(pictures["noise"], sigma_max),
-        "predicted noise": amplified_noise(pictures["predicted_noise"], sigma_max),
+        "image": true_colors(pixel_values, mean, std),
+        "noised, masked input": true_colors(images["input"], mean, std),
+        "reconstruction": true_colors(images["reconstruction"], mean, std),
+        "noise (amplified)": amplified_noise(images["noise"], sigma_max),
+        "predicted noise": amplified_noise(images["predicted_noise"], sigma_max),
     }
     _save_sheet(columns, path)
 
@@ -232,11 +232,11 @@ def curves(metrics: list[dict], path: Path) -> None:
     """Saves a panel for each of the run's measurements over the steps, with a trivial model's losses dashed."""
     panels = {
         "loss": "weighted sum", "contrastive_loss": "C, InfoNCE (nats)",
-        "reconstruction_loss": "A, hidden pixels (MSE)",
+        "reconstruction_loss": "A, masked patches (MSE)",
         "denoising_loss": "N, noise (MSE)", "knn": "k-NN accuracy",
         "embedding_spread": "embedding spread (0 = collapse)", "effective_rank": "effective rank of the embeddings",
         "uniformity": "uniformity (0 = collapse)", "grad_norm": "gradient norm", "learning_rate": "learning rate",
-        "images_per_second": "images a second", "data_wait": "share of the time waiting for data",
+        "images_per_second": "images a second", "data_wait": "fraction of the time waiting for data",
     }  # fmt: skip
     panels = {name: title for name, title in panels.items() if any(name in line for line in metrics)}
     figure = Figure((14, 5))
@@ -253,7 +253,7 @@ def curves(metrics: list[dict], path: Path) -> None:
         axis.tick_params(labelsize=7)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    figure.text(0.995, 0.005, "dashed: a model that has learnt nothing", fontsize=7, ha="right", va="bottom")
+    figure.text(0.995, 0.005, "dashed: a model that has learned nothing", fontsize=7, ha="right", va="bottom")
     save_figure(figure, path)
 
 

@@ -44,9 +44,9 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def colours(tmp_path_factory) -> str:
-    """A set of plain pictures of three classes, 90 to learn from and 31 to be tested on, which colour tells apart."""
-    folder = tmp_path_factory.mktemp("sets") / "colours"
+def colors(tmp_path_factory) -> str:
+    """A set of plain images of three classes, 90 to learn from and 31 to be tested on, which color tells apart."""
+    folder = tmp_path_factory.mktemp("sets") / "colors"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for split, num in (("train", 90), ("test", 31)):

@@ -25,7 +25,7 @@ from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
 from modeling_can.data.decoding import BadImage
 from modeling_can.demo import QUICKSTART, Demo, build, enlarged, main, write_examples
 from modeling_can.evaluation.encoders import feature_maps
-from modeling_can.plots import principal_components, reconstruct, true_colours
+from modeling_can.plots import principal_components, reconstruct, true_colors
 
 
 DENOISER = dict(reconstruction_loss_weight=0, denoising_loss_weight=1)
@@ -37,7 +37,7 @@ def save(folder: Path, model, **processor) -> str:
     return str(folder)
 
 
-def picture(width: int = 60, height: int = 50, mode: str = "RGB", suffix: str = "PNG", **options) -> bytes:
+def encoded_image(width: int = 60, height: int = 50, mode: str = "RGB", suffix: str = "PNG", **options) -> bytes:
     """A picture without any symmetry."""
     rng, buffer = np.random.default_rng(0), io.BytesIO()
     small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
@@ -48,7 +48,7 @@ def picture(width: int = 60, height: int = 50, mode: str = "RGB", suffix: str = 
 def bomb() -> bytes:
     """A PNG that claims to be of 65536 x 65536 pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", 65536, 65536, 8, 2, 0, 0, 0)
-    return picture()[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture()[33:]
+    return encoded_image()[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded_image()[33:]
 
 
 def hidden_share(shown: np.ndarray) -> float:
@@ -68,22 +68,22 @@ def demo(folder) -> Demo:
 
 
 def test_pictures_and_words_are_those_of_reconstruct(demo):
-    shown, words = demo(picture(), 0.5, 0.03, seed=7)
-    pixels, generator = demo.pixel_values(picture()), torch.Generator().manual_seed(7)
+    shown, words = demo(encoded_image(), 0.5, 0.03, seed=7)
+    pixels, generator = demo.pixel_values(encoded_image()), torch.Generator().manual_seed(7)
     noise = torch.randn(1, 3, 32, 48, generator=generator)
     made = reconstruct(demo.model, pixels, 0.03, noise, torch.rand(1, 24, generator=generator))
     for name in ("input", "reconstruction"):
-        colours = true_colours(made[name], (0.5,) * 3, (0.5,) * 3)[0].permute(1, 2, 0).numpy()
+        colors = true_colors(made[name], (0.5,) * 3, (0.5,) * 3)[0].permute(1, 2, 0).numpy()
         small = shown[name][3::7, 3::7]  # 7 x 48 is the first multiple from 320 pixels on
         seen = small[..., 3] == 255
         assert shown[name].shape == (7 * 32, 7 * 48, 4) and seen.any()
-        np.testing.assert_allclose(small[seen][:, :3] / 255, colours[seen], atol=0.5 / 255 + 1e-6)
+        np.testing.assert_allclose(small[seen][:, :3] / 255, colors[seen], atol=0.5 / 255 + 1e-6)
         np.testing.assert_array_equal(seen, ~made[name][0, 0].isnan().numpy())
 
     hidden = made["input"].isnan()
     error = ((made["reconstruction"] - pixels)[hidden] / 2).square().mean()
-    colour = torch.stack([pixels[0, c][~hidden[0, c]].mean() for c in range(3)])[:, None, None]
-    plain = ((colour - pixels)[hidden] / 2).square().mean()
+    color = torch.stack([pixels[0, c][~hidden[0, c]].mean() for c in range(3)])[:, None, None]
+    plain = ((color - pixels)[hidden] / 2).square().mean()
     left = (made["noise"] - made["predicted_noise"])[~hidden].square().mean() / made["noise"][~hidden].square().mean()
     said = [float(number) for number in re.findall(r"(-?\d+\.\d) dB", words)]
     expected = [-10 * error.log10(), -10 * plain.log10(), 10 * (error / plain).log10().abs(), 10 * left.log10().abs()]
@@ -92,9 +92,9 @@ def test_pictures_and_words_are_those_of_reconstruct(demo):
 
 
 def test_features_are_those_of_the_whole_image(demo):
-    pixels = demo.pixel_values(picture())
+    pixels = demo.pixel_values(encoded_image())
     tokens, attention = feature_maps(demo.model.can, pixels)
-    shown = demo.features(picture())
+    shown = demo.features(encoded_image())
     colors = principal_components(tokens)[0].permute(1, 2, 0).numpy()
     np.testing.assert_allclose(shown["tokens"][27::54, 27::54, :3] / 255, colors, atol=0.5 / 255 + 1e-6)
     gray = shown["attention"][27::54, 27::54]  # 54 x 6 patches is the first multiple from 320 pixels on
@@ -104,9 +104,9 @@ def test_features_are_those_of_the_whole_image(demo):
 
 
 def test_same_seed_same_pictures_whatever_was_shown_between(demo):
-    first, words = demo(picture(), 0.5, 0.05, seed=1)
-    other, _ = demo(picture(), 0.5, 0.05, seed=2)
-    again, words_again = demo(picture(), 0.5, 0.05, seed=1)
+    first, words = demo(encoded_image(), 0.5, 0.05, seed=1)
+    other, _ = demo(encoded_image(), 0.5, 0.05, seed=2)
+    again, words_again = demo(encoded_image(), 0.5, 0.05, seed=1)
     assert words == words_again
     for name, values in first.items():
         np.testing.assert_array_equal(values, again[name])
@@ -114,7 +114,7 @@ def test_same_seed_same_pictures_whatever_was_shown_between(demo):
 
 
 def test_noise_level_scales_one_pattern_under_one_mask(demo):
-    weak, strong = (demo(picture(), 0.5, level, seed=3)[0]["noise"].astype(float) for level in (0.02, 0.04))
+    weak, strong = (demo(encoded_image(), 0.5, level, seed=3)[0]["noise"].astype(float) for level in (0.02, 0.04))
     np.testing.assert_array_equal(weak[..., 3], strong[..., 3])
     seen = strong[..., 3] == 255
     weak, strong = weak[seen][:, :3], strong[seen][:, :3]
@@ -124,8 +124,8 @@ def test_noise_level_scales_one_pattern_under_one_mask(demo):
 
 
 def test_without_noise_none_is_shown(demo):
-    shown, words = demo(picture(), 0.5, 0.0, seed=3)
-    assert set(np.unique(shown["noise"][..., :3])) == {128} and "**Noise:** none." in words  # mid-grey
+    shown, words = demo(encoded_image(), 0.5, 0.0, seed=3)
+    assert set(np.unique(shown["noise"][..., :3])) == {128} and "**Noise:** none." in words  # mid-gray
     seen = shown["input"][..., 3] == 255
     np.testing.assert_array_equal(shown["input"][seen], shown["picture"][seen])
 
@@ -133,7 +133,7 @@ def test_without_noise_none_is_shown(demo):
 def test_mask_ratio_hides_that_share_and_more_hides_more(demo):
     before = None
     for ratio in (0, 0.25, 0.5, 0.95):
-        shown, words = demo(picture(), ratio, 0.05, seed=0)
+        shown, words = demo(encoded_image(), ratio, 0.05, seed=0)
         for name in ("input", "noise", "predicted_noise"):
             assert hidden_share(shown[name]) == pytest.approx(1 - num_visible_patches(24, ratio) / 24)
         assert hidden_share(shown["picture"]) == hidden_share(shown["reconstruction"]) == 0
@@ -152,16 +152,16 @@ def test_mask_ratio_hides_that_share_and_more_hides_more(demo):
         ({"num_channels": 1}, "below the full range"),
         ({"mask_ratio": 0.97}, "below the full range"),
     ],
-    ids=["norm_pix_loss", "mae", "denoiser", "greyscale", "one patch"],
+    ids=["norm_pix_loss", "mae", "denoiser", "grayscale", "one patch"],
 )
 def test_every_kind_of_model_is_shown(changes, said, tmp_path):
-    grey = {"image_mean": [0.4], "image_std": [0.2]} if "num_channels" in changes else {}
-    demo = Demo(save(tmp_path, tiny_model(**changes), **grey))
-    shown, words = demo(picture(), 0.5, demo.config.noise_std_max, seed=0)
+    gray = {"image_mean": [0.4], "image_std": [0.2]} if "num_channels" in changes else {}
+    demo = Demo(save(tmp_path, tiny_model(**changes), **gray))
+    shown, words = demo(encoded_image(), 0.5, demo.config.noise_std_max, seed=0)
     assert said in words and "nan" not in words and "inf" not in words
     assert all(values.shape == (224, 336, 4) and values.dtype == np.uint8 for values in shown.values())
-    assert not grey or all((values[..., 0] == values[..., 2]).all() for values in shown.values())
-    features = demo.features(picture())
+    assert not gray or all((values[..., 0] == values[..., 2]).all() for values in shown.values())
+    features = demo.features(encoded_image())
     assert all(values.shape == (216, 324, 4) and values.dtype == np.uint8 for values in features.values())
     page = build(demo, write_examples(tmp_path))
     blocks = {block.elem_id: block for block in page.blocks.values() if isinstance(block, Component)}
@@ -172,17 +172,17 @@ def test_every_kind_of_model_is_shown(changes, said, tmp_path):
 
 
 def test_odd_pictures_are_shown_as_what_they_are(demo):
-    plain = demo(picture(), 0.5, 0.05, 0)[0]["picture"]
-    np.testing.assert_array_equal(demo(picture(mode="RGBA"), 0.5, 0.05, 0)[0]["picture"], plain)
-    palette = demo(picture(mode="P"), 0.5, 0.05, 0)[0]["picture"].astype(float)
+    plain = demo(encoded_image(), 0.5, 0.05, 0)[0]["picture"]
+    np.testing.assert_array_equal(demo(encoded_image(mode="RGBA"), 0.5, 0.05, 0)[0]["picture"], plain)
+    palette = demo(encoded_image(mode="P"), 0.5, 0.05, 0)[0]["picture"].astype(float)
     assert np.abs(palette - plain).mean() < 25
-    turned = Image.open(io.BytesIO(picture())).transpose(Image.Transpose.ROTATE_90)
+    turned = Image.open(io.BytesIO(encoded_image())).transpose(Image.Transpose.ROTATE_90)
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     turned.save(buffer, "PNG", exif=exif)
     np.testing.assert_array_equal(demo(buffer.getvalue(), 0.5, 0.05, 0)[0]["picture"], plain)
     for size in ((8, 8), (8, 1500), (1200, 900)):
-        shown, words = demo(picture(*size), 0.5, 0.05, 0)
+        shown, words = demo(encoded_image(*size), 0.5, 0.05, 0)
         assert shown["reconstruction"].shape == (224, 336, 4) and "dB" in words
 
 
@@ -190,8 +190,8 @@ def test_odd_pictures_are_shown_as_what_they_are(demo):
     "encoded, said",
     [
         (b"just words", "no image in its 10 bytes: text, 'just words'"),
-        (picture(3, 20), "20 x 3 pixels, less than 8 x 8"),
-        (picture()[:200], "[A-Z].*: .+"),
+        (encoded_image(3, 20), "20 x 3 pixels, less than 8 x 8"),
+        (encoded_image()[:200], "[A-Z].*: .+"),
         (bomb(), "decompression bomb"),
     ],
     ids=["text", "tiny", "cut off", "bomb"],
@@ -256,7 +256,7 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     examples = write_examples(tmp_path)
     tiles = [Path(path).read_bytes() for path, _ in examples]
-    (tmp_path / "mine.png").write_bytes(picture())
+    (tmp_path / "mine.png").write_bytes(encoded_image())
     (tmp_path / "words.png").write_text("just words")
     with running_app(folder) as address, chromium(1280, 800) as browser:
 
@@ -298,19 +298,19 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
         assert {"picture", "input", "reconstruction", "predicted_noise"} <= changed(last, shown)
 
         find("input[type=file]").send_keys(str(tmp_path / "mine.png"))
-        last, shown = shown, expect(picture(), 0.5, 0.05, 0)
+        last, shown = shown, expect(encoded_image(), 0.5, 0.05, 0)
         assert {"picture", "tokens", "attention"} <= changed(last, shown)
 
         find("#mask_ratio input[type=range]").send_keys(Keys.ARROW_LEFT * 5)
-        last, shown = shown, expect(picture(), 0.25, 0.05, 0)
+        last, shown = shown, expect(encoded_image(), 0.25, 0.05, 0)
         assert changed(last, shown) == everything - {"picture"}
 
         find("#noise_level input[type=range]").send_keys(Keys.ARROW_LEFT * 10)
-        last, shown = shown, expect(picture(), 0.25, 0.04, 0)
+        last, shown = shown, expect(encoded_image(), 0.25, 0.04, 0)
         assert changed(last, shown) == everything - {"picture"}
 
         find("#again").click()
-        last, shown = shown, expect(picture(), 0.25, 0.04, 1)
+        last, shown = shown, expect(encoded_image(), 0.25, 0.04, 1)
         assert changed(last, shown) == everything - {"picture"}
 
         # A file that is no picture: told in words, and the page goes on with the picture that was there.
@@ -319,7 +319,7 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
         assert "This file cannot be used: no image in its 10 bytes: text, 'just words'." in toast[0].text
         assert sources() == shown
         find("#again").click()
-        expect(picture(), 0.25, 0.04, 2)
+        expect(encoded_image(), 0.25, 0.04, 2)
 
         # A narrow screen: nothing sticks out to the right.
         size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}

@@ -178,7 +178,7 @@ def augmentation():
     """Every step, each often."""
     from modeling_can.data.augmentations import Augmentation
 
-    return Augmentation(blur_kernel_size=7, greyscale_probability=0.3, solarize_probability=0.3)
+    return Augmentation(blur_kernel_size=7, grayscale_probability=0.3, solarize_probability=0.3)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

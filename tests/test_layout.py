@@ -83,8 +83,12 @@ def test_a_room_imports_none_above_it_and_its_files_no_circle(room):
 
 
 def test_settings_know_no_room():
-    assert {module for module in imports(PACKAGE / "fields.py") if module.startswith(".")} == {".files"}
-    assert not any(module.startswith(".") for module in imports(PACKAGE / "files.py"))
+    assert {module for module in imports(PACKAGE / "fields.py") if module.startswith(".")} == {
+        ".files",
+        ".former_names",
+    }
+    for name in ("files", "former_names"):
+        assert not any(module.startswith(".") for module in imports(PACKAGE / f"{name}.py"))
     for path in PACKAGE.rglob("*.py"):  # cards and evaluation read a recipe's file; a Recipe is the trainer's alone
         recipes = {module for module in imports(path) if module.split(".")[-1] == "recipe"}
         assert not recipes or path.parent.name == "pretraining" or path.name in ("api.py", "cli.py"), path

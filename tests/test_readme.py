@@ -78,15 +78,15 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", EVALUATIONS)
-def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colours):  # noqa: F811
+def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colors):  # noqa: F811
     command = re.sub("out/(can-quickstart|base)", models["can"], command)
-    command = command.replace("FOLDER", colours).replace("shards/*", f"{colours}/train-*")
+    command = command.replace("FOLDER", colors).replace("shards/*", f"{colors}/train-*")
     said = run(f"{command} {TOY_EVALUATION} --feature_cache none --output_dir {tmp_path / 'out'}")
     assert "results.json" in said
 
 
 @pytest.mark.slow
-def test_two_hundred_pictures_become_a_classifier(tmp_path):
+def test_two_hundred_images_become_a_classifier(tmp_path):
     """The walk-through, then the ways to fine-tune and the first screen's snippet, on the model that it leaves."""
     for name in ("run_pretraining.py", "run_eval.py", "modeling_can", "model_cards"):
         (tmp_path / name).symlink_to(ROOT / name)

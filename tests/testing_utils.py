@@ -112,7 +112,7 @@ def run_processes(function, world_size, *arguments) -> list:
     return [result for _, result, _ in answers]
 
 
-def picture(size=(40, 30), color=(200, 30, 90), mode="RGB", **options) -> bytes:
+def encoded_image(size=(40, 30), color=(200, 30, 90), mode="RGB", **options) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, color).save(buffer, options.pop("format", "JPEG"), **options)
     return buffer.getvalue()
@@ -125,7 +125,7 @@ def add_to_tar(archive: tarfile.TarFile, name: str, content: bytes):
 
 
 def identity(encoded: bytes, epoch: int) -> np.ndarray:
-    """A view maker that tells which picture it was given."""
+    """A view maker that tells which image it was given."""
     return np.array([zlib.crc32(encoded)])
 
 
@@ -155,15 +155,15 @@ OFF = dict(
     vertical_flip_probability=0,
     quarter_turn_probability=0,
     color_jitter_probability=0,
-    greyscale_probability=0,
+    grayscale_probability=0,
     blur_probability=0,
     solarize_probability=0,
 )
 
 
-def encoded(colour, size=(40, 32)) -> bytes:
+def encoded(color, size=(40, 32)) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, tuple(map(int, colour))).save(buffer, "PNG")
+    Image.new("RGB", size, tuple(map(int, color))).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -179,9 +179,9 @@ def save(folder: Path, model) -> str:
     return str(folder)
 
 
-def options(models, colours, out, *names, **flags) -> list[str]:
+def options(models, colors, out, *names, **flags) -> list[str]:
     paths = [models[name] for name in names]
-    flags = {"dataset_name": colours, "output_dir": out, "feature_cache": Path(out) / "cache", **flags}
+    flags = {"dataset_name": colors, "output_dir": out, "feature_cache": Path(out) / "cache", **flags}
     return ["--model_name_or_path", *paths, *(f"--{name}={value}" for name, value in flags.items())]
 
 

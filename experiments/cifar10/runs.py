@@ -218,7 +218,7 @@ def ablations() -> list[Run]:
         "no noise-level embedding": {"noise_level_embedding": False},
         "mask 25 %": {"mask_ratio": 0.25},
         "mask 75 %": {"mask_ratio": 0.75},
-        "normalised targets": {"norm_pix_loss": True},
+        "normalized targets": {"norm_pix_loss": True},
     }
     return [short("CAN", title, **change) for title, change in changes.items()]
 

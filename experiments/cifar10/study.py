@@ -7,7 +7,7 @@ The claims of the paper at a scale that runs here: CAN, SimCLR and MAE as three 
     python experiments/cifar10/study.py --data CIFAR10_FOLDER --scale tiny --stage evaluate report --weights FOLDER
 
 --data is a folder of parquet shards with train and test splits (columns image and label), or a Hub id
-(uoft-cs/cifar10). All rows see the same unlabelled training images with the same encoder, batch, optimizer,
+(uoft-cs/cifar10). All rows see the same unlabeled training images with the same encoder, batch, optimizer,
 augmentation and number of epochs. Stages of the scale `toy`, in this order:
 
 search      each method's learning rate, MAE's mask ratio and CAN's contrastive weight, at a shorter schedule; judged
@@ -16,7 +16,7 @@ search      each method's learning rate, MAE's mask ratio and CAN's contrastive 
 main        CAN, SimCLR and MAE as searched, CAN with fewer patches masked and CAN with a noise term that learns, three
             seeds; CAN with the paper's weights and MAE with one view, one seed
 rate        images a second and peak memory of the methods, nothing beside them, in turns
-ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalised
+ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalized
             targets; a shorter schedule
 order       what may decide between CAN and SimCLR: mask, temperature, crops, batch, number of patches at a shorter
             schedule; a longer one
@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--output_dir", default="out/cifar10", help="for weights and logs")
     parser.add_argument("--probe_every", type=int, default=195, help="steps between k-NN tests of toy's main rows")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
-    parser.add_argument("--further_data", help="folder of labelled images to transfer to (downstream)")
+    parser.add_argument("--further_data", help="folder of labeled images to transfer to (downstream)")
     lists = parser.add_argument_group("the scales tiny and smoke")
     lists.add_argument("--runs", default="*", help="only those of these names: main-can-0, 'trial-can-*'")
     lists.add_argument("--weights", default="out/cifar10/weights", help="a folder for each run: what is kept of it")

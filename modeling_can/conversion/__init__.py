@@ -13,19 +13,19 @@ Weights from other models and for them:
 
 The encoders are the same under other names, with these differences:
 - Their patch projection is a convolution over (channel, row, column), ours a linear layer over (row, column, channel).
-- DINOv2 multiplies the output of attention and of MLP by learnt vectors (layer scale). They are folded into the last
+- DINOv2 multiplies the output of attention and of MLP by learned vectors (layer scale). They are folded into the last
   linear layer of each, and are one in what we write.
 - timm keeps the projections to queries, keys and values in one matrix.
-- Positions belong to the source's patch grid. They are resized to ours and, learnt or not, go into our frozen table,
+- Positions belong to the source's patch grid. They are resized to ours and, learned or not, go into our frozen table,
   with the class token's row as it is.
 - DINOv2's classifier reads the class token and, beside it, the mean of the patch tokens, ours the mean alone.
 """
 
-from .export import accept_colours, check_dinov2, convert, encoder_weights, to_dinov2, to_timm, to_vit
+from .export import accept_colors, check_dinov2, convert, encoder_weights, to_dinov2, to_timm, to_vit
 from .importing import can_config, to_can, warm_start
 from .names import DINOV2, DINOV2_LAYER_SCALE, MAE_FILE, VIT, VIT_MAE, join_qkv, split_qkv, their_name
 from .onnx import to_onnx
-from .processors import normalisation
+from .processors import normalization
 
 
 __all__ = [
@@ -34,13 +34,13 @@ __all__ = [
     "MAE_FILE",
     "VIT",
     "VIT_MAE",
-    "accept_colours",
+    "accept_colors",
     "can_config",
     "check_dinov2",
     "convert",
     "encoder_weights",
     "join_qkv",
-    "normalisation",
+    "normalization",
     "split_qkv",
     "their_name",
     "to_can",

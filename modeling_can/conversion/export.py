@@ -32,7 +32,7 @@ from .reading import encoder_config, from_timm
 
 
 __all__ = [
-    "accept_colours",
+    "accept_colors",
     "check_dinov2",
     "convert",
     "encoder_weights",
@@ -134,18 +134,18 @@ def to_vit(model: CANPreTrainedModel) -> ViTModel:
     return theirs
 
 
-def accept_colours(model: Dinov2ForImageClassification) -> Dinov2ForImageClassification:
+def accept_colors(model: Dinov2ForImageClassification) -> Dinov2ForImageClassification:
     """
-    The same classifier of grey pictures for RGB ones, which pipelines and widgets give: it weighs the colours as
-    Pillow's conversion to grey does. The processor must have the grey mean and deviation three times.
+    The same classifier of gray images for RGB ones, which pipelines and widgets give: it weighs the colors as
+    Pillow's conversion to gray does. The processor must have the gray mean and standard deviation three times.
     """
     config = copy.deepcopy(model.config)
     config.num_channels = 3
-    colour, weights = type(model)(config), model.state_dict()
+    color, weights = type(model)(config), model.state_dict()
     (key,) = (key for key in weights if key.endswith("patch_embeddings.projection.weight"))
     weights[key] = weights[key] * torch.tensor([0.299, 0.587, 0.114])[:, None, None].to(weights[key])
-    colour.load_state_dict(weights)
-    return colour.to(model.dtype).eval()
+    color.load_state_dict(weights)
+    return color.to(model.dtype).eval()
 
 
 def to_timm(model: CANPreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
@@ -183,7 +183,7 @@ def to_timm(model: CANPreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
         "qkv_bias": config.qkv_bias,
         "act_layer": TIMM_ACTIVATIONS[config.hidden_act],
         "global_pool": "avg",
-        "fc_norm": False,  # or timm would normalise after pooling
+        "fc_norm": False,  # or timm would normalize after pooling
         "num_classes": num_classes,
     }
     description = {

@@ -16,7 +16,7 @@ __all__ = ["to_onnx"]
 
 def to_onnx(model: CANPreTrainedModel, path: Path):
     """
-    Writes the encoder, or the classifier, in fp32 for pictures of the trained size in batches of any size, and checks
+    Writes the encoder, or the classifier, in fp32 for images of the trained size in batches of any size, and checks
     it in onnxruntime. Input `pixel_values`; outputs `last_hidden_state` and `pooler_output`, or `logits`.
 
     Raises:

@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers import ImageProcessingMixin, PreTrainedConfig
 
 
-__all__ = ["from_timm_preprocessing", "normalisation", "preprocessing", "timm_preprocessing"]
+__all__ = ["from_timm_preprocessing", "normalization", "preprocessing", "timm_preprocessing"]
 
 
-def normalisation(name_or_path: str) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation that the images of a checkpoint were normalised with; `None` if it does not say."""
+def normalization(name_or_path: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation that the images of a checkpoint were normalized with; `None` if it does not say."""
     values = preprocessing(name_or_path)
     if "image_mean" not in values or "image_std" not in values:
         return None
@@ -35,13 +35,13 @@ def preprocessing(name_or_path: str) -> dict:
 
 
 def timm_preprocessing(processor: dict) -> dict:
-    """timm's words for what a processor does that resizes, perhaps crops the centre, and normalises."""
+    """timm's words for what a processor does that resizes, perhaps crops the center, and normalizes."""
     edge, crop = (processor.get(key) or {} for key in ("size", "crop_size"))
     named = {"interpolation": {2: "bilinear", 3: "bicubic"}.get(processor.get("resample"))}
     if processor:
-        normalises = processor.get("do_normalize", True)
-        named["mean"] = list(processor["image_mean"]) if normalises else [0.0] * 3
-        named["std"] = list(processor["image_std"]) if normalises else [1.0] * 3
+        normalizes = processor.get("do_normalize", True)
+        named["mean"] = list(processor["image_mean"]) if normalizes else [0.0] * 3
+        named["std"] = list(processor["image_std"]) if normalizes else [1.0] * 3
     if processor.get("do_center_crop") and "shortest_edge" in edge and crop:
         share = max(crop.values()) / edge["shortest_edge"]
         while math.floor(max(crop.values()) / share) < edge["shortest_edge"]:  # as timm rounds

@@ -4,7 +4,7 @@ Images on their way to the model: sources (`sources`, with `folders`, `tars`, `f
 stay on the device (`resident`), and what happens there (`augmentations`).
 """
 
-from .bad_samples import append_line, ledger_line, ledger_lines, refuse_bad
+from .bad_samples import append_line, bad_sample_line, bad_sample_lines, refuse_bad
 from .folders import SAMPLE_DATA, resolve_name
 from .loading import resume, view_loader
 from .reading import encoded, located, read_bytes
@@ -17,9 +17,9 @@ __all__ = [
     "ImageSource",
     "ViewStream",
     "append_line",
+    "bad_sample_line",
+    "bad_sample_lines",
     "encoded",
-    "ledger_line",
-    "ledger_lines",
     "located",
     "mean_and_std",
     "read_bytes",

@@ -155,7 +155,7 @@ class Augmentation(nn.Module):
             views. With both flips and this at 0.5, all eight orientations of a view are equally likely.
         color_jitter (`tuple[float]`): Strengths s of brightness, contrast, saturation and hue. The first three are
             factors from [max(0, 1 - s), 1 + s]; the hue turns by a fraction of the circle from [-s, s].
-        color_jitter_probability, greyscale_probability, blur_probability, solarize_probability (`float`): Of each.
+        color_jitter_probability, grayscale_probability, blur_probability, solarize_probability (`float`): Of each.
         blur_sigma (`(float, float)`): Range of the Gaussian's width in pixels.
         blur_kernel_size (`int`): Odd; about a tenth of the image side in SimCLR.
     """
@@ -169,18 +169,18 @@ class Augmentation(nn.Module):
         quarter_turn_probability=0.0,
         color_jitter=(0.4, 0.4, 0.4, 0.1),
         color_jitter_probability=0.8,
-        greyscale_probability=0.2,
+        grayscale_probability=0.2,
         blur_probability=0.5,
         blur_sigma=(0.1, 2.0),
         blur_kernel_size=23,
         solarize_probability=0.0,
     ):
         super().__init__()
-        if len(mean) != 3 and (color_jitter_probability > 0 or greyscale_probability > 0):
+        if len(mean) != 3 and (color_jitter_probability > 0 or grayscale_probability > 0):
             logger.warning(
                 "color jitter and grayscale are skipped: they need 3 channels, these images have %d", len(mean)
             )
-            color_jitter_probability = greyscale_probability = 0
+            color_jitter_probability = grayscale_probability = 0
         if blur_probability > 0 and blur_kernel_size % 2 == 0:
             raise ValueError(f"blur_kernel_size={blur_kernel_size} is not odd; use {blur_kernel_size + 1}")
         self.blur_kernel_size = blur_kernel_size
@@ -189,7 +189,7 @@ class Augmentation(nn.Module):
             "vertical_flip": vertical_flip_probability,
             "quarter_turn": quarter_turn_probability,
             "jitter": color_jitter_probability,
-            "grayscale": greyscale_probability,
+            "grayscale": grayscale_probability,
             "blur": blur_probability,
             "solarize": solarize_probability,
         }
@@ -305,7 +305,7 @@ def _smooth(images):
 
 
 def _enhance(dull, images, level):
-    """Away from the dull version of the images, or towards it."""
+    """Away from the dull version of the images, or toward it."""
     return _blend(dull, images, 1 + 0.9 * level)
 
 
@@ -328,8 +328,8 @@ def _rotate(images, level, fill):
     return _warp(images, fill, xx=angle.cos(), xy=-angle.sin(), yx=angle.sin(), yy=angle.cos())
 
 
-# Each takes images (n, C, H, W) in [0, 1], levels (n, 1, 1, 1) in [-1, 1]: which way and how strong; and the colour of
-# what comes into the picture.
+# Each takes images (n, C, H, W) in [0, 1], levels (n, 1, 1, 1) in [-1, 1]: which way and how strong; and the color of
+# what comes into the image.
 OPERATIONS = {
     "auto_contrast": lambda images, level, fill: _stretch(images),
     "equalize": lambda images, level, fill: equalize(images),
@@ -359,14 +359,14 @@ class RandAugment:
 
     Args:
         magnitude (`float`): Mean of the level, of 10; its standard deviation is 0.5.
-        fill (`tuple[float]`): Colour in [0, 1] of what comes into the picture, an entry a channel.
+        fill (`tuple[float]`): Color in [0, 1] of what comes into the image, an entry a channel.
     """
 
     def __init__(self, magnitude: float = 9.0, fill=(0.485, 0.456, 0.406)):
         self.magnitude, self.fill, self.operations = magnitude, torch.tensor(fill)[:, None, None], dict(OPERATIONS)
         if len(fill) != 3:
             del self.operations["color"]
-            logger.warning("RandAugment leaves out colour: it needs 3 channels, these images have %d", len(fill))
+            logger.warning("RandAugment leaves out color: it needs 3 channels, these images have %d", len(fill))
 
     def draw(self, num_images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Which operations, -1 for none, and their levels in [-1, 1]; each `(num_images, 2)`."""

@@ -1,4 +1,4 @@
-"""The log of images that cannot be used: one line of JSON for each, appended by all readers."""
+"""The log of images that cannot be used: one line of JSON for each, appended by all workers."""
 
 import hashlib
 import json
@@ -7,35 +7,35 @@ from pathlib import Path
 from .decoding import BadImage
 
 
-__all__ = ["append_line", "ledger_line", "ledger_lines", "refuse_bad"]
+__all__ = ["append_line", "bad_sample_line", "bad_sample_lines", "refuse_bad"]
 
 
-def ledger_line(source_name: str, image: dict | None, error: BadImage, **place) -> str:
-    """What the ledger says of a bad image; `place` where it was met, to tell it from others."""
+def bad_sample_line(source_name: str, image: dict | None, error: BadImage, **place) -> str:
+    """The line of the log on a bad image; `place` where it was met, to tell it from others."""
     image = image or {"bytes": None, "path": None}
     record = {"source": source_name, "path": image["path"]}
     record["sha256"] = hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else None
     return json.dumps({**record, **place, "reason": error.reason, "detail": str(error)})
 
 
-def append_line(ledger: Path | None, line: str):
-    if ledger is not None:
-        Path(ledger).parent.mkdir(parents=True, exist_ok=True)  # on another machine perhaps not yet there
-        with open(ledger, "a") as file:  # in one write, so that the readers' lines do not mix
+def append_line(log: Path | None, line: str):
+    if log is not None:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)  # on another machine perhaps not yet there
+        with open(log, "a") as file:  # in one write, so that the workers' lines do not mix
             file.write(line + "\n")
 
 
-def refuse_bad(source_name, num_bad: int, num_seen: int, max_bad_fraction: float, last: str, ledger: Path | None):
-    """`ValueError` where the share of bad images is above the limit; `last` is the ledger's line of one of them."""
+def refuse_bad(source_name, num_bad: int, num_seen: int, max_bad_fraction: float, last: str, log: Path | None):
+    """`ValueError` where the fraction of bad images is above the limit; `last` is the log's line on one of them."""
     if num_bad > max_bad_fraction * num_seen:
         raise ValueError(
             f"{num_bad} of {num_seen} images of {source_name} are bad, more than max_bad_fraction={max_bad_fraction}; "
-            f"mend them ({ledger or 'the ledger'} lists them), or raise --max_bad_fraction. The last: {last}"
+            f"fix them ({log or 'the bad-sample log'} lists them), or raise --max_bad_fraction. The last: {last}"
         )
 
 
-def ledger_lines(ledger: Path | None) -> list[str]:
-    """The lines of a ledger, each once: two readers may have met the same image in different epochs."""
-    if ledger is None or not Path(ledger).exists():
+def bad_sample_lines(log: Path | None) -> list[str]:
+    """The lines of a log, each once: two workers may have met the same image in different epochs."""
+    if log is None or not Path(log).exists():
         return []
-    return list(dict.fromkeys(Path(ledger).read_text().splitlines()))
+    return list(dict.fromkeys(Path(log).read_text().splitlines()))

@@ -17,8 +17,8 @@ def random_box(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """
-    The box (left, upper, right, lower) of a random resized crop: its share of the area is uniform in `scale`, the
-    logarithm of its aspect (width / height) uniform in that of `ratio`. After ten misfits, the largest centred box
+    The box (left, upper, right, lower) of a random resized crop: its fraction of the area is uniform in `scale`, the
+    logarithm of its aspect (width / height) uniform in that of `ratio`. After ten misfits, the largest centered box
     of an allowed aspect.
     """
     width, height = size
@@ -37,14 +37,14 @@ def random_box(
 
 class RandomCrops:
     """
-    Encoded picture -> random resized crops.
+    Encoded image -> random resized crops.
 
     Args:
         image_shape (`(int, int)`): Height and width of a view in pixels.
-        num_channels (`int`): 3 (RGB) or 1 (greyscale).
+        num_channels (`int`): 3 (RGB) or 1 (grayscale).
         scale, ratio: Ranges of `random_box`.
         resample (`str`): `"bilinear"` or `"bicubic"`, with antialiasing, the numbers of Pillow.
-        seed (`int`): A picture's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
+        seed (`int`): An image's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
         num_views (`int`): How many crops.
         decoding: Keyword arguments of `decode`.
     """
@@ -61,7 +61,7 @@ class RandomCrops:
         **decoding,
     ):
         if num_channels not in (1, 3):
-            raise ValueError(f"num_channels={num_channels}: pictures are read as RGB (3) or greyscale (1)")
+            raise ValueError(f"num_channels={num_channels}: images are read as RGB (3) or grayscale (1)")
         self.image_shape, self.decoding = image_shape, {"num_channels": num_channels, **decoding}
         self.scale, self.ratio, self.resample, self.seed, self.num_views = scale, ratio, resample, seed, num_views
 
@@ -79,7 +79,7 @@ class RandomCrops:
         boxes, full_size = [], None
 
         def draw_boxes(size):
-            """The boxes, and how much smaller the picture may be without a box falling short of the view."""
+            """The boxes, and how much smaller the image may be without a box falling short of the view."""
             nonlocal boxes, full_size
             boxes, full_size = self.boxes(size, epoch, zlib.crc32(encoded)), size
             return min(min((r - l) / width, (b - t) / height) for l, t, r, b in boxes)  # noqa: E741

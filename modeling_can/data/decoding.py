@@ -14,7 +14,7 @@ from .formats import describe
 __all__ = ["BadImage", "DECODING", "HIGH_BIT_DEPTH", "check_color", "decode"]
 
 
-_UPRIGHT = {  # EXIF orientation -> what turns the picture upright
+_UPRIGHT = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,17 +56,17 @@ def decode(
     shrink: Callable[[tuple[int, int]], float] | None = None,
 ) -> np.ndarray:
     """
-    An encoded picture as uint8 `(height, width, num_channels)`, RGB (3 channels) or greyscale (1 channel), upright. Of
+    An encoded image as uint8 `(height, width, num_channels)`, RGB (3 channels) or grayscale (1 channel), upright. Of
     an animation, the first frame. JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner),
     the rest through Pillow.
 
     Args:
         encoded (`bytes`): A file in any format that Pillow reads.
         num_channels (`int`): 3 or 1.
-        transparent_background (`str`): Name or `#rrggbb` of the colour that shines through transparent pixels.
+        transparent_background (`str`): Name or `#rrggbb` of the color that shines through transparent pixels.
         high_bit_depth (`str`):
-            What becomes of 16-bit greyscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
-            picture's own range to it (12-bit detectors, floating point); `"skip"` counts it as bad.
+            What becomes of 16-bit grayscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
+            image's own range to it (12-bit detectors, floating point); `"skip"` counts it as bad.
         min_size (`(int, int)`): The least height and width.
         shrink (callable, *optional*):
             Upright (width, height) -> the factor by which the result may be smaller than that. A JPEG is then decoded
@@ -101,10 +101,10 @@ def decode(
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the picture must be turned, 1 if not at all, as EXIF says; Pillow itself turns TIFFs."""
+    """How the image must be turned, 1 if not at all, as EXIF says; Pillow itself turns TIFFs."""
     try:
         return 1 if image.format == "TIFF" else image.getexif().get(0x0112, 1)
-    except Exception:  # a broken EXIF block in a picture that is none the worse for it
+    except Exception:  # a broken EXIF block in an image that is none the worse for it
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Sources that cannot be read, each in one sentence that names the file or folder, and what mends it."""
+"""Sources that cannot be read, each in one sentence that names the file or folder, and what fixes it."""
 
 import errno
 import io

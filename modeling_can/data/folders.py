@@ -205,7 +205,7 @@ def counts(left_out: dict[str, int]) -> str:
 
 
 def left_out_of_split(
-    folder: str, split: str, data_files: dict[str, list[str]], labelled: bool = False
+    folder: str, split: str, data_files: dict[str, list[str]], labeled: bool = False
 ) -> tuple[dict[str, int], str]:
     """
     `datasets` makes splits of words such as train and test in the names of folders and files. Of a folder that it
@@ -222,7 +222,7 @@ def left_out_of_split(
         if _holds_figures(parent):
             raise ValueError(
                 f"dataset_name={folder} holds the figures of a run, {parent}, which would be read as images; move the "
-                "run to another place" + ("" if labelled else f", or give --data_dir '{folder}', which skips them")
+                "run to another place" + ("" if labeled else f", or give --data_dir '{folder}', which skips them")
             )
     left_out, unreadable, num_read, extensions = Counter(), [], 0, image_extensions()
     kinds = {os.path.splitext(file)[1].lower() for file in split_of}
@@ -250,7 +250,7 @@ def left_out_of_split(
     )
     if any(kind.startswith("in ") for kind in left_out):
         text += "; datasets takes words such as train and test in names for splits: rename the files or folders"
-        text += f", or give --data_dir '{folder}', which reads all images" if holds_images and not labelled else ""
+        text += f", or give --data_dir '{folder}', which reads all images" if holds_images and not labeled else ""
     return dict(left_out), text
 
 

@@ -28,10 +28,10 @@ __all__ = [
     "free_shared_memory",
     "handed_over",
     "outlive_stop_signals",
-    "reader_states",
     "resume",
     "view_loader",
     "worker_options",
+    "worker_states",
 ]
 
 
@@ -225,38 +225,39 @@ def resume(loader: StatefulDataLoader, states: list[dict]) -> bool:
 
     Returns:
         Whether the samples will be exactly those of the uninterrupted run. With another number of workers (processes x
-        workers each), seed, block size or set of images they cannot be: the epoch that the slowest worker was in is
+        loader workers), seed, block size or set of images they cannot be: the epoch that the slowest worker was in is
         then finished approximately, each worker leaving out as many of its rows as were read on average.
     """
     stream = loader.dataset
-    readers = [reader for state in states for reader in reader_states(state)]
-    num_readers = stream.num_processes * max(1, loader.num_workers)
+    workers = [worker for state in states for worker in worker_states(state)]
+    num_workers = stream.num_processes * max(1, loader.num_workers)
     # A checkpoint of an earlier version has no fingerprint of the images.
-    same_order = all(reader["order"] == stream.order[: len(reader["order"])] for reader in readers)
-    if same_order and len(states) == stream.num_processes and len(readers) == num_readers:
+    same_order = all(worker["order"] == stream.order[: len(worker["order"])] for worker in workers)
+    if same_order and len(states) == stream.num_processes and len(workers) == num_workers:
         loader.load_state_dict(states[stream.process_index])
         return True
-    epoch, num_rows = approximate_position(readers)
-    stream.begin(epoch, round(num_rows / num_readers))
+    epoch, num_rows = approximate_position(workers)
+    stream.begin(epoch, round(num_rows / num_workers))
     changed = "" if same_order else ", with another seed, block size or set of images"
     logger.warning(
-        "%d readers (processes x workers) resume what %d began%s: epoch %d is finished approximately, from row %d",
-        num_readers, len(readers), changed, epoch, num_rows,
+        "%d workers (processes x loader workers) resume what %d began%s: epoch %d is finished approximately, "
+        "from row %d",
+        num_workers, len(workers), changed, epoch, num_rows,
     )  # fmt: skip
     return False
 
 
-def approximate_position(readers: list[dict]) -> tuple[int, int]:
-    """The epoch that the slowest reader is in, and how many rows of it all of them have read."""
-    epoch = min(reader["epoch"] for reader in readers)
-    rows = (r["num_rows"] + r["offset"] if r["epoch"] == epoch else r["pass_length"] or 0 for r in readers)
+def approximate_position(workers: list[dict]) -> tuple[int, int]:
+    """The epoch that the slowest worker is in, and how many rows of it all of them have read."""
+    epoch = min(worker["epoch"] for worker in workers)
+    rows = (r["num_rows"] + r["offset"] if r["epoch"] == epoch else r["pass_length"] or 0 for r in workers)
     return epoch, round(sum(rows))
 
 
-def reader_states(state) -> list[dict]:
-    """The readers' own states, wherever the loader keeps them in its state."""
+def worker_states(state) -> list[dict]:
+    """The workers' own states, wherever the loader keeps them in its state."""
     if not isinstance(state, dict):
         return []
     if "pass_length" in state:
         return [state]
-    return [reader for value in state.values() for reader in reader_states(value)]
+    return [worker for value in state.values() for worker in worker_states(value)]

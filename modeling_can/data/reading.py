@@ -31,9 +31,7 @@ def encoded(image) -> dict:
     try:
         return datasets.Image().encode_example(image)
     except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"a {type(image).__name__} is no image; .map() to pictures, arrays, paths or bytes"
-        ) from error
+        raise ValueError(f"a {type(image).__name__} is no image; .map() to images, arrays, paths or bytes") from error
 
 
 def read_bytes(image: dict | None) -> bytes:
@@ -90,7 +88,7 @@ def is_gone(error: Exception) -> bool:
     Whether trying again is in vain: a server says that there is no such file, or none for us; or a file system that
     there is none. (fsspec says so of an HTTP server that does not answer as well, and names the reason.)
     """
-    if isinstance(error, UnidentifiedImageError):  # met by datasets, while it decoded a picture for a .filter()
+    if isinstance(error, UnidentifiedImageError):  # met by datasets, while it decoded an image for a .filter()
         return True
     reason = error.__cause__ or error
     status = getattr(reason, "status", None)

@@ -19,10 +19,10 @@ from datasets.distributed import split_dataset_by_node
 from torch.nn.functional import interpolate
 
 from ..progress import progress_bar
-from .bad_samples import append_line, ledger_line, ledger_lines, refuse_bad
+from .bad_samples import append_line, bad_sample_line, bad_sample_lines, refuse_bad
 from .crops import RandomCrops
 from .decoding import BadImage, decode
-from .loading import Patient, approximate_position, outlive_stop_signals, reader_states, worker_options
+from .loading import Patient, approximate_position, outlive_stop_signals, worker_options, worker_states
 from .reading import image_name
 from .sources import ImageSource
 
@@ -63,7 +63,7 @@ class ResidentImages:
 
     def log_bad(self, source_name: str, max_bad_fraction: float, log: Path | None):
         """Appends the bad images to the log, but for those that are there. ValueError if they are too many."""
-        known = set(ledger_lines(log))
+        known = set(bad_sample_lines(log))
         for _, line in self.bad:
             if line not in known:
                 append_line(log, line)
@@ -75,7 +75,7 @@ class ResidentImages:
                 num_seen=num_seen,
                 max_bad_fraction=max_bad_fraction,
                 last=self.bad[-1][1],
-                ledger=log,
+                log=log,
             )
 
 
@@ -138,7 +138,7 @@ class _DecodeOnce(torch.utils.data.IterableDataset):
                     encoded = self.source.fetch(image)
                     pixels = torch.from_numpy(decode(encoded, **self.decoding)).permute(2, 0, 1)
                 except BadImage as error:
-                    yield error.reason, ledger_line(self.source.name, image, error)
+                    yield error.reason, bad_sample_line(self.source.name, image, error)
                     continue
                 name = image_name({**image, "bytes": encoded})
                 yield pixels if self.shape is None else _fit(pixels, self.shape), zlib.crc32(encoded), name
@@ -375,11 +375,11 @@ class ResidentLoader:
 
     def resume(self, states: list[dict]) -> bool:
         """As `data.resume`, with the `state_dict` of all processes; exact for the same images, seed and batches."""
-        readers, own = [reader for state in states for reader in reader_states(state)], self.state_dict()
-        if all(reader["order"] == own["order"] for reader in readers):
-            self.next_batch = readers[self.plan.process_index]["batch"]
+        workers, own = [worker for state in states for worker in worker_states(state)], self.state_dict()
+        if all(worker["order"] == own["order"] for worker in workers):
+            self.next_batch = workers[self.plan.process_index]["batch"]
             return True
-        epoch, num_rows = approximate_position(readers)
+        epoch, num_rows = approximate_position(workers)
         num_seen = epoch * len(self.images.names) + num_rows
         self.next_batch = round(num_seen / (self.plan.batch_size * self.plan.num_processes))
         logger.warning("the images, the seed or the way of reading changed: epoch %d goes on approximately", epoch)

@@ -55,7 +55,7 @@ STALL_SECONDS = 60  # of silence, after which a connection counts as failed
 def _retry_here_alone():
     """
     datasets reads a broken connection up to 20 times more, 5 s apart, which a tar stream never survives. Instead, the
-    readers here open it anew from where the block began.
+    workers here open it anew from where the block began.
     """
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
@@ -73,7 +73,7 @@ class ImageSource:
         data_files (`str` or `list[str]`, *optional*):
             Paths, globs or URLs (http, s3, hf, whatever fsspec reads) of parquet, WebDataset tar, arrow or jsonl.
         dataset (`datasets.Dataset` or `datasets.IterableDataset`, *optional*):
-            As it is. Of a stream with `.map()` or `.filter()` the pictures come decoded, and are encoded anew here; a
+            As it is. Of a stream with `.map()` or `.filter()` the images come decoded, and are encoded anew here; a
             damaged one ends it, and datasets itself encodes JPEGs anew, with loss, for `.remove_columns()` and
             `.rename_column()` after that. `.decode(False)` before all of them avoids it.
         split (`str`): Split of `dataset_name`; a part of one, such as `train[:10%]`, only where it is not streamed.
@@ -223,7 +223,7 @@ class ImageSource:
             raise ValueError(f"{self.name} needs a package that is not installed: {error}") from error
 
     def _undecoded(self, dataset) -> datasets.IterableDataset:
-        """The images, still encoded: a picture that datasets failed to decode would end the stream."""
+        """The images, still encoded: an image that datasets failed to decode would end the stream."""
         if isinstance(dataset, datasets.Dataset):
             self._num_images = len(dataset)
             self.fingerprint = self.fingerprint or hash_of([len(dataset)])
@@ -251,7 +251,7 @@ class ImageSource:
             if name not in names:
                 raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
         self.image_columns = columns
-        # datasets deals the number of rows to skip or take to the shards: other rows for any number of readers
+        # datasets assigns the number of rows to skip or take to the shards: other rows for any number of workers
         counted = [is_part for name, is_part in _steps(dataset) if name.startswith(("SkipExamples", "TakeExamples"))]
         if any(counted):
             raise ValueError(
@@ -340,8 +340,8 @@ class ImageSource:
     def _wait_or_give_up(self, error: Exception, num_failures: int, is_remote: bool):
         if not is_remote or is_gone(error) or num_failures == len(RETRY_SECONDS):
             raise OSError(
-                f"{self.name} cannot be read: {type(error).__name__}: {error}; no image was passed over. "
-                "Mend the file or remove it from the source, then start again"
+                f"{self.name} cannot be read: {type(error).__name__}: {error}; no image was skipped. "
+                "Fix the file or remove it from the source, then start again"
             ) from error
         logger.warning("%s: %r; trying again in %g s", self.name, error, RETRY_SECONDS[num_failures])
         time.sleep(RETRY_SECONDS[num_failures])

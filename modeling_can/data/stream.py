@@ -1,15 +1,15 @@
 """
 The endless stream of view pairs that the trainer reads from a source.
 
-Order: the shards of a source are shuffled for every epoch and dealt to the readers (processes x loader workers); where
-there are fewer shards than readers, the rows are dealt instead. A reader passes over its own rows exactly once an
+Order: the shards of a source are shuffled for every epoch and assigned to the workers (processes x loader workers);
+where there are fewer shards than workers, the rows are assigned instead. A worker reads its own rows exactly once an
 epoch, in shuffled blocks, and goes on into the next epoch without a gap. So every batch is full on every process, and
-nobody waits for a reader that ran dry.
+nobody waits for a worker that ran dry.
 
-Resume: a reader's state is where its block began in the source, and how far into the block it is. Restored to as many
-readers it continues with exactly the samples, in exactly the order, of a run that was never interrupted.
+Resume: a worker's state is where its block began in the source, and how far into the block it is. Restored to as many
+workers it continues with exactly the samples, in exactly the order, of a run that was never interrupted.
 
-Faults: a connection that fails is opened again where it broke off; an image that cannot be used is passed over and
+Faults: a connection that fails is opened again where it broke off; an image that cannot be used is skipped and
 reported; a shard that is gone stops the run.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from .bad_samples import append_line, ledger_line, ledger_lines, refuse_bad
+from .bad_samples import append_line, bad_sample_line, bad_sample_lines, refuse_bad
 from .decoding import BadImage
 from .reading import image_name
 
@@ -30,7 +30,7 @@ __all__ = ["ViewStream", "mean_and_std"]
 
 logger = logging.getLogger(__name__)
 
-_MAX_EMPTY_EPOCHS = 20  # in a row: a reader may be given nothing but empty shards by chance
+_MAX_EMPTY_EPOCHS = 20  # in a row: a worker may be given nothing but empty shards by chance
 
 
 class ViewStream(torch.utils.data.IterableDataset):
@@ -38,21 +38,21 @@ class ViewStream(torch.utils.data.IterableDataset):
     One process's share of a source as an endless stream of `{"views": uint8 (2, C, H, W), "bad": [reason], "image":
     name}`, to be given to `view_loader` (never to `accelerator.prepare`, which would split it once more).
 
-    An image that cannot be used is passed over. Each reader reports it once, however often the epochs bring it back:
-    the reason in `bad` of the next sample, and at once a line in the ledger, JSON with source, path, SHA-256 of the
-    bytes, reason and detail.
+    An image that cannot be used is skipped. Each worker reports it once, however often the epochs bring it back:
+    the reason in `bad` of the next sample, and at once a line in the bad-sample log, JSON with source, path, SHA-256
+    of the bytes, reason and detail.
 
     Args:
         source (`ImageSource`): Where the images come from.
         make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)` uint8; raises `BadImage`.
         seed (`int`): Of the order.
         process_index, num_processes (`int`): This process among those that share the source.
-        block_size (`int`): Encoded images that a reader holds and shuffles at a time.
-        max_bad_fraction (`float`): Share of bad images above which a reader gives up.
-        ledger (`Path`, *optional*): The file that all readers append bad images to.
+        block_size (`int`): Encoded images that a worker holds and shuffles at a time.
+        max_bad_fraction (`float`): Fraction of bad images above which a worker stops.
+        bad_sample_log (`Path`, *optional*): The file that all workers append bad images to.
 
     Raises:
-        ValueError: while iterating, when more than `max_bad_fraction` of a reader's images are bad, once it has seen
+        ValueError: while iterating, when more than `max_bad_fraction` of a worker's images are bad, once it has seen
             1,000 or come to the end of its own; or when none of them is good.
         OSError: while iterating, when a shard cannot be read; for a remote one, several attempts were in vain.
     """
@@ -66,16 +66,16 @@ class ViewStream(torch.utils.data.IterableDataset):
         num_processes=1,
         block_size=1024,
         max_bad_fraction=0.01,
-        ledger=None,
+        bad_sample_log=None,
     ):
         self.source, self.make_views, self.seed = source, make_views, seed
         self.process_index, self.num_processes = process_index, num_processes
-        self.block_size, self.max_bad_fraction, self.ledger = block_size, max_bad_fraction, ledger
+        self.block_size, self.max_bad_fraction, self.bad_sample_log = block_size, max_bad_fraction, bad_sample_log
         self.order = (seed, block_size, source.fingerprint)  # what the order of the images depends on
         self.begin(epoch=0)
 
     def begin(self, epoch: int, num_rows: int = 0):
-        """The next iteration starts in this epoch, each reader `num_rows` of its own rows into it."""
+        """The next iteration starts in this epoch, each worker `num_rows` of its own rows into it."""
         self._state = {
             "epoch": epoch,
             "rows": None,  # where the source stood when the block was read
@@ -91,7 +91,7 @@ class ViewStream(torch.utils.data.IterableDataset):
         self._resumed = True
 
     def state_dict(self) -> dict:
-        """Where this reader is: after the sample that it gave last."""
+        """Where this worker is: after the sample that it gave last."""
         return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: dict):
@@ -106,25 +106,25 @@ class ViewStream(torch.utils.data.IterableDataset):
         num_workers, worker_id = (worker.num_workers, worker.id) if worker else (1, 0)
         return self._read(self.process_index * num_workers + worker_id, self.num_processes * num_workers)
 
-    def _read(self, reader: int, num_readers: int):
+    def _read(self, worker: int, num_workers: int):
         dataset, state = self.source.dataset, self._state
-        strategy = "shards" if self.source.num_shards >= num_readers else "examples"
-        if strategy == "examples" and reader == 0:
+        strategy = "shards" if self.source.num_shards >= num_workers else "examples"
+        if strategy == "examples" and worker == 0:
             logger.warning(
-                "%s has %d shards for %d readers: every reader reads everything and keeps its rows of it",
-                self.source.name, self.source.num_shards, num_readers,
+                "%s has %d shards for %d workers: every worker reads everything and keeps its rows of it",
+                self.source.name, self.source.num_shards, num_workers,
             )  # fmt: skip
         bad, line, num_empty = [], "", 0
-        reported = {hash(known) for known in ledger_lines(self.ledger)}  # before this run was resumed
+        reported = {hash(known) for known in bad_sample_lines(self.bad_sample_log)}  # before this run was resumed
         while True:
             epoch = state["epoch"]
-            rows = split_dataset_by_node(dataset, rank=reader, world_size=num_readers, strategy=strategy)
-            # Shuffles the shards, then deals them, with this very number as the seed, alike on all readers. It must be
-            # said to the split set, which starts at epoch 0 (file order) whatever its parent was told.
+            rows = split_dataset_by_node(dataset, rank=worker, world_size=num_workers, strategy=strategy)
+            # Shuffles the shards, then assigns them, with this very number as the seed, alike on all workers. It must
+            # be said to the split set, which starts at epoch 0 (file order) whatever its parent was told.
             rows.set_epoch(1 + self.seed + 1_000_003 * epoch)
             for block, rows_after in self.source.blocks(rows, state["rows"], self.block_size):
                 images = self.source.images(block)
-                order = np.random.default_rng((self.seed, epoch, reader, state["block"])).permutation(len(images))
+                order = np.random.default_rng((self.seed, epoch, worker, state["block"])).permutation(len(images))
                 skipped = min(state["skip"], len(images))
                 state["skip"] -= skipped
                 for offset in range(max(skipped, state["offset"]), len(images)):
@@ -137,14 +137,14 @@ class ViewStream(torch.utils.data.IterableDataset):
                         state["num_bad"] += 1
                         place = {}
                         if not image or not (image["path"] or image["bytes"]):  # nothing else tells it from others
-                            place["row"] = f"reader {reader}, {state['num_seen']}" if epoch == 0 else "met before"
-                        line = ledger_line(self.source.name, image, error, **place)
+                            place["row"] = f"worker {worker}, {state['num_seen']}" if epoch == 0 else "met before"
+                        line = bad_sample_line(self.source.name, image, error, **place)
                         if hash(line) not in reported:
                             reported.add(hash(line))
                             bad.append(error.reason)
-                            append_line(self.ledger, line)
+                            append_line(self.bad_sample_log, line)
                         if state["num_seen"] >= 1000:
-                            self._refuse_bad(line, reader, num_readers)
+                            self._refuse_bad(line, worker, num_workers)
                         continue
                     yield {"views": torch.as_tensor(views), "bad": bad, "image": image_name(image)}
                     bad = []
@@ -153,20 +153,20 @@ class ViewStream(torch.utils.data.IterableDataset):
             num_empty = 0 if state["num_rows"] else num_empty + 1
             if num_empty == _MAX_EMPTY_EPOCHS:  # or it would spin for ever
                 raise ValueError(
-                    f"{self.source.name} has no rows for reader {reader} of {num_readers}; start fewer processes, or "
+                    f"{self.source.name} has no rows for worker {worker} of {num_workers}; start fewer processes, or "
                     "lower dataloader_num_workers"
                 )
             if state["num_seen"] and (epoch == 0 or state["num_bad"] == state["num_seen"]):
-                self._refuse_bad(line, reader, num_readers)
+                self._refuse_bad(line, worker, num_workers)
             state |= {"epoch": epoch + 1, "rows": None, "block": 0, "offset": 0, "skip": 0}
             state |= {"pass_length": state["num_rows"], "num_rows": 0}
 
-    def _refuse_bad(self, last: str, reader: int, num_readers: int):
+    def _refuse_bad(self, last: str, worker: int, num_workers: int):
         num_bad, num_seen = self._state["num_bad"], self._state["num_seen"]
         if num_bad == num_seen:
             raise ValueError(
-                f"{self.source.name} has no usable image among the {num_seen} rows of reader {reader} of {num_readers}"
-                f"; use fewer readers, or check that the files are images. The last bad one: {last}"
+                f"{self.source.name} has no usable image among the {num_seen} rows of worker {worker} of {num_workers}"
+                f"; use fewer workers, or check that the files are images. The last bad one: {last}"
             )
         refuse_bad(
             source_name=self.source.name,
@@ -174,7 +174,7 @@ class ViewStream(torch.utils.data.IterableDataset):
             num_seen=num_seen,
             max_bad_fraction=self.max_bad_fraction,
             last=last,
-            ledger=self.ledger,
+            log=self.bad_sample_log,
         )
 
 
@@ -191,6 +191,6 @@ def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[floa
     if std.min() < 1e-3:
         raise ValueError(
             f"the standard deviations are {std.tolist()}: channel {int(std.argmin())} is the same everywhere, and the "
-            "normalisation would divide by 0; give image_mean and image_std, with 1 for that channel"
+            "normalization would divide by 0; give image_mean and image_std, with 1 for that channel"
         )
     return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())

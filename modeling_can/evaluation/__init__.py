@@ -1,7 +1,7 @@
 """
 How good an encoder is:
 
-    python run_eval.py --model_name_or_path MODEL --dataset_name LABELLED_SET --task knn,linear_probe
+    python run_eval.py --model_name_or_path MODEL --dataset_name LABELED_SET --task knn,linear_probe
 
 A file for each protocol: what it refuses, how it runs, how its figures are shown. A new one is a class of
 `protocol.Protocol` in a file of its own and an item of `tasks.PROTOCOLS`.

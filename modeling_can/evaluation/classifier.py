@@ -15,7 +15,7 @@ from ..modeling_can import resize_positions
 from ..optimization import decays
 from ..progress import INSTALL
 from .encoders import Preprocessor, classifier_class, load_config, load_model
-from .features import Extractor, Pictures
+from .features import Extractor, Images
 from .sets import Split
 
 
@@ -163,8 +163,8 @@ def class_predictions(
     extractor: Extractor = Extractor(),  # noqa: B008  frozen
     description: str = "",
 ) -> np.ndarray | None:
-    """The class `(N,)` that a classifier sees in every picture; on the first process, elsewhere `None`."""
+    """The class `(N,)` that a classifier sees in every image; on the first process, elsewhere `None`."""
     device = next(model.parameters()).device
-    encode = lambda pictures: {"logits": model(pixel_values=preprocessor.normalise(pictures.to(device))).logits}  # noqa: E731
-    made = extractor(encode, Pictures(split, preprocessor.decode), description)
+    encode = lambda images: {"logits": model(pixel_values=preprocessor.normalize(images.to(device))).logits}  # noqa: E731
+    made = extractor(encode, Images(split, preprocessor.decode), description)
     return None if made is None else made["logits"].argmax(axis=1)

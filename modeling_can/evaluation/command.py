@@ -24,7 +24,7 @@ from .overlap import seen_in_pretraining
 from .processes import check_processes, forget_settings
 from .protocol import Entry, Features, Setup
 from .report import CAPTION, card_results, evaluation_figure, measures, remarks, table
-from .sets import load_labelled
+from .sets import load_labeled
 from .settings import Settings
 from .tasks import EMBED, PROTOCOLS
 
@@ -35,7 +35,7 @@ __all__ = ["run"]
 def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict:
     """
     Runs the tasks; returns what `results.json` holds. Called by every process. Raises ValueError for what the user can
-    mend.
+    fix.
 
     Args:
         command (`list[str]`): To be kept with the results.
@@ -95,9 +95,9 @@ def _processes(settings: Settings) -> Accelerator:
 
 
 def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator) -> Setup:
-    """The labelled set, and what the protocols make of it before a model is loaded."""
+    """The labeled set, and what the protocols make of it before a model is loaded."""
     with accelerator.local_main_process_first():
-        data = load_labelled(
+        data = load_labeled(
             dataset_name=settings.dataset_name,
             config_name=settings.dataset_config_name,
             train_split=settings.train_split,
@@ -201,7 +201,7 @@ def _finish(setup: Setup, entries: list[Entry], reference: str | None, results: 
         tell(f"\n{made['text']}")
     written = [f"{output_dir}/results.json", *([f"{output_dir}/figures/evaluation.png"] if drawn else [])]
     tasks = [figures for model in results["results"].values() for figures in model.values()]
-    written += [figures["picture"] for figures in tasks if "picture" in figures]
+    written += [figures["figure"] for figures in tasks if "figure" in figures]
     tell(f"\nFigures: {', '.join(written)}")
     for line in remarks(results):
         tell(f"Note: {line}")

@@ -17,14 +17,14 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel, Value
 from PIL import Image
 
-from ..data import ImageSource, append_line, ledger_line, refuse_bad
+from ..data import ImageSource, append_line, bad_sample_line, refuse_bad
 from ..data.decoding import BadImage
 from ..data.loading import Patient, handed_over, worker_options
 from ..files import write
 from ..progress import progress_bar, tell
 from .encoders import pooled
 from .entries import load
-from .part_files import LEDGER, Unit, begin, part_files, read_ledger, schema_of, totals, unit_of
+from .part_files import BAD_SAMPLES, Unit, begin, part_files, read_bad_samples, schema_of, totals, unit_of
 
 
 __all__ = ["embed", "embed_task", "end_with"]
@@ -41,9 +41,9 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
     encoder.to(accelerator.device)
 
     @torch.no_grad()
-    def encode(pictures):
+    def encode(images):
         with accelerator.autocast():
-            pixels = encoder.preprocessor.normalise(pictures.to(accelerator.device, non_blocking=True))
+            pixels = encoder.preprocessor.normalize(images.to(accelerator.device, non_blocking=True))
             return pooled(encoder(pixels), settings.pooling, encoder.name)
 
     def source_with(label_column: str | None) -> ImageSource:
@@ -131,7 +131,7 @@ def embed(
 
     The files, `datasets.load_dataset("parquet", data_files=f"{folder}/part-*.parquet")`, have the columns `id`
     (string), `label` (if asked for, of its column's type) and `embedding` (list of fixed length). Bad images are in
-    the ledger `bad_samples.jsonl`, as the trainer's, each with its `row`, `"{shard}:{row in shard}"`.
+    the log `bad_samples.jsonl`, as the trainer's, each with its `row`, `"{shard}:{row in shard}"`.
 
     Args:
         source (`ImageSource`): With the columns named here among its `extra_columns`.
@@ -146,7 +146,7 @@ def embed(
             Column of the ids. By default it is the path, for a folder of images, or else `"{shard}:{row in shard}"`.
         label_column (`str`, *optional*): Column of single values.
         process_index, num_processes (`int`): This process among those that share the work.
-        max_bad_fraction (`float`): Share of bad images above which the process gives up.
+        max_bad_fraction (`float`): Fraction of bad images above which the process stops.
 
     Returns:
         `totals` of the folder; `new_images` and `images_per_second` of this call.
@@ -166,7 +166,7 @@ def embed(
     for path in folder.glob("part-*.partial"):  # of a run that was killed
         if unit_of(path) in units:
             path.unlink()
-    known_bad, last = read_ledger(folder / LEDGER, units, num_parts)
+    known_bad, last = read_bad_samples(folder / BAD_SAMPLES, units, num_parts)
 
     todo = [(index, unit.next_row) for index, unit in units.items() if not unit.done]
     batches = _Batches(
@@ -183,7 +183,7 @@ def embed(
     num_before = num_good = sum(unit.num_images for unit in units.values())
     num_bad = sum(unit.bad.total() for unit in units.values())
     num_images = source.num_images() if process_index == 0 else None
-    refuse = functools.partial(refuse_bad, source.name, max_bad_fraction=max_bad_fraction, ledger=folder / LEDGER)
+    refuse = functools.partial(refuse_bad, source.name, max_bad_fraction=max_bad_fraction, log=folder / BAD_SAMPLES)
     schema, start = None, time.monotonic()
     shown = {"unit": "images", "is_shown": process_index == 0, "lines": True}
     total = num_images and num_images * len(units) // num_units
@@ -195,7 +195,7 @@ def embed(
                 size = embeddings.shape[1] if ids else _embedding_size(prepare, encode)
                 schema = schema_of(source, label_column, dtype, size)
             for last in batch.lines:  # not by the workers, which may outlive a process that was killed
-                append_line(folder / LEDGER, last)
+                append_line(folder / BAD_SAMPLES, last)
             unit.add(batch, embeddings, schema, rows_per_file)
             num_good, num_bad = num_good + len(ids), num_bad + len(batch.reasons)
             bar.update(len(ids) + len(batch.reasons))
@@ -251,9 +251,9 @@ def _to_numpy(features: torch.Tensor, ids: list[str], dtype: str) -> np.ndarray:
 
 
 def _embedding_size(prepare, encode) -> int:
-    """D, where a unit has not one good image to tell it: that of a grey picture."""
+    """D, where a unit has not one good image to tell it: that of a gray image."""
     buffer = io.BytesIO()
-    Image.new("RGB", (512, 512), "grey").save(buffer, "PNG")
+    Image.new("RGB", (512, 512), "gray").save(buffer, "PNG")
     return encode(prepare(buffer.getvalue())[None]).shape[1]
 
 
@@ -264,7 +264,7 @@ def _embedding_size(prepare, encode) -> int:
 class _Batch:
     """
     The images of a unit's rows from `first_row` up to `next_row`, stacked, with their ids and labels; of the bad ones
-    the reasons, and the ledger's lines on those that it lacks. The last batch of a unit, perhaps empty, is `done`.
+    the reasons, and the log's lines on those that it lacks. The last batch of a unit, perhaps empty, is `done`.
     """
 
     unit: int
@@ -328,7 +328,7 @@ class _Batches(torch.utils.data.IterableDataset):
         except BadImage as error:
             own = {"id": str(own_id)} if self.id_column else {}
             batch.reasons.append(error.reason)
-            batch.lines.append(ledger_line(self.source.name, image, error, row=place, **own))
+            batch.lines.append(bad_sample_line(self.source.name, image, error, row=place, **own))
         else:
             batch.ids.append(str(own_id) if self.id_column else image["path"] if self.source.is_folder else place)
             batch.labels.append(label)

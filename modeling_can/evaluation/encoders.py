@@ -1,4 +1,4 @@
-"""Any vision encoder that transformers can load, as a function from encoded pictures to pooled features."""
+"""Any vision encoder that transformers can load, as a function from encoded images to pooled features."""
 
 import copy
 import hashlib
@@ -37,8 +37,8 @@ POOLINGS = ("mean", "cls", "both")
 
 class Preprocessor:
     """
-    The processor that was saved with a model, in two steps: the geometry of a picture (resize, crop), where images are
-    decoded, and the numbers (rescale, normalise), in batch on the device. Together they are the processor.
+    The processor that was saved with a model, in two steps: the geometry of an image (resize, crop), where images are
+    decoded, and the numbers (rescale, normalize), in batch on the device. Together they are the processor.
 
     A processor that does anything else is applied as a whole in the first step.
 
@@ -56,10 +56,10 @@ class Preprocessor:
         self.decoding = {**named, **(decoding or {})}
         self.sizes = self._sizes(image_size)
         self.in_two_steps = True
-        picture = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
-        expected = self._process(picture)
+        image = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
+        expected = self._process(image)
         try:
-            two_steps = self.normalise(self(picture)[None])[0]
+            two_steps = self.normalize(self(image)[None])[0]
             self.in_two_steps = two_steps.shape == expected.shape and bool((two_steps - expected).abs().max() < 1e-4)
         except Exception:  # whatever another kind of processor makes of it
             self.in_two_steps = False
@@ -67,14 +67,14 @@ class Preprocessor:
     def _sizes(self, image_size: tuple[int, int] | None) -> dict:
         """
         The processor's options for that size, in the proportions of its own: those with which an upright and a lying
-        picture both come out in it.
+        image both come out in it.
         """
         name = type(self.processor).__name__
         if image_size is None:
             shapes = {self._shape(40, 50, {}), self._shape(50, 40, {})}
             if len(shapes) > 1:
                 raise ValueError(
-                    f"the {name} makes pictures of different sizes, which fit in no batch; give the one to use: "
+                    f"the {name} makes images of different sizes, which fit in no batch; give the one to use: "
                     "--image_size HEIGHT,WIDTH"
                 )
             return {}
@@ -88,12 +88,12 @@ class Preprocessor:
         for options in candidates:
             if self._shape(40, 50, options) == self._shape(50, 40, options) == tuple(image_size):
                 return options
-        raise ValueError(f"image_size={image_size}: the {name} cannot make pictures of that size; try a square one")
+        raise ValueError(f"image_size={image_size}: the {name} cannot make images of that size; try a square one")
 
     def _shape(self, height: int, width: int, sizes: dict) -> tuple[int, ...] | None:
-        picture = np.zeros((height, width, self.num_channels), np.uint8)
+        image = np.zeros((height, width, self.num_channels), np.uint8)
         try:
-            return tuple(self.processor([picture], return_tensors="pt", **sizes)["pixel_values"].shape[-2:])
+            return tuple(self.processor([image], return_tensors="pt", **sizes)["pixel_values"].shape[-2:])
         except Exception:  # sizes in words that this one does not know
             return None
 
@@ -107,17 +107,17 @@ class Preprocessor:
         )
 
     def decode(self, encoded: bytes, index: int | None = None) -> torch.Tensor:
-        """The same for an encoded picture, whatever its index; raises what `data.decoding.decode` raises."""
+        """The same for an encoded image, whatever its index; raises what `data.decoding.decode` raises."""
         return self(decode(encoded, self.num_channels, **self.decoding))
 
     def shown(self, encoded: bytes) -> torch.Tensor:
-        """An encoded picture to be looked at, uint8 `(channels, height, width)` of the model's size."""
+        """An encoded image to be looked at, uint8 `(channels, height, width)` of the model's size."""
         if self.in_two_steps:
             return self.decode(encoded)
         pixels = torch.from_numpy(decode(encoded, self.num_channels, **self.decoding)).permute(2, 0, 1)
         return interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """What `__call__` returned, in batch `(B, C, H, W)`, -> the model's pixel values in fp32."""
         if not self.in_two_steps:
             return pixels
@@ -134,17 +134,17 @@ class Preprocessor:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width that the model gets of a square picture."""
+        """Height and width that the model gets of a square image."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
 
-    def in_colour(self) -> "Preprocessor":
-        """Of one for grey pictures, one that treats the three colours alike."""
+    def in_color(self) -> "Preprocessor":
+        """Of one for gray images, one that treats the three colors alike."""
         values = self.processor.to_dict()
         values |= {name: list(values[name]) * 3 for name in ("image_mean", "image_std")} | {"do_convert_rgb": True}
         return Preprocessor(type(self.processor).from_dict({**values, **self.sizes, **self.decoding}))
 
     def save_pretrained(self, folder: Path):
-        """The processor, for pictures of this size and decoded like this."""
+        """The processor, for images of this size and decoded like this."""
         values = {**self.processor.to_dict(), **self.sizes, **self.decoding}
         type(self.processor).from_dict(values).save_pretrained(folder)
 

@@ -73,16 +73,16 @@ def _entry(setup: Setup, encoder: Encoder, name: str, kind: str, path: str | Non
     digest = encoder.digest()
     encoder.to(setup.device)
 
-    def encode(pictures):
+    def encode(images):
         with setup.accelerator.autocast():
-            return encoder(encoder.preprocessor.normalise(pictures.to(setup.device, non_blocking=True)))
+            return encoder(encoder.preprocessor.normalize(images.to(setup.device, non_blocking=True)))
 
     preprocessor = encoder.preprocessor
     return Entry(name, preprocessor, encode, digest, path=path, encoder=encoder, kind=kind)
 
 
 def _pixels(preprocessor: Preprocessor) -> Entry:
-    encode = lambda pictures: {"mean": raw_pixels(preprocessor.normalise(pictures))}  # noqa: E731
+    encode = lambda images: {"mean": raw_pixels(preprocessor.normalize(images))}  # noqa: E731
     return Entry("pixels", preprocessor, encode, "pixels", kind="pixels")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from ..configuration_can import CANConfig
-from ..conversion import accept_colours, can_config, check_dinov2, to_can, to_dinov2
+from ..conversion import accept_colors, can_config, check_dinov2, to_can, to_dinov2
 from ..data.decoding import decode
 from ..files import check_new_folder, new_folder, write
 from ..hub import classifier_card
@@ -53,7 +53,7 @@ def check_export(setup: Setup, entry: Entry):
 def export(setup: Setup, entry: Entry, results: dict) -> dict:
     """
     Writes the fine-tuned model, or else the encoder with the probe on it, as a model that transformers loads by
-    itself, with processor, card and example pictures; all or nothing. Returns what it scores on the test images.
+    itself, with processor, card and example images; all or nothing. Returns what it scores on the test images.
     """
     settings, data, folder = setup.settings, setup.data, Path(setup.settings.export_classifier)
     is_tuned = "finetune" in settings.task
@@ -69,7 +69,7 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
             model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
         preprocessor = entry.preprocessor
         if preprocessor.num_channels == 1:  # pipelines and widgets give images in color
-            model, preprocessor = accept_colours(model), preprocessor.in_colour()
+            model, preprocessor = accept_colors(model), preprocessor.in_color()
     alone = Extractor(settings.batch_size, settings.dataloader_num_workers)  # the other processes have nothing to do
     predictions = class_predictions(model.to(setup.device), preprocessor, data.test, alone)
     head = "fine-tuned" if is_tuned else "linear probe"
@@ -99,7 +99,7 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
 @torch.no_grad()
 def _answers(model: torch.nn.Module, preprocessor: Preprocessor, encoded: bytes) -> list[dict]:
     """The likeliest classes of an image, in the form that transformers' pipeline and the Hub have."""
-    pixels = preprocessor.normalise(preprocessor.decode(encoded)[None].to(model.device))
+    pixels = preprocessor.normalize(preprocessor.decode(encoded)[None].to(model.device))
     scores, labels = model(pixel_values=pixels).logits[0].softmax(-1).sort(descending=True)
     shown = list(zip(scores.tolist(), labels.tolist(), strict=True))[:NUM_SCORES]
     return [{"label": model.config.id2label[label], "score": round(score, 4)} for score, label in shown]

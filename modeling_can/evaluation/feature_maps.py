@@ -28,12 +28,12 @@ class FeatureMaps(Protocol):
         test, preprocessor = setup.data.test, entry.preprocessor
         rows = np.random.default_rng(setup.settings.seed).permutation(len(test))[:_NUM_DRAWN]
         encoded = [test.read(row) for row in rows]
-        pixels = preprocessor.normalise(torch.stack([preprocessor.decode(image) for image in encoded]))
+        pixels = preprocessor.normalize(torch.stack([preprocessor.decode(image) for image in encoded]))
         tokens, attentions = feature_maps(entry.encoder.model, pixels.to(setup.device), **entry.encoder.options)
         path = setup.output_dir / "figures" / f"features-{file_name(entry.name)}.png"
         images = torch.stack([preprocessor.shown(image) for image in encoded]) / 255
         feature_sheet(images=images, tokens=tokens, attentions=attentions, path=path)
-        return {"picture": str(path)}
+        return {"figure": str(path)}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
         return {}

@@ -1,4 +1,4 @@
-"""Features of the pictures of a split, on any number of processes, and their cache."""
+"""Features of the images of a split, on any number of processes, and their cache."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from ..files import new_file
 from .sets import Split
 
 
-__all__ = ["ALONE", "Extractor", "KeptPictures", "Pictures", "Processes", "cached", "raw_pixels"]
+__all__ = ["ALONE", "Extractor", "Images", "KeptImages", "Processes", "cached", "raw_pixels"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ class Processes(NamedTuple):
 ALONE = Processes()
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """
-    The pictures of a split, each prepared in the loader's workers by `prepare(encoded bytes, index)`.
+    The images of a split, each prepared in the loader's workers by `prepare(encoded bytes, index)`.
 
     Raises:
-        ValueError: for a picture that cannot be used: an evaluation leaves nothing out.
+        ValueError: for an image that cannot be used: an evaluation leaves nothing out.
     """
 
     def __init__(self, split: Split, prepare: Callable):
@@ -55,7 +55,7 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.split)
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        images = self.split.pictures[indices]["image"]
+        images = self.split.images[indices]["image"]
         return [self._prepare(image, index, index) for image, index in zip(images, indices, strict=True)]
 
     def _prepare(self, image: dict, index: int, argument: int) -> torch.Tensor:
@@ -64,13 +64,13 @@ class Pictures(torch.utils.data.Dataset):
         except BadImage as error:
             path = f", {image['path']}," if image and image["path"] else ""
             raise ValueError(
-                f"{self.split.name}: the image of row {index}{path} is {error.reason} ({error}); mend or remove it, "
+                f"{self.split.name}: the image of row {index}{path} is {error.reason} ({error}); fix or remove it, "
                 "as an evaluation leaves no image out"
             ) from error
 
 
-class KeptPictures(Pictures):
-    """Pictures that are prepared once and kept, up to a gigabyte of them, for a set that is seen again and again."""
+class KeptImages(Images):
+    """Images that are prepared once and kept, up to a gigabyte of them, for a set that is seen again and again."""
 
     def __init__(self, split: Split, prepare: Callable):
         super().__init__(split, prepare)
@@ -93,11 +93,11 @@ def _silent(rounds: Iterable, description: str) -> Iterable:
 @dataclass(frozen=True)
 class Extractor:
     """
-    Calls a function on all pictures, batch by batch. The set is cut into the same batches on any number of processes,
+    Calls a function on all images, batch by batch. The set is cut into the same batches on any number of processes,
     which take turns, so that the result is the same.
 
     Args:
-        batch_size (`int`): Pictures at a time on one process.
+        batch_size (`int`): Images at a time on one process.
         num_workers (`int`): Loader processes for each process.
         progress (callable): Iterable of rounds, description -> an iterable of the same, e.g. a bar.
     """
@@ -109,20 +109,20 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(
-        self, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]], pictures: Pictures, description: str = ""
+        self, encode: Callable[[torch.Tensor], dict[str, torch.Tensor]], images: Images, description: str = ""
     ) -> dict[str, np.ndarray] | None:
         """
-        What `encode` (a batch of prepared pictures -> named tensors with as many rows) makes of all pictures, in their
+        What `encode` (a batch of prepared images -> named tensors with as many rows) makes of all images, in their
         order, in fp32; on the first process, elsewhere `None`.
         """
-        starts, processes = range(0, len(pictures), self.batch_size), self.processes
+        starts, processes = range(0, len(images), self.batch_size), self.processes
         own = [
-            list(range(start, min(start + self.batch_size, len(pictures))))
+            list(range(start, min(start + self.batch_size, len(images))))
             for start in starts[processes.index :: processes.count]
         ]
         loader = Patient(
             torch.utils.data.DataLoader(
-                pictures,
+                images,
                 batch_sampler=own,
                 **worker_options(self.num_workers),
                 pin_memory=torch.cuda.is_available(),
@@ -137,7 +137,7 @@ class Extractor:
             for part in gathered if processes.index == 0 else []:
                 for name, rows in (part or {}).items():
                     if name not in arrays:
-                        arrays[name] = np.empty((len(pictures), *rows.shape[1:]), dtype=np.float32)
+                        arrays[name] = np.empty((len(images), *rows.shape[1:]), dtype=np.float32)
                     arrays[name][num_rows : num_rows + len(rows)] = rows
                 num_rows += len(rows) if part else 0
         return arrays if processes.index == 0 else None
@@ -177,7 +177,7 @@ def cached(folder: Path | None, facts: dict, make: Callable[[], dict | None], pr
 
 
 def raw_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-    """The baseline features `(B, C * h * w)`: the pixels themselves, pictures above 32 x 32 reduced to that."""
+    """The baseline features `(B, C * h * w)`: the pixels themselves, images above 32 x 32 reduced to that."""
     height, width = pixel_values.shape[-2:]
     small = nn.functional.adaptive_avg_pool2d(pixel_values, (min(32, height), min(32, width)))
     return small.flatten(1)

@@ -15,7 +15,7 @@ SHOTS = ("1", "2", "5", "10", "1%", "10%")
 
 def draw_shots(labels: np.ndarray, shots: str, rng: np.random.Generator, names: list[str] | None = None) -> np.ndarray:
     """
-    Random indices of so many images of every class (`"5"`) or of so large a share of every class, at least one image
+    Random indices of so many images of every class (`"5"`) or of a fraction of every class, at least one image
     (`"10%"`).
 
     Raises:
@@ -46,7 +46,7 @@ def few_shot_predictions(
 ) -> list[np.ndarray]:
     """
     What the linear probe predicts with the labels of `shots` images alone, for each of several draws. Features are
-    standardised by all training images, which takes no labels.
+    standardized by all training images, which takes no labels.
     """
     predictions, moments = [], mean_and_std(train)
     for draw in range(num_draws):

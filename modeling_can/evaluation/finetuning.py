@@ -98,7 +98,7 @@ def finetune(
 ) -> FineTuned:
     """
     Trains a classifier, all of it or adapters, and saves it with its processor in a folder that transformers'
-    image-classification pipeline (of pictures in colour) and `encoders.load_encoder` read; of a LoRA run the merged
+    image-classification pipeline (of images in color) and `encoders.load_encoder` read; of a LoRA run the merged
     model, and the adapter under `adapter/`. Called by every process; DDP. Nothing is chosen: the model is the one
     after the last step.
 
@@ -112,7 +112,7 @@ def finetune(
         output_dir (`Path`): A folder that does not exist yet, or is empty; it is there when it is complete.
 
     Raises:
-        ValueError: for what the user can mend.
+        ValueError: for what the user can fix.
         FloatingPointError: on all processes, if the gradient is not finite; no such update is made.
     """
     output_dir, device = Path(output_dir), accelerator.device

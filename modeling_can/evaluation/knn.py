@@ -1,4 +1,4 @@
-"""k nearest neighbours, weighted by similarity."""
+"""k nearest neighbors, weighted by similarity."""
 
 import numpy as np
 import torch
@@ -7,12 +7,12 @@ from torch import nn
 from .protocol import Entry, Features, Measure, Panel, Protocol, Setup
 
 
-__all__ = ["KNN", "NEIGHBOURS", "knn_predictions", "nearest_neighbours"]
+__all__ = ["KNN", "NEIGHBORS", "knn_predictions", "nearest_neighbors"]
 
-NEIGHBOURS = (1, 5, 10, 20, 100)
+NEIGHBORS = (1, 5, 10, 20, 100)
 
 
-def nearest_neighbours(train, test, k: int, device: str | torch.device = "cpu") -> tuple[np.ndarray, np.ndarray]:
+def nearest_neighbors(train, test, k: int, device: str | torch.device = "cpu") -> tuple[np.ndarray, np.ndarray]:
     """Cosine similarities of the k nearest training features, the nearest first, and their indices; each `(N, k)`."""
     train = nn.functional.normalize(torch.as_tensor(train, device=device), dim=1)
     similarities, indices = [], []
@@ -29,7 +29,7 @@ def knn_predictions(
     train_labels: np.ndarray,
     test,
     num_classes: int,
-    ks: tuple[int, ...] = NEIGHBOURS,
+    ks: tuple[int, ...] = NEIGHBORS,
     temperature: float = 0.07,
     device: str | torch.device = "cpu",
 ) -> dict[int, np.ndarray]:
@@ -37,7 +37,7 @@ def knn_predictions(
     For each k the classes that the k nearest training features (cosine) vote for, each with weight
     exp(similarity / temperature) (Wu et al., arXiv 1805.01978, section 3.4). k above their number takes them all.
     """
-    similarity, nearest = nearest_neighbours(train, test, max(ks), device)
+    similarity, nearest = nearest_neighbors(train, test, max(ks), device)
     # Relative to the nearest one, which leaves the vote as it is, and cannot overflow.
     weights = np.exp((similarity - similarity[:, :1]) / temperature)
     rows, predictions = np.arange(len(nearest))[:, None], {}

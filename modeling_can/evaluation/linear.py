@@ -54,14 +54,14 @@ def linear_probe(
     moments: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> LinearClassifier:
     """
-    Multinomial logistic regression on standardised features, with the penalty |W|^2 / 2C beside the sum of the losses.
+    Multinomial logistic regression on standardized features, with the penalty |W|^2 / 2C beside the sum of the losses.
     C, at most scikit-learn's default of 1, is chosen on a fifth of every class, from the strongest penalty on until
     two weaker ones in a row are worse than the best; then all images are fitted. Where no class has the three images
     of which one can be held out, C is 1.
 
     Args:
         device: A GPU runs torch's L-BFGS, a CPU scikit-learn's.
-        moments (`(np.ndarray, np.ndarray)`, *optional*): Mean and deviation to standardise by, if not those of these.
+        moments (`(np.ndarray, np.ndarray)`, *optional*): Mean and standard deviation to scale by; their own if `None`.
     """
     mean, std = moments or mean_and_std(features)
     held_out, fit = hold_out(labels, 0.2, seed)

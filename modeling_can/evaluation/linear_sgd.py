@@ -13,7 +13,7 @@ from torch import nn
 
 from ..optimization import learning_rate, peak_learning_rate
 from .encoders import POOLINGS, Encoder, pooled
-from .features import ALONE, Extractor, Pictures, Processes
+from .features import ALONE, Extractor, Images, Processes
 from .protocol import Entry, Features, Measure, Protocol, Setup
 from .sets import Split, hold_out
 from .training_images import Augmentation, Share, crop_loader, epochs, fitting_batch_size
@@ -32,7 +32,7 @@ BASE_LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 class Heads(nn.Module):
     """
     Linear heads on several representations, the same number on each, on features that batch norm without affine
-    parameters has standardised, as in MAE's linear probe. They begin at zero: the problem is convex.
+    parameters has standardized, as in MAE's linear probe. They begin at zero: the problem is convex.
 
     Args:
         widths (`list[int]`): Of the representations.
@@ -112,7 +112,7 @@ class SGDProbe(NamedTuple):
     table: list[dict]
 
     def predict(self, split: Split, *extraction) -> np.ndarray | None:
-        """What the chosen head says of each picture; further arguments and returns are those of `head_predictions`."""
+        """What the chosen head says of each image; further arguments and returns are those of `head_predictions`."""
         predictions = head_predictions(self.heads, self.represent, split, *extraction)
         return None if predictions is None else predictions[:, self.chosen]
 
@@ -124,15 +124,15 @@ def head_predictions(
     extractor: Extractor = Extractor(),  # noqa: B008  frozen
     description: str = "",
 ) -> np.ndarray | None:
-    """The classes `(N, heads)` that every head sees in the pictures; on the first process, elsewhere `None`."""
+    """The classes `(N, heads)` that every head sees in the images; on the first process, elsewhere `None`."""
     preprocessor = represent.encoder.preprocessor
 
-    def encode(pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        representations = represent(preprocessor.normalise(pictures.to(represent.device)))
+    def encode(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        representations = represent(preprocessor.normalize(images.to(represent.device)))
         with torch.autocast(represent.device.type, enabled=False):
             return {"classes": heads.eval()(representations).argmax(dim=2)}
 
-    made = extractor(encode, Pictures(split, preprocessor.decode), description)
+    made = extractor(encode, Images(split, preprocessor.decode), description)
     return None if made is None else made["classes"].astype(np.int64)
 
 

@@ -8,6 +8,7 @@ from datasets import ReadInstruction, load_dataset
 
 from ..data.folders import load_arguments, resolve_name
 from ..fields import load_yaml
+from ..former_names import current_names
 
 
 __all__ = ["recipe_of", "seen_in_pretraining"]
@@ -48,7 +49,7 @@ def recipe_of(path: str) -> dict:
     """The recipe beside a model that `run_pretraining.py` made; empty for any other."""
     file = Path(path) / "recipe.yaml"
     recipe = load_yaml(file) if file.exists() else {}
-    return recipe if isinstance(recipe, dict) else {}
+    return current_names(recipe) if isinstance(recipe, dict) else {}
 
 
 def _num_rows(settings) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """
 The folder of embeddings: parquet files that any number of processes write beside each other.
 
-Units: the work is done shard by shard; where there are fewer shards than readers (processes x loader workers) when a
+Units: the work is done shard by shard; where there are fewer shards than workers (processes x loader workers) when a
 folder is begun, a shard is several units, each with every so many-th of its rows. The units stay as they are, whoever
 goes on with them. Every process knows from its own number which are its own, so that none has to hear of the others.
 
 Resume: a file gets its name when it is on the disk, and its metadata say where its unit stands after it. A run goes on
-from what the files say. So each row of the source is in exactly one file or, if its image is bad, in the ledger.
+from what the files say. So each row of the source is in exactly one file or, if its image is bad, in the bad-sample
+log.
 """
 
 import collections
@@ -23,30 +24,30 @@ from ..files import new_file, write
 
 
 __all__ = [
-    "LEDGER",
+    "BAD_SAMPLES",
     "SAVE_SECONDS",
     "Unit",
     "begin",
     "part_files",
-    "read_ledger",
+    "read_bad_samples",
     "schema_of",
     "totals",
     "unit_of",
 ]
 
-LEDGER = "bad_samples.jsonl"
+BAD_SAMPLES = "bad_samples.jsonl"
 _KEY = b"unit"  # of a file's metadata
 SAVE_SECONDS = 600  # that embeddings wait at most until they are written, if a file is not full before
 
 
-def begin(folder: Path, settings: dict, num_readers: int) -> int:
+def begin(folder: Path, settings: dict, num_workers: int) -> int:
     """Of how many units a shard consists, as it was written when the folder was begun; or is now, by any process."""
     path, files = folder / "embedding.json", part_files(folder)  # in the other order, another process may be between
     if not path.exists():
         if files:
             raise ValueError(f"output_dir={folder} has part files but no embedding.json; set another --output_dir")
         folder.mkdir(parents=True, exist_ok=True)
-        units = {"units_per_shard": -(-num_readers // settings["source_shards"])}
+        units = {"units_per_shard": -(-num_workers // settings["source_shards"])}
         write(path, json.dumps({**settings, **units}, indent=2) + "\n")
     begun, settings = json.loads(path.read_text()), json.loads(json.dumps(settings))
     num_parts = begun.pop("units_per_shard")
@@ -104,8 +105,8 @@ def schema_of(source, label_column: str | None, dtype: str, size: int) -> pyarro
     return datasets.Features(features).arrow_schema
 
 
-def read_ledger(path: Path, units: dict, num_parts: int) -> tuple[dict[str, str], str]:
-    """`{row: reason}` of the bad rows that no file of these units has passed; and the ledger's last line."""
+def read_bad_samples(path: Path, units: dict, num_parts: int) -> tuple[dict[str, str], str]:
+    """`{row: reason}` of the bad rows that no file of these units has passed; and the last line."""
     known, line = {}, ""
     if path.exists():
         with open(path, "a+") as file:

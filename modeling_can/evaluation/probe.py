@@ -1,15 +1,15 @@
-"""A labelled set on which the trainer measures features again and again."""
+"""A labeled set on which the trainer measures features again and again."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from .features import Extractor, KeptPictures, Pictures
+from .features import Extractor, Images, KeptImages
 from .knn import knn_predictions
 from .linear import linear_probe
 from .scores import bootstrap_interval
-from .sets import load_labelled
+from .sets import load_labeled
 
 
 __all__ = ["Probe"]
@@ -17,10 +17,10 @@ __all__ = ["Probe"]
 
 class Probe:
     """
-    A labelled set on which features are measured again and again.
+    A labeled set on which features are measured again and again.
 
     Args:
-        dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labelled` takes.
+        dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labeled` takes.
         preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
             measured.
         device (`torch.device`): That looks for the nearest neighbors.
@@ -38,7 +38,7 @@ class Probe:
         device: str | torch.device = "cpu",
     ):
         try:
-            self.set = load_labelled(
+            self.set = load_labeled(
                 dataset_name=dataset_name,
                 config_name=config_name,
                 train_split=train_split,
@@ -51,7 +51,7 @@ class Probe:
             raise ValueError(message) from error
         self.preprocessor, self.device = preprocessor, device
         self.train, self.test = (
-            KeptPictures(split, lambda *picture: self.preprocessor.decode(*picture))
+            KeptImages(split, lambda *image: self.preprocessor.decode(*image))
             for split in (self.set.train, self.set.test)
         )
 
@@ -61,9 +61,9 @@ class Probe:
         `linear_probe`; beside each its 95 % interval, as `knn_interval`; and `num_test`, the number of test images.
         """
 
-        def features(pictures: Pictures) -> np.ndarray:
-            encode = lambda batch: {"features": embed(self.preprocessor.normalise(batch))}  # noqa: E731
-            return Extractor()(encode, pictures)["features"]
+        def features(images: Images) -> np.ndarray:
+            encode = lambda batch: {"features": embed(self.preprocessor.normalize(batch))}  # noqa: E731
+            return Extractor()(encode, images)["features"]
 
         train, test = features(self.train), features(self.test)
         labels, num_classes = self.set.train.labels, len(self.set.class_names)

@@ -14,9 +14,9 @@ from accelerate.utils import gather_object
 from ..metrics import Accuracy
 from ..progress import progress_bar
 from .encoders import Encoder, Preprocessor, pooled
-from .features import Extractor, Pictures, Processes, cached
+from .features import Extractor, Images, Processes, cached
 from .scores import bootstrap_interval
-from .sets import LabelledSet, Split
+from .sets import LabeledSet, Split
 
 
 __all__ = ["Entry", "Features", "Measure", "Panel", "Protocol", "Setup", "file_name"]
@@ -29,8 +29,8 @@ class Entry:
 
     Args:
         name (`str`): Its heading.
-        preprocessor (`Preprocessor`): Makes its pictures.
-        encode (callable): Prepared pictures -> pooled features by name, as `Encoder` returns them.
+        preprocessor (`Preprocessor`): Makes its images.
+        encode (callable): Prepared images -> pooled features by name, as `Encoder` returns them.
         digest (`str`): What `encode` depends on.
         path (`str`, *optional*): Of a model, where it came from.
         encoder (`Encoder`, *optional*): All but the raw pixels have one.
@@ -101,10 +101,10 @@ class Setup:
     Args:
         settings (`Settings`), fine_tuning (`FineTuning`): What to do.
         accelerator (`Accelerator`): The processes and the device.
-        data (`LabelledSet`): What to measure on.
+        data (`LabeledSet`): What to measure on.
     """
 
-    def __init__(self, settings, fine_tuning, accelerator: Accelerator, data: LabelledSet):
+    def __init__(self, settings, fine_tuning, accelerator: Accelerator, data: LabeledSet):
         self.settings, self.fine_tuning, self.accelerator, self.data = settings, fine_tuning, accelerator, data
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
         self.processes = Processes(accelerator.process_index, accelerator.num_processes, gather_object)
@@ -118,11 +118,11 @@ class Setup:
         facts = {
             "weights": entry.digest,
             "preprocessing": entry.preprocessor.facts(),
-            "data": (split.pictures._fingerprint, len(split)),
+            "data": (split.images._fingerprint, len(split)),
             "precision": (self.device.type, self.accelerator.mixed_precision),
         }
-        pictures = Pictures(split, entry.preprocessor.decode)
-        make = partial(self.extractor, entry.encode, pictures, f"{entry.name}: {split.name}")
+        images = Images(split, entry.preprocessor.decode)
+        make = partial(self.extractor, entry.encode, images, f"{entry.name}: {split.name}")
         made = cached(self.settings.feature_cache, facts, make, self.processes)
         if made is None:
             return None

@@ -9,7 +9,7 @@ from transformers import AutoModelForPreTraining
 
 from ..plots import errors_of, reconstruct, reconstruction_sheet
 from .encoders import Preprocessor, load_model
-from .features import Pictures
+from .features import Images
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 
 
@@ -19,7 +19,7 @@ _NUM_DRAWN = 6  # rows of the sheet
 
 
 class Reconstruction(Protocol):
-    """The error on hidden patches below the full range, and by how much the noise gets weaker."""
+    """The error on masked patches below the full range, and by how much the noise gets weaker."""
 
     name, rank = "reconstruction", 2
 
@@ -44,20 +44,20 @@ class Reconstruction(Protocol):
         mean, std = preprocessor.processor.image_mean, preprocessor.processor.image_std
 
         def errors(batch):
-            pictures, indices = batch
-            pixels = preprocessor.normalise(pictures.to(device))
+            images, indices = batch
+            pixels = preprocessor.normalize(images.to(device))
             return _reconstruction_errors(
                 model=model, pixel_values=pixels, indices=indices.tolist(), std=std, seed=seed
             )
 
-        pictures = Pictures(test, partial(_with_index, preprocessor))
-        made = setup.extractor(errors, pictures, f"{entry.name}: reconstruction")
+        images = Images(test, partial(_with_index, preprocessor))
+        made = setup.extractor(errors, images, f"{entry.name}: reconstruction")
         if not setup.is_main:
             return None
         figures = {"mask_ratio": config.mask_ratio, "noise_level": config.noise_std_max}
         figures["norm_pix_loss"] = config.norm_pix_loss
-        if "hidden" in made:
-            figures["hidden_patches"] = self._below(setup, 1.0, made["hidden"])
+        if "masked" in made:
+            figures["masked_patches"] = self._below(setup, 1.0, made["masked"])
             figures["plain"] = self._below(setup, 1.0, made["plain"])
         if "noise" in made:
             figures["noise_reduction"] = self._below(setup, made["noise"].mean(), made["residual"])
@@ -66,9 +66,9 @@ class Reconstruction(Protocol):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             reconstruction_sheet(
-                model=model, pixel_values=preprocessor.normalise(few).to(device), mean=mean, std=std, path=path
+                model=model, pixel_values=preprocessor.normalize(few).to(device), mean=mean, std=std, path=path
             )
-        return {**figures, "picture": str(path)}
+        return {**figures, "figure": str(path)}
 
     @staticmethod
     def _below(setup: Setup, signal: float, error: np.ndarray) -> dict:
@@ -78,8 +78,8 @@ class Reconstruction(Protocol):
         return {"db": decibels[0], "interval": decibels[1:]}
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
-        plain = "their own mean" if figures["norm_pix_loss"] else "mean colour of the visible"
-        decibels = {"hidden_patches": ("hidden patches", "psnr"), "plain": (f"... {plain}", "psnr"),
+        plain = "their own mean" if figures["norm_pix_loss"] else "mean color of the visible"
+        decibels = {"masked_patches": ("masked patches", "psnr"), "plain": (f"... {plain}", "psnr"),
                     "noise_reduction": ("noise weaker by", "noise_reduction")}  # fmt: skip
         return {
             f"{title}, dB": Measure(figures[name]["db"], figures[name]["interval"], metric)
@@ -100,8 +100,8 @@ def _reconstruction_errors(
     the image's index alone.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pixels.
-        std (`tuple[float, ...]`): By which they were normalised.
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalized pixels.
+        std (`tuple[float, ...]`): By which they were normalized.
 
     Returns:
         As `errors_of`.

@@ -91,7 +91,7 @@ def evaluation_figure(results: dict[str, dict], path: Path) -> bool:
     if not panels:
         return False
     shown = [model for model, tasks in results.items() if tasks.keys() & panels.keys()]
-    colours = {model: f"C{index}" for index, model in enumerate(shown)}
+    colors = {model: f"C{index}" for index, model in enumerate(shown)}
     figure = Figure((1 + 4 * len(panels), 3.6))
     axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (task, panel) in zip(axes[0], panels.items(), strict=True):
@@ -104,17 +104,17 @@ def evaluation_figure(results: dict[str, dict], path: Path) -> bool:
             accuracy = [100 * point["accuracy"] for point in points.values()]
             low, high = ([100 * point["interval"][end] for point in points.values()] for end in (0, 1))
             style = "o-" if panel.is_line else "o"
-            axis.plot(ticks, accuracy, style, markersize=3, linewidth=1, color=colours[model])
+            axis.plot(ticks, accuracy, style, markersize=3, linewidth=1, color=colors[model])
             if panel.is_line:
-                axis.fill_between(ticks, low, high, color=colours[model], alpha=0.2)
+                axis.fill_between(ticks, low, high, color=colors[model], alpha=0.2)
             else:
-                axis.vlines(ticks, low, high, colors=colours[model], alpha=0.5)
+                axis.vlines(ticks, low, high, colors=colors[model], alpha=0.5)
         axis.set_title(f"{panel.title}, accuracy in %", fontsize=9)
         axis.set_xlabel(panel.label, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    for model, colour in colours.items():  # whichever panels it is in
-        axes[0, 0].plot([], [], "o-", markersize=3, linewidth=1, color=colour, label=plain(model))
+    for model, color in colors.items():  # whichever panels it is in
+        axes[0, 0].plot([], [], "o-", markersize=3, linewidth=1, color=color, label=plain(model))
     axes[0, 0].legend(fontsize=7)
     save_figure(figure, path)
     return True

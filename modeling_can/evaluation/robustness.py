@@ -1,6 +1,6 @@
 """
-Accuracy where the pictures are not those of the training set: under common corruptions (Hendrycks and Dietterich,
-arXiv 1903.12261) and on further labelled sets with some of its classes.
+Accuracy where the images are not those of the training set: under common corruptions (Hendrycks and Dietterich,
+arXiv 1903.12261) and on further labeled sets with some of its classes.
 """
 
 import json
@@ -16,7 +16,7 @@ import yaml
 from ..fields import load_yaml
 from ..progress import INSTALL, tell
 from .encoders import classifier_class, load_model, pooled
-from .features import Extractor, Pictures
+from .features import Extractor, Images
 from .linear import fit_probe
 from .protocol import Entry, Features, Measure, Panel, Protocol, Setup
 from .sets import Split, load_split
@@ -62,18 +62,18 @@ def corruptions_by_group(groups: tuple[str, ...] = GROUPS) -> dict[str, list[str
 
 class Corrupted:
     """
-    An encoded picture -> all its corrupted versions `(corruptions * severities, C, H, W)` uint8, corrupted after
-    resize and crop, as in ImageNet-C. What is drawn depends on the seed, the picture's index and the version alone.
+    An encoded image -> all its corrupted versions `(corruptions * severities, C, H, W)` uint8, corrupted after
+    resize and crop, as in ImageNet-C. What is drawn depends on the seed, the image's index and the version alone.
 
     Raises:
-        ValueError: for pictures below 32 x 32 pixels, the least that the corruptions are made for.
+        ValueError: for images below 32 x 32 pixels, the least that the corruptions are made for.
     """
 
     def __init__(self, preprocessor, names: list[str], severities: tuple[int, ...] = SEVERITIES, seed: int = 0):
         if not preprocessor.in_two_steps:
             raise ValueError(
-                f"{type(preprocessor.processor).__name__} does more than resize, crop, rescale and normalise, so that "
-                "its pictures cannot be corrupted in between; give another (--processor_name_or_path)"
+                f"{type(preprocessor.processor).__name__} does more than resize, crop, rescale and normalize, so that "
+                "its images cannot be corrupted in between; give another (--processor_name_or_path)"
             )
         if min(preprocessor.image_size) < 32:
             raise ValueError(
@@ -85,15 +85,15 @@ class Corrupted:
     def __call__(self, encoded: bytes, index: int) -> torch.Tensor:
         from imagecorruptions import corrupt
 
-        picture = self.preprocessor.decode(encoded).permute(1, 2, 0).numpy()
+        image = self.preprocessor.decode(encoded).permute(1, 2, 0).numpy()
         before, versions = np.random.get_state(), []  # the corruptions draw from numpy's global generator
         for version, (name, severity) in enumerate(self.versions):
             number = int(np.random.default_rng((self.seed, index, version)).integers(2**31))
             np.random.seed(number)
             # These two have generators of their own.
             own = {"seed": number} if name in ("impulse_noise", "glass_blur") else {}
-            corrupted = corrupt(picture, severity, name, **own)
-            versions.append(torch.tensor(corrupted[:, :, : picture.shape[2]]).permute(2, 0, 1))
+            corrupted = corrupt(image, severity, name, **own)
+            versions.append(torch.tensor(corrupted[:, :, : image.shape[2]]).permute(2, 0, 1))
         np.random.set_state(before)
         return torch.stack(versions)
 
@@ -106,16 +106,16 @@ def corrupted_predictions(
     description: str = "",
 ) -> np.ndarray | None:
     """
-    What `classify` (uint8 pictures `(B, C, H, W)` -> logits) says of all versions of all pictures, `(N, versions)`; on
+    What `classify` (uint8 images `(B, C, H, W)` -> logits) says of all versions of all images, `(N, versions)`; on
     the first process, elsewhere `None`.
     """
 
-    def predict(versions):  # (pictures, versions, C, H, W)
+    def predict(versions):  # (images, versions, C, H, W)
         logits = torch.cat([classify(part) for part in versions.flatten(0, 1).split(extractor.batch_size)])
         return {"predictions": logits.argmax(dim=1).unflatten(0, versions.shape[:2])}
 
     at_once = max(1, extractor.batch_size // len(corrupted.versions))
-    made = replace(extractor, batch_size=at_once)(predict, Pictures(split, corrupted), description)
+    made = replace(extractor, batch_size=at_once)(predict, Images(split, corrupted), description)
     return None if made is None else made["predictions"].astype(np.int64)
 
 
@@ -148,7 +148,7 @@ def corruption_error(accuracies: dict, reference: dict) -> dict[str, float]:
 
 
 class FurtherSet(NamedTuple):
-    """A labelled set with some of the classes; predictions are then made among these alone, `classes`, sorted."""
+    """A labeled set with some of the classes; predictions are then made among these alone, `classes`, sorted."""
 
     split: Split
     classes: np.ndarray
@@ -213,7 +213,7 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
     kept = np.flatnonzero(classes[split.labels] >= 0)
     if not len(kept):
         raise ValueError(f"further set {name}: class_map leaves all rows out")
-    split = Split(split.name, split.pictures, classes[split.labels], split.folder).select(kept)
+    split = Split(split.name, split.images, classes[split.labels], split.folder).select(kept)
     return FurtherSet(split, np.unique(classes[classes >= 0]))
 
 
@@ -345,16 +345,16 @@ def _own_classes(setup: Setup, entry: Entry) -> list[int] | None:
 
 
 def _classifier(setup: Setup, entry: Entry, train: np.ndarray | None) -> tuple[Callable, str]:
-    """Pictures -> logits `(B, num_classes)`, of the model's own classifier of these classes, or a linear probe."""
+    """Images -> logits `(B, num_classes)`, of the model's own classifier of these classes, or a linear probe."""
     order = _own_classes(setup, entry)
     if order is not None:
         trust = setup.settings.trust_remote_code
         model = load_model(entry.path, classifier_class(entry.path, trust), trust).eval().to(setup.device)
         order = torch.tensor(order, device=setup.device)
 
-        def classify(pictures):
+        def classify(images):
             with setup.accelerator.autocast():
-                pixels = entry.preprocessor.normalise(pictures.to(setup.device))
+                pixels = entry.preprocessor.normalize(images.to(setup.device))
                 return model(pixel_values=pixels, **entry.encoder.options).logits.float()[:, order]
 
         return classify, "its own classifier"
@@ -362,13 +362,13 @@ def _classifier(setup: Setup, entry: Entry, train: np.ndarray | None) -> tuple[C
     weight, bias = (torch.from_numpy(x).to(setup.device) for x in (probe.weight, probe.bias))
     pooling = setup.pooling(entry)
 
-    def classify(pictures):
-        return pooled(entry.encode(pictures), pooling, entry.name).float().to(setup.device) @ weight.T + bias
+    def classify(images):
+        return pooled(entry.encode(images), pooling, entry.name).float().to(setup.device) @ weight.T + bias
 
     return classify, "linear probe"
 
 
 def _logits(setup: Setup, entry: Entry, classify: Callable, split: Split) -> np.ndarray | None:
-    pictures = Pictures(split, entry.preprocessor.decode)
-    made = setup.extractor(lambda batch: {"logits": classify(batch)}, pictures, f"{entry.name}: {split.name}")
+    images = Images(split, entry.preprocessor.decode)
+    made = setup.extractor(lambda batch: {"logits": classify(batch)}, images, f"{entry.name}: {split.name}")
     return None if made is None else made["logits"]

@@ -1,4 +1,4 @@
-"""Labelled sets: pictures to learn from, pictures to be tested on, and the names of the classes."""
+"""Labeled sets: images to learn from, images to be tested on, and the names of the classes."""
 
 import collections
 import functools
@@ -18,7 +18,7 @@ from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cach
 from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 
 
-__all__ = ["HELD_OUT", "LabelledSet", "Split", "by_class", "hold_out", "load_labelled", "load_split"]
+__all__ = ["HELD_OUT", "LabeledSet", "Split", "by_class", "hold_out", "load_labeled", "load_split"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Split:
     """
-    Some labelled pictures.
+    Some labeled images.
 
     Args:
         name (`str`): For messages.
-        pictures (`datasets.Dataset`): One column, `image`, of encoded pictures.
+        images (`datasets.Dataset`): One column, `image`, of encoded images.
         labels (`np.ndarray` of shape `(N,)`): Class indices.
         folder (`str`, *optional*): Where images with relative paths are looked for before the working directory.
     """
 
     name: str
-    pictures: datasets.Dataset
+    images: datasets.Dataset
     labels: np.ndarray
     folder: str | None = None  # that relative paths begin at
 
@@ -44,16 +44,16 @@ class Split:
         return len(self.labels)
 
     def select(self, indices: np.ndarray) -> "Split":
-        return Split(self.name, self.pictures.select(indices), self.labels[indices], self.folder)
+        return Split(self.name, self.images.select(indices), self.labels[indices], self.folder)
 
     def read(self, index: int) -> bytes:
-        return read_bytes(located(self.pictures[int(index)]["image"], self.folder))
+        return read_bytes(located(self.images[int(index)]["image"], self.folder))
 
 
 HELD_OUT = 0.2  # of every class, where a set has no test split
 
 
-class LabelledSet(NamedTuple):
+class LabeledSet(NamedTuple):
     """
     Images to learn from, images to be tested on, the names of the classes, and which fraction of the training split
     the test images are; 0 where they have a split of their own.
@@ -87,7 +87,7 @@ def load_split(
         arguments = load_arguments(dataset_name, config_name)
         if os.path.isdir(path):
             files = datasets.load_dataset_builder(**arguments).config.data_files or {}
-            _, line = left_out_of_split(path, "+".join(map(str, files)), files, labelled=True)
+            _, line = left_out_of_split(path, "+".join(map(str, files)), files, labeled=True)
             _warn_once(line)
         rows = load(arguments, split, dataset_name)
     except (DatasetGenerationError, pyarrow.ArrowException) as error:
@@ -127,19 +127,19 @@ def load_split(
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} rows have no label, the first is row {missing[0]}; remove them, or name a "
-            "labelled split (train_split, test_split)"
+            "labeled split (train_split, test_split)"
         )
     values, indices = np.unique(labels, return_inverse=True)
     names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
     try:
-        pictures = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{name}: image_column={image_column!r} holds {rows.features[image_column]} and no images; set it to one "
             f"of {', '.join(rows.column_names)}"
         ) from error
-    pictures = pictures if image_column == "image" else pictures.rename_column(image_column, "image")
-    return Split(name, pictures, indices.astype(np.int64), path if os.path.isdir(path) else None), names
+    images = images if image_column == "image" else images.rename_column(image_column, "image")
+    return Split(name, images, indices.astype(np.int64), path if os.path.isdir(path) else None), names
 
 
 def _uneven(folder: Path) -> str:
@@ -160,7 +160,7 @@ def _warn_once(line: str):
         logger.warning(line)
 
 
-def load_labelled(
+def load_labeled(
     dataset_name: str,
     config_name: str | None = None,
     train_split: str = "train",
@@ -169,7 +169,7 @@ def load_labelled(
     label_column: str = "label",
     test_size: float | None = 0.0,
     seed: int = 0,
-) -> LabelledSet:
+) -> LabeledSet:
     """
     A set with a part to learn from and one to be tested on.
 
@@ -189,12 +189,12 @@ def load_labelled(
     if len(known) < 2:
         raise ValueError(f"{train.name} has a single class, {names[known[0]]!r}; a test needs two or more")
     if test_size is None:
-        test_size = HELD_OUT if set(train.pictures.info.splits or ()) == {"train"} and test_split == "test" else 0.0
+        test_size = HELD_OUT if set(train.images.info.splits or ()) == {"train"} and test_split == "test" else 0.0
     if test_size:
         held_out, rest = hold_out(train.labels, test_size, seed)
         if not len(held_out):
             raise ValueError(f"test_size={test_size} of {train.name} is no image of any class; raise it")
-        return LabelledSet(train.select(rest), train.select(held_out), names, test_size)
+        return LabeledSet(train.select(rest), train.select(held_out), names, test_size)
     test, test_names = load_split(dataset_name, config_name, test_split, **columns)
     unseen = [
         test_names[label] for label in np.unique(test.labels) if test_names[label] not in {names[k] for k in known}
@@ -205,7 +205,7 @@ def load_labelled(
             "those rows, or name other splits (train_split, test_split)"
         )
     ours = np.array([names.index(name) if name in names else -1 for name in test_names])
-    return LabelledSet(train, Split(test.name, test.pictures, ours[test.labels], test.folder), names)
+    return LabeledSet(train, Split(test.name, test.images, ours[test.labels], test.folder), names)
 
 
 def by_class(labels: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:

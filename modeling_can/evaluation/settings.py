@@ -34,7 +34,7 @@ class Settings:
 
     # Data
     dataset_name: str | None = option(
-        None, "labelled set: a Hub id, a folder of parquet shards or of class folders", path=True
+        None, "labeled set: a Hub id, a folder of parquet shards or of class folders", path=True
     )
     dataset_config_name: str | None = option(None, "its configuration, where it has several")
     train_split: str = option("train", "split to learn from, or a slice: train[:80%]")
@@ -93,12 +93,12 @@ class Settings:
     )
 
     # few_shot, robustness
-    shots: tuple[str, ...] = option(SHOTS, "labelled images of every class, or their share")
-    num_draws: int = option(5, "draws of the labelled images, for mean and spread", minimum=1)
+    shots: tuple[str, ...] = option(SHOTS, "labeled images of every class, or their share")
+    num_draws: int = option(5, "draws of the labeled images, for mean and spread", minimum=1)
     corruptions: tuple[str, ...] = option(GROUPS, "groups of common corruptions", choices=GROUPS)
     reference_model: str | None = option(None, "model or baseline that corruption errors are relative to", path=True)
     further_sets: str | None = option(
-        None, "YAML of further labelled sets with some of the classes; see docs/evaluation.md", path=True
+        None, "YAML of further labeled sets with some of the classes; see docs/evaluation.md", path=True
     )
 
     # embed: the source is dataset_name, data_dir or data_files

@@ -11,7 +11,7 @@ from ..data.augmentations import RandAugment, random_boxes
 from ..data.crops import RandomCrops
 from ..data.loading import Patient, worker_options
 from .encoders import Preprocessor
-from .features import Pictures
+from .features import Images
 from .sets import Split
 
 
@@ -52,11 +52,11 @@ def fitting_batch_size(num_images: int, batch_size: int, unit: int, why: str) ->
     return batch_size
 
 
-class _Crops(Pictures):
-    """Random crops of the pictures of a split, by (epoch, index)."""
+class _Crops(Images):
+    """Random crops of the images of a split, by (epoch, index)."""
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[torch.Tensor]:
-        images = self.split.pictures[[index for _, index in keys]]["image"]
+        images = self.split.images[[index for _, index in keys]]["image"]
         return [self._prepare(image, index, epoch) for image, (epoch, index) in zip(images, keys, strict=True)]
 
 
@@ -84,7 +84,7 @@ def crop_loader(train: Split, preprocessor: Preprocessor, share: Share, seed: in
 
 class Augmentation:
     """
-    uint8 crops -> flipped, RandAugmented, normalised, erased pixel values, on their device. Flips and RandAugment
+    uint8 crops -> flipped, RandAugmented, normalized, erased pixel values, on their device. Flips and RandAugment
     depend on the seed, the step and the image's place in the batch of all processes; erasing draws from torch's
     global generator.
 
@@ -104,7 +104,7 @@ class Augmentation:
         if not preprocessor.in_two_steps:
             raise ValueError(
                 f"the image processor, a {type(preprocessor.processor).__name__}, does more than resize, crop, "
-                "rescale and normalise, so that crops cannot be augmented in between; give one that does not, e.g. "
+                "rescale and normalize, so that crops cannot be augmented in between; give one that does not, e.g. "
                 "that of a ViT (--processor_name_or_path)"
             )
         self.preprocessor, self.batch_size, self.seed = preprocessor, batch_size, seed
@@ -124,7 +124,7 @@ class Augmentation:
         if self.randaugment:
             operations, levels = self.randaugment.draw(self.batch_size, rng)
             crops = 255 * self.randaugment(crops.float() / 255, operations[here], levels[here])
-        pixel_values = self.preprocessor.normalise(crops)
+        pixel_values = self.preprocessor.normalize(crops)
         if self.random_erasing_probability > 0:
             erased = random_boxes(
                 len(crops), *crops.shape[-2:], self.random_erasing_probability, device=crops.device
@@ -150,7 +150,7 @@ def mix(
     Args:
         images (`torch.Tensor` of shape `(2 * n, C, H, W)`), targets (`torch.Tensor` of shape `(2 * n, num_classes)`):
             Of n pairs; shares of the classes.
-        mixup_alpha, cutmix_alpha (`float`): Beta(alpha, alpha) is the share that an image keeps of itself; 0 is off.
+        mixup_alpha, cutmix_alpha (`float`): Beta(alpha, alpha) is the fraction an image keeps of itself; 0 is off.
         first_pair (`int`): Number of the first pair among those of all processes.
     """
     height, width = images.shape[-2:]
@@ -162,8 +162,8 @@ def mix(
         shares.append(1.0 if cut else share)
         box = []
         for side in (height, width):
-            centre, half = rng.integers(side), int(side * math.sqrt(1 - share)) // 2 if cut else 0
-            box += [max(0, centre - half), min(side, centre + half)]
+            center, half = rng.integers(side), int(side * math.sqrt(1 - share)) // 2 if cut else 0
+            box += [max(0, center - half), min(side, center + half)]
         boxes.append(box)
     shares = torch.tensor(shares, dtype=torch.float32, device=images.device)[:, None, None]
     top, bottom, left, right = torch.tensor(boxes, device=images.device)[..., None, None].unbind(1)

@@ -55,7 +55,7 @@ class Push:
 
     Args:
         folder (`Path`): The output folder.
-        repo_id (`str`): `NAME` or `ORGANISATION/NAME`; it is created at the first upload.
+        repo_id (`str`): `NAME` or `ORGANIZATION/NAME`; it is created at the first upload.
         private (`bool`): Whether it must be private.
 
     Raises:

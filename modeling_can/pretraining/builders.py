@@ -12,7 +12,7 @@ from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from torch import nn
 from transformers import ViTImageProcessor
 
-from ..conversion import normalisation, warm_start
+from ..conversion import normalization, warm_start
 from ..data import ImageSource
 from ..data.augmentations import Augmentation
 from ..data.crops import RandomCrops
@@ -139,7 +139,7 @@ def augmentation(recipe: Recipe) -> Augmentation:
         quarter_turn_probability=recipe.quarter_turn_probability,
         color_jitter=recipe.color_jitter,
         color_jitter_probability=recipe.color_jitter_probability,
-        greyscale_probability=recipe.greyscale_probability,
+        grayscale_probability=recipe.grayscale_probability,
         blur_probability=recipe.blur_probability,
         blur_sigma=recipe.blur_sigma,
         blur_kernel_size=max(3, min(recipe.config.image_shape) // 10 // 2 * 2 + 1),
@@ -149,7 +149,7 @@ def augmentation(recipe: Recipe) -> Augmentation:
 
 def image_processor(recipe: Recipe) -> ViTImageProcessor:
     """
-    What prepares an image downstream: the shortest edge to 256/224 of the size, centre crop, the recipe's mean. For
+    What prepares an image downstream: the shortest edge to 256/224 of the size, center crop, the recipe's mean. For
     `encoders.Preprocessor` it also says how to decode, where that is not the usual way.
     """
     height, width = recipe.config.image_shape
@@ -169,7 +169,7 @@ def image_processor(recipe: Recipe) -> ViTImageProcessor:
 
 
 def probe_of(recipe: Recipe, device: torch.device) -> Probe | None:
-    """The labelled images on which the features are measured, where the recipe names some."""
+    """The labeled images on which the features are measured, where the recipe names some."""
     if not recipe.probe_dataset_name:
         return None
     return Probe(
@@ -260,7 +260,7 @@ def trained_model(recipe: Recipe, plan: Plan, accelerator: Accelerator, compiled
 
 def _tell_of_warm_start(recipe: Recipe, taken: list[str], new: list[str]):
     tell(f"taken from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
-    theirs = normalisation(recipe.model_name_or_path)
+    theirs = normalization(recipe.model_name_or_path)
     if theirs and theirs != (list(recipe.image_mean), list(recipe.image_std)):
         mean, std = (",".join(map(str, numbers)) for numbers in theirs)
-        tell(f"its images were normalised otherwise; to do so as well: --image_mean {mean} --image_std {std}")
+        tell(f"its images were normalized otherwise; to do so as well: --image_mean {mean} --image_std {std}")

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..configuration_can import EARLIER
 from ..files import put_in_place
+from ..former_names import current_names
 from .recipe import Recipe, model_fields, training_fields
 
 
@@ -30,7 +31,7 @@ class Checkpoints:
     """
     The folder of a run's checkpoints, `step-N/`: each is complete or not there at all, whenever the run is killed.
 
-    A checkpoint holds `model.safetensors`, `shared.pt` (optimiser and progress), `process-N.pt` for every process
+    A checkpoint holds `model.safetensors`, `shared.pt` (optimizer and progress), `process-N.pt` for every process
     (random generators, place in the data) and `manifest.json` (size and SHA-256 of each file). The `.pt` files are
     pickles, the user's own and trusted.
 
@@ -163,7 +164,7 @@ def in_one_piece(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole_state(model, optimizer=None) -> tuple[dict, dict | None]:
     """
-    Weights and the optimiser's state by the names of the unwrapped model, in one piece, on the CPU of the main process
+    Weights and the optimizer's state by the names of the unwrapped model, in one piece, on the CPU of the main process
     (elsewhere empty); called by all.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -184,11 +185,11 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, o
 def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[str]:
     """
     What of a recipe has changed since a checkpoint, but for settings that do not touch what is computed. Raises
-    ValueError where its weights no longer fit, or where its optimiser did not know what is now trained.
+    ValueError where its weights no longer fit, or where its optimizer did not know what is now trained.
     """
     # What an earlier version did not know yet, it did as the default does now, or as EARLIER says.
     fields = [*training_fields(), *model_fields()]
-    before = {field.name: field.default for field in fields} | EARLIER | shared["recipe"]
+    before = {field.name: field.default for field in fields} | EARLIER | current_names(shared["recipe"])
     harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
                 "dataloader_num_workers", "gradient_checkpointing", "data_on_device")  # fmt: skip
     now = recipe.to_dict()

@@ -24,17 +24,17 @@ __all__ = [
 
 def check_pixels(pixel_values: torch.Tensor) -> str | None:
     """
-    Whether normalised pixels `(B, V, C, H, W)` are finite, two views differ, and, of 16 images and more, each
-    channel has about mean 0 and deviation 1.
+    Whether normalized pixels `(B, V, C, H, W)` are finite, two views differ, and, of 16 images and more, each
+    channel has about mean 0 and standard deviation 1.
     """
     pixels = pixel_values.float()
     mean, std = pixels.mean(dim=(0, 1, 3, 4)), pixels.std(dim=(0, 1, 3, 4))
     if not pixels.isfinite().all():
-        return "the normalised pixels are not finite; check image_mean and image_std"
+        return "the normalized pixels are not finite; check image_mean and image_std"
     if len(pixels) >= 16 and (mean.abs().max() > 1.5 or std.min() < 0.2 or std.max() > 3):
         return (
-            f"the normalised pixels have mean {_numbers(mean)} and deviation {_numbers(std)}, far from 0 and 1; "
-            "set image_mean and image_std to those of your images (--measure_mean_std finds them)"
+            f"the normalized pixels have mean {_numbers(mean)} and standard deviation {_numbers(std)}, far from 0 "
+            "and 1; set image_mean and image_std to those of your images (--measure_mean_std finds them)"
         )
     if pixels.shape[1] == 2 and torch.equal(pixels[:, 0], pixels[:, 1]):
         return "the two views of every image are the same; augmentation is off"
@@ -57,12 +57,12 @@ def check_gradients(model: nn.Module, norm: Callable[[list], torch.Tensor]) -> s
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-    """Whether the optimiser holds every trainable parameter once, and nothing else."""
+    """Whether the optimizer holds every trainable parameter once, and nothing else."""
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     left_out = [name for key, name in trainable.items() if key not in held]
     if left_out or len(held) != len(trainable):
-        return f"the optimiser holds {len(held)} of {len(trainable)} parameters; left out: {', '.join(left_out)}"
+        return f"the optimizer holds {len(held)} of {len(trainable)} parameters; left out: {', '.join(left_out)}"
     return None
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ..configuration_can import CANConfig
-from ..conversion import can_config, normalisation
+from ..conversion import can_config, normalization
 from ..conversion.names import ENCODER_FIELDS
 from ..data import ImageSource
 from ..progress import duration, tell
@@ -191,7 +191,7 @@ def _encoder_of(start: str) -> Choice:
     width = config.hidden_size
     near = min(_ENCODERS, key=lambda name: abs(_ENCODERS[name][0][0] - width))
     values |= {name: value for name, value in _sizes(near, {}).items() if name.startswith("decoder")}
-    if theirs := normalisation(start):
+    if theirs := normalization(start):
         values |= {"image_mean": tuple(theirs[0]), "image_std": tuple(theirs[1])}
     return Choice(values, f"those of {start}")
 
@@ -213,7 +213,7 @@ def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
 def _views(images: Images, given: dict) -> list[Choice]:
     found = []
     if images.is_gray:
-        gray = {"color_jitter": (0.4, 0.4, 0.0, 0.0), "greyscale_probability": 0.0, "measure_mean_std": True}
+        gray = {"color_jitter": (0.4, 0.4, 0.0, 0.0), "grayscale_probability": 0.0, "measure_mean_std": True}
         if "image_mean" in given or "image_std" in given or given.get("model_name_or_path"):
             del gray["measure_mean_std"]
         found.append(Choice(gray, "the images are gray; they stay RGB, as all tools take it"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..data import ImageSource, ViewStream, ledger_lines
+from ..data import ImageSource, ViewStream, bad_sample_lines
 from ..data.loading import Patient, resume, view_loader
 from ..data.resident import ResidentLoader, resident_images
 from .builders import augmentation, view_maker
@@ -39,7 +39,7 @@ class Feed:
     def __init__(self, recipe: Recipe, source: ImageSource, accelerator: Accelerator, compiled: str | None):
         self.recipe, self.source, self.device = recipe, source, accelerator.device
         self.is_main = accelerator.is_main_process
-        self.ledger = Path(recipe.output_dir) / "bad_samples.jsonl"
+        self.bad_sample_log = Path(recipe.output_dir) / "bad_samples.jsonl"
         place = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         crops, batch_size, num_workers = (
             view_maker(recipe),
@@ -60,7 +60,7 @@ class Feed:
                 recipe.seed,
                 block_size=recipe.shuffle_block_size,
                 max_bad_fraction=recipe.max_bad_fraction,
-                ledger=None if recipe.preflight else self.ledger,
+                bad_sample_log=None if recipe.preflight else self.bad_sample_log,
                 **place,
             )
             pin_memory = self.device.type == "cuda"
@@ -70,17 +70,20 @@ class Feed:
             self.augment.compile_transform()
         self.batches, self.pixel_values, self.bad, self.wait = None, None, Counter(), DataWait(self.device)
 
-    def cut_ledger(self, num_bytes: int):
-        """Takes back what was written of bad images after a checkpoint; on the main process, before `read_ledger`."""
-        if self.ledger.exists() and not self.recipe.preflight:
-            os.truncate(self.ledger, min(num_bytes, self.ledger.stat().st_size))
+    def cut_bad_sample_log(self, num_bytes: int):
+        """
+        Takes back what was written of bad images after a checkpoint; on the main process, before
+        `read_bad_sample_log`.
+        """
+        if self.bad_sample_log.exists() and not self.recipe.preflight:
+            os.truncate(self.bad_sample_log, min(num_bytes, self.bad_sample_log.stat().st_size))
 
-    def read_ledger(self):
+    def read_bad_sample_log(self):
         """What is known of bad images; `ValueError` if there are too many among those on the device."""
-        own = self.ledger if self.is_main and not self.recipe.preflight else None
+        own = self.bad_sample_log if self.is_main and not self.recipe.preflight else None
         if self.resident:
             self.resident.log_bad(self.source.name, self.recipe.max_bad_fraction, own)
-        self.bad = reasons(self.ledger) if self.is_main else Counter()
+        self.bad = reasons(self.bad_sample_log) if self.is_main else Counter()
         if self.resident and self.recipe.preflight:
             self.bad.update(reason for reason, _ in self.resident.bad)
 
@@ -115,8 +118,8 @@ class Feed:
         return self.loader.state_dict()
 
     @property
-    def ledger_bytes(self) -> int:
-        return self.ledger.stat().st_size if self.ledger.exists() else 0
+    def bad_samples_bytes(self) -> int:
+        return self.bad_sample_log.stat().st_size if self.bad_sample_log.exists() else 0
 
     def close(self):
         """Ends the workers; left to the garbage collector, each would take five seconds."""
@@ -154,5 +157,5 @@ class DataWait:
         return sum(begin.elapsed_time(end) for begin, end in times) / 1000
 
 
-def reasons(ledger: Path) -> Counter:
-    return Counter(json.loads(line)["reason"] for line in ledger_lines(ledger))
+def reasons(log: Path) -> Counter:
+    return Counter(json.loads(line)["reason"] for line in bad_sample_lines(log))

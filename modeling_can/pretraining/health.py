@@ -1,5 +1,5 @@
 """
-Is a run healthy? Measures without labels, the losses of a model that has learnt nothing, and the plain sentences that
+Is a run healthy? Measures without labels, the losses of a model that has learned nothing, and the plain sentences that
 they add up to.
 
 Legend: B images, N images that are contrasted with each other (over micro-batches and processes), d embedding width,
@@ -81,7 +81,7 @@ def embedding_health(image_embeds: torch.Tensor) -> dict[str, float]:
 @torch.no_grad()
 def trivial_losses(config: CANConfig, pixel_values: torch.Tensor, num_contrasted: int) -> dict[str, float]:
     """
-    What each term of the objective costs a model that has learnt nothing, by the term's name.
+    What each term of the objective costs a model that has learned nothing, by the term's name.
 
     Args:
         pixel_values (`torch.Tensor` of shape `(B, 2, C, H, W)`): A batch as the model gets it.
@@ -89,7 +89,7 @@ def trivial_losses(config: CANConfig, pixel_values: torch.Tensor, num_contrasted
 
     Returns:
         `contrastive`: guessing, ln(2N - 1). `reconstruction`: the mean of each channel over the batch everywhere, or
-        zero where targets are normalised per patch. `denoising`: zero noise, the mean of sigma^2 over
+        zero where targets are normalized per patch. `denoising`: zero noise, the mean of sigma^2 over
         U[0, sigma_max], which is sigma_max^2 / 3.
     """
     losses = {}
@@ -154,9 +154,9 @@ def findings(
             f"the embeddings have collapsed: those of different images have a cosine of {similarity:.3f} and fill "
             f"{rank:.1f} directions; lower base_learning_rate, or check that the two views are not all alike"
         )
-    dead = {  # with the share of the trivial loss above which a term is dead
+    dead = {  # with the fraction of the trivial loss above which a term is dead
         "contrastive": ("the contrastive head tells images apart no better than guessing", 0.95),
-        "reconstruction": ("the decoder reconstructs hidden patches no better than the mean colour", 0.95),
+        "reconstruction": ("the decoder reconstructs masked patches no better than the mean color", 0.95),
         # A draw of sigma makes the loss of a dead head scatter, and 0.9 is half a decibel of noise.
         "denoising": ("the noise head is hardly better than predicting zero", 0.9),
     }
@@ -170,7 +170,7 @@ def findings(
     norms = sorted(line["grad_norm"] for line in lines if "grad_norm" in line)
     usual, norm = norms[len(norms) // 2] if norms else None, mean("grad_norm")
     if norm == 0:
-        found["no_gradient"] = "the gradient is zero: nothing is learnt"
+        found["no_gradient"] = "the gradient is zero: nothing is learned"
     elif norm is not None and norm > 10 * usual:
         found["gradient"] = (
             f"the gradient norm is {norm:.3g}, ten times and more its median of {usual:.3g}; lower "
@@ -196,7 +196,7 @@ def verdict(lines: list[dict], warmup_steps: int, max_steps: int, untrained_knn:
     if found:
         return found
     if _is_early(last["step"], warmup_steps, max_steps):
-        return ["too early to judge what is learnt"]
+        return ["too early to judge what is learned"]
     parts = [
         f"{short} {last[f'{term}_loss']:.4g} (trivial: {last[f'{term}_trivial']:.4g})"
         for term, short in TERMS.items()

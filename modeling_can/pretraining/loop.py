@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..data import ImageSource, ViewStream, mean_and_std
+from ..former_names import current_names
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
 from ..provenance import run_facts
@@ -172,11 +173,11 @@ def _where_it_stands(
     accelerator.wait_for_everyone()  # every process writes its bad images there
     weights, shared, own = checkpoints.load(checkpoint) if checkpoint else ({}, {"progress": {}}, [])
     if checkpoint and is_main:
-        feed.cut_ledger(shared["progress"]["ledger_bytes"])
+        feed.cut_bad_sample_log(current_names(shared["progress"])["bad_samples_bytes"])
     if recipe.resume_from_checkpoint and not checkpoint:
         _tell(is_main and f"there is no checkpoint yet in {checkpoints.folder}: the run begins at step 0")
     accelerator.wait_for_everyone()  # until the log of bad samples is cut
-    feed.read_ledger()
+    feed.read_bad_sample_log()
     return weights, shared, own
 
 
@@ -250,7 +251,7 @@ def _checkpoint(run: Run, step: int) -> Path:
     run.log.report_nonfinite()
     weights, optimizer_state = whole_state(run.trained.model, run.trained.optimizer.optimizer)
     own = {"loader": run.feed.state_dict(), "rng": rng_state(), "average": run.log.average.state_dict()}
-    progress = {"step": step, "ledger_bytes": run.feed.ledger_bytes, **run.log.state_dict()}
+    progress = {"step": step, "bad_samples_bytes": run.feed.bad_samples_bytes, **run.log.state_dict()}
     shared = {"optimizer": optimizer_state, "progress": progress, "recipe": run.recipe.to_dict()}
     best = run.log.best
     return run.checkpoints.save(step=step, model_state=weights, shared=shared, own=own, best=best and best["step"])
@@ -275,12 +276,12 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
         set_rng_state(mine["rng"])
         run.log.average.load_state_dict(mine["average"])
         if not exact:
-            remarks.append("weights, optimiser and random numbers are exact, the order of the data is new")
+            remarks.append("weights, optimizer and random numbers are exact, the order of the data is new")
     else:
         # Not the numbers of step 0 again
         set_seed((recipe.seed + 1_000_003 * first_step) % 2**31, device_specific=True)
         remarks.append(
-            f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimiser are exact, "
+            f"{len(own)} processes began it and {accelerator.num_processes} go on: weights and optimizer are exact, "
             "the order of the data and the random numbers are new"
         )
     return "; ".join(remarks) or "from here on the run is what it would have been without the interruption"

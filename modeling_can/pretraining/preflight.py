@@ -113,9 +113,9 @@ class Preflight:
         num_workers = 0 if self.feed.resident else self.feed.loader.num_workers  # else only boxes are handed over
         num_checkpoints = recipe.save_total_limit + bool(recipe.probe_every)
         checks = {
-            "pixels are normalised, views differ": check_pixels(pixel_values),
+            "pixels are normalized, views differ": check_pixels(pixel_values),
             "every parameter gets a gradient": check_gradients(model, total_norm),
-            "every parameter is in the optimiser": check_optimizer(model, self.trained.optimizer),
+            "every parameter is in the optimizer": check_optimizer(model, self.trained.optimizer),
             "patches know their places": check_positions(model),
             "the disk has room for checkpoints": check_disk(
                 Path(recipe.output_dir), num_checkpoints, model.parameters()
@@ -165,7 +165,7 @@ class Preflight:
             f"  to finish {duration(self.num_steps * seconds)} for {self.num_steps} steps of {images_per_step} "
             "images\n"
             f"  bad       {self.feed.bad.total()} images so far\n"
-            f"  picture   {image}: both views of four images, with noise and mask"
+            f"  figure    {image}: both views of four images, with noise and mask"
         )
         for process, name, text in failures:
             tell(f"  process {process}, {name}: {text}")

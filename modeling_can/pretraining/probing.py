@@ -1,4 +1,4 @@
-"""What the features are worth, on labelled images, before, during and after a run."""
+"""What the features are worth, on labeled images, before, during and after a run."""
 
 import torch
 from accelerate import Accelerator

@@ -17,6 +17,7 @@ from ..configuration_can import CANConfig
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..data.folders import SAMPLE_DATA
 from ..fields import check, expand_paths, load_yaml, option, parse_value, parse_values, read_flags
+from ..former_names import current_names
 
 
 __all__ = [
@@ -72,7 +73,7 @@ class Recipe:
     high_bit_depth: str = option(
         "full_range", "16-bit grayscale to 8: full_range, stretch (each image's own) or skip", choices=HIGH_BIT_DEPTH
     )
-    probe_dataset_name: str | None = option(None, "labelled set with two splits, to measure the features", path=True)
+    probe_dataset_name: str | None = option(None, "labeled set with two splits, to measure the features", path=True)
     probe_dataset_config_name: str | None = option(None, "its configuration, where it has several")
     probe_train_split: str = option("train", "its split to learn from")
     probe_test_split: str = option("test", "its split to be tested on")
@@ -111,7 +112,7 @@ class Recipe:
         (0.4, 0.4, 0.4, 0.1), "strength: brightness,contrast,saturation,hue", minimum=0, num_values=(4,)
     )
     color_jitter_probability: float = option(0.8, "of color jitter", minimum=0, maximum=1)
-    greyscale_probability: float = option(0.2, "of losing the color", minimum=0, maximum=1)
+    grayscale_probability: float = option(0.2, "of losing the color", minimum=0, maximum=1)
     blur_probability: float = option(0.5, "of Gaussian blur", minimum=0, maximum=1)
     blur_sigma: tuple[float, ...] = option(
         (0.1, 2.0), "range of the blur's width in pixels", above=0, num_values=(2,), ascending=True
@@ -135,7 +136,7 @@ class Recipe:
         None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, timm, .pth", path=True
     )
 
-    # Optimisation
+    # Optimization
     per_device_train_batch_size: int | str = option(
         128, "images of one step on one process; auto: what fits into a GPU", minimum=1, aliases=("batch_size",)
     )
@@ -179,7 +180,7 @@ class Recipe:
 
     # The Hub, under transformers' names where it has one
     push_to_hub: bool = option(False, "upload the output folder to the Hub, with the token of `hf auth login`")
-    hub_model_id: str | None = option(None, "repository, NAME or ORGANISATION/NAME; the output folder's name if none")
+    hub_model_id: str | None = option(None, "repository, NAME or ORGANIZATION/NAME; the output folder's name if none")
     hub_private: bool = option(False, "the repository is, or is made, private")
     hub_strategy: str = option(
         "every_save",
@@ -211,7 +212,7 @@ class Recipe:
         if self.length is None:
             raise ValueError("the length is open; set max_steps, num_train_epochs or num_train_samples")
         if self.probe_every and not self.probe_dataset_name:
-            raise ValueError(f"probe_every={self.probe_every} needs a labelled set; give probe_dataset_name")
+            raise ValueError(f"probe_every={self.probe_every} needs a labeled set; give probe_dataset_name")
         if isinstance(self.per_device_train_batch_size, str) and self.per_device_train_batch_size != "auto":
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size!r} is neither a number nor auto"
@@ -265,7 +266,7 @@ class Recipe:
                 validate_repo_id(self.repo_id)
             except HFValidationError as error:
                 raise ValueError(
-                    f"hub_model_id={self.repo_id!r}; give --hub_model_id NAME or ORGANISATION/NAME: {error}"
+                    f"hub_model_id={self.repo_id!r}; give --hub_model_id NAME or ORGANIZATION/NAME: {error}"
                 ) from error
 
     @property
@@ -346,11 +347,12 @@ def make_recipe(recipe: str | Path | dict | None, overrides: dict, has_dataset: 
     Raises:
         ValueError: as `Recipe.from_dict`; also for a recipe that does not exist.
     """
+    overrides = current_names(overrides)
     if recipe is None and (has_dataset or _own_source(overrides)):
         recipe = _begun(overrides)
         if recipe is None:
             return _open_recipe(overrides)
-    values = dict(recipe) if isinstance(recipe, dict) else _read(_find(recipe or QUICKSTART))
+    values = current_names(recipe if isinstance(recipe, dict) else _read(_find(recipe or QUICKSTART)))
     if any(key in overrides for key in SOURCE if key != "dataset_config_name"):
         if values.get("probe_dataset_name") == values.get("dataset_name"):
             values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones

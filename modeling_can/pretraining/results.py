@@ -121,7 +121,7 @@ def _outcome(run: Run, began: float) -> dict:
         "images_per_second": num_samples / run.log.train_seconds,
         "data_wait": sum(line["data_wait"] for line in lines) / len(lines),
         "peak_memory": peak_memory(run.accelerator.device),
-        "bad_samples": dict(reasons(run.feed.ledger)),
+        "bad_samples": dict(reasons(run.feed.bad_sample_log)),
         "nonfinite_steps": run.log.num_nonfinite,
         "train_seconds": run.log.train_seconds,
         "total_seconds": time.perf_counter() - began,
@@ -188,7 +188,7 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
         "Next:\n"
         f"  look at it              {output_dir}/figures/{', '.join(figures)}"
         f"{f'; modeling-can demo --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"
-        f"  measure it              modeling-can eval --model_name_or_path {output_dir} --dataset_name LABELLED_SET\n"
+        f"  measure it              modeling-can eval --model_name_or_path {output_dir} --dataset_name LABELED_SET\n"
         f"  export it               modeling-can convert {output_dir} --to dinov2 {output_dir}-dinov2\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..files import new_files
+from ..former_names import current_names
 from ..progress import tell
 from .recipe import LENGTH, Recipe
 
@@ -43,12 +44,12 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
                 f"latest, {choice}"
             )
         return None
-    results = json.loads((output_dir / "results.json").read_text())
+    results = json.loads((output_dir / "results.json").read_text(), object_hook=current_names)
     if "num_steps" not in results:
         raise ValueError(
             f"output_dir={output_dir} holds a results.json that is not of a pre-training run; give another"
         )
-    before = yaml.safe_load((output_dir / "recipe.yaml").read_text())
+    before = current_names(yaml.safe_load((output_dir / "recipe.yaml").read_text()))
     length = next(name for name in LENGTH if before.get(name) is not None)  # the one that counts
     is_longer = recipe.length == length and getattr(recipe, length) > before[length]
     is_longer = is_longer or (recipe.max_steps or 0) > results["num_steps"]

@@ -19,7 +19,7 @@ from ..evaluation.encoders import feature_maps
 from ..files import write
 from ..modeling_can import CANForPreTraining
 from ..optimization import NonFiniteGuard
-from ..plots import feature_sheet, reconstruction_sheet, true_colours
+from ..plots import feature_sheet, reconstruction_sheet, true_colors
 from ..progress import duration, progress_bar, tell
 from ..random_state import interlude
 from .feed import Feed
@@ -173,7 +173,7 @@ class RunLog:
         for sentence in sentences:
             tell(f"process {self.accelerator.process_index}: {sentence}")
 
-    # --- Judgement ---------------------------------------------------------------------------------------------------
+    # --- Judgment ----------------------------------------------------------------------------------------------------
 
     def verdict(self) -> list[str]:
         return self._judge(verdict)
@@ -210,7 +210,7 @@ class RunLog:
                     )
                 else:
                     del drawn["reconstructions"]
-                feature_sheet(true_colours(pixels, mean, std), *feature_maps(whole.can, pixels), drawn["features"])
+                feature_sheet(true_colors(pixels, mean, std), *feature_maps(whole.can, pixels), drawn["features"])
             for name, path in drawn.items():
                 image = np.asarray(Image.open(path).convert("RGB"))
                 for tracker in self.accelerator.trackers:

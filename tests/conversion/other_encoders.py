@@ -29,7 +29,7 @@ DECODER_SIZES = dict(
 )
 
 
-def randomised(model):
+def randomized(model):
     """Numbers everywhere, positions, biases, norms and layer scale included, so that none can be forgotten unseen."""
     generator = torch.Generator().manual_seed(3)
     for name, tensor in model.state_dict().items():
@@ -39,20 +39,20 @@ def randomised(model):
 
 
 def vit(model_class=ViTModel, **changes):
-    return randomised(model_class(ViTConfig(**{**VIT_SIZES, **changes})))
+    return randomized(model_class(ViTConfig(**{**VIT_SIZES, **changes})))
 
 
 def vit_mae(model_class=ViTMAEForPreTraining, **changes):
-    return randomised(model_class(ViTMAEConfig(**{**VIT_SIZES, **DECODER_SIZES, **changes})))
+    return randomized(model_class(ViTMAEConfig(**{**VIT_SIZES, **DECODER_SIZES, **changes})))
 
 
 def dinov2(model_class=Dinov2Model, **changes):
-    return randomised(model_class(Dinov2Config(**{**SIZES, "mlp_ratio": 2, **changes})))
+    return randomized(model_class(Dinov2Config(**{**SIZES, "mlp_ratio": 2, **changes})))
 
 
 def can(model_class=None, **changes):
     model = tiny_model(**changes)
-    return randomised(model if model_class is None else model_class(model.config))
+    return randomized(model if model_class is None else model_class(model.config))
 
 
 def tokens(source, pixels: torch.Tensor) -> torch.Tensor:

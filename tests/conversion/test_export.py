@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from other_encoders import OTHER_SIZES, SQUARE, can, equal, features, pixels_of, randomised, tokens, vit
+from other_encoders import OTHER_SIZES, SQUARE, can, equal, features, pixels_of, randomized, tokens, vit
 from PIL import Image
 from safetensors.torch import load_file
 from testing_utils import ROOT
@@ -53,7 +53,7 @@ def test_dinov2_gives_the_same_tokens_at_every_size(model_class, tmp_path):
 def test_a_classifier_becomes_the_half_of_dinov2s_that_reads_the_mean(tmp_path):
     model = can(**SQUARE)
     config = CANConfig(**{**model.config.to_dict(), "id2label": {0: "cat", 1: "dog", 2: "eel"}})
-    model = randomised(CANForImageClassification(config))
+    model = randomized(CANForImageClassification(config))
     to_dinov2(model).save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert type(loaded) is Dinov2ForImageClassification and loaded.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
@@ -214,7 +214,7 @@ def source(tmp_path) -> Path:
 
 
 def run_the_cards_snippet(folder: Path) -> dict:
-    """The names that it leaves, after running in the folder with a picture there."""
+    """The names that it leaves, after running in the folder with an image there."""
     Image.effect_noise((50, 40), 60).convert("RGB").save(folder / "photo.jpg")
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag and "None" not in card.content and "{{" not in card.content
@@ -235,9 +235,9 @@ def test_the_command_writes_what_pipelines_load(source, target, tmp_path, capsys
     code = {"configuration_can.py", "losses.py", "modeling_can.py"} if target == "can" else set()
     assert set(os.listdir(tmp_path / "out")) == files | code
     assert ", ".join(sorted(files | code)) in capsys.readouterr().out
-    picture = Image.effect_noise((50, 40), 60).convert("RGB")
-    extracted = pipeline("image-feature-extraction", model=str(tmp_path / "out"))(picture)
-    pixels = ViTImageProcessor.from_pretrained(source)(picture, return_tensors="pt")["pixel_values"]
+    image = Image.effect_noise((50, 40), 60).convert("RGB")
+    extracted = pipeline("image-feature-extraction", model=str(tmp_path / "out"))(image)
+    pixels = ViTImageProcessor.from_pretrained(source)(image, return_tensors="pt")["pixel_values"]
     expected = features(AutoModel.from_pretrained(source), pixels)
     equal(torch.tensor(extracted), expected)
     assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
@@ -302,12 +302,12 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(source, tmp_path, monkeypa
 
 @pytest.mark.parametrize("target", ["can", "dinov2", "vit", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_channels", [1, 3])
-def test_the_snippets_of_sources_without_processor_or_colour_run(target, num_channels, tmp_path):
+def test_the_snippets_of_sources_without_processor_or_color_run(target, num_channels, tmp_path):
     source = can(**SQUARE, num_channels=num_channels)
     source.save_pretrained(tmp_path / "source")
     if num_channels == 1:
-        grey = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
-        ViTImageProcessor(size={"height": 32, "width": 32}, **grey).save_pretrained(tmp_path / "source")
+        gray = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
+        ViTImageProcessor(size={"height": 32, "width": 32}, **gray).save_pretrained(tmp_path / "source")
     convert(str(tmp_path / "source"), target, tmp_path / "out")
     names = run_the_cards_snippet(tmp_path / "out")
     assert names["pixel_values"].shape == (1, num_channels, 32, 32) and names["embedding"].shape == (1, 32)
@@ -324,9 +324,9 @@ def test_classifiers_that_are_left_out_are_mentioned(source, tmp_path, capsys):
 def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
     convert(str(source), "timm", tmp_path / "timm")
     convert(str(tmp_path / "timm"), "can", tmp_path / "can")
-    assert conversion.normalisation(str(tmp_path / "timm")) == ([0.1] * 3, [0.3] * 3)
-    picture = Image.effect_noise((50, 40), 60).convert("RGB")
-    there, back = (ViTImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
+    assert conversion.normalization(str(tmp_path / "timm")) == ([0.1] * 3, [0.3] * 3)
+    image = Image.effect_noise((50, 40), 60).convert("RGB")
+    there, back = (ViTImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
                    for folder in (source, tmp_path / "can"))  # fmt: skip
     equal(back, there)
     for crop, edge in itertools.product(range(14, 200, 7), range(200, 400, 7)):

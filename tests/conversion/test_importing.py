@@ -311,14 +311,14 @@ def refused(message: str, path, **changes):
         (lambda: can(**SQUARE, hidden_size=64), "--hidden_size 64"),
     ],
 )
-def test_another_encoder_is_refused_with_the_words_that_mend_it(source, flags, tmp_path):
+def test_another_encoder_is_refused_with_the_words_that_fix_it(source, flags, tmp_path):
     source().save_pretrained(tmp_path)
     message = refused("has another encoder", tmp_path)
     assert message.endswith(f"; add {flags}")
     words = dict(re.findall(r"--(\S+) (\S+)", flags))
     assert all(f"{name} is " in message for name in words)
-    mended = Recipe.from_dict({**TINY, "image_size": 32, **words, "max_steps": 1, "measure_mean_std": True}).config
-    model = CANForPreTraining(mended)
+    fixed = Recipe.from_dict({**TINY, "image_size": 32, **words, "max_steps": 1, "measure_mean_std": True}).config
+    model = CANForPreTraining(fixed)
     assert warm_start(model, str(tmp_path))[0][0].startswith("encoder")
 
 

@@ -14,7 +14,7 @@ from other_encoders import (
     equal,
     features,
     pixels_of,
-    randomised,
+    randomized,
     tokens,
     vit,
     vit_mae,
@@ -62,7 +62,7 @@ class MAE(nn.Module):
         self.decoder_norm, self.decoder_pred = nn.LayerNorm(16, eps=1e-6), nn.Linear(16, 192)
 
     def forward(self, pixels, ids_keep=None):
-        """Tokens of the encoder and, where some patches are hidden, predictions of the decoder."""
+        """Tokens of the encoder and, where some patches are masked, predictions of the decoder."""
         x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         if ids_keep is not None:
             x = torch.stack([tokens[ids] for tokens, ids in zip(x, ids_keep, strict=True)])
@@ -84,7 +84,7 @@ class MAE(nn.Module):
 
 @pytest.fixture()
 def mae_file(tmp_path):
-    model = randomised(MAE())
+    model = randomized(MAE())
     content = {
         "model": model.state_dict(),
         "optimizer": {"state": {}},

@@ -25,7 +25,7 @@ from modeling_can.data.crops import RandomCrops
 ALL_ON = dict(
     color_jitter=(0.4, 0.4, 0.4, 0.1),
     color_jitter_probability=0.7,
-    greyscale_probability=0.3,
+    grayscale_probability=0.3,
     blur_kernel_size=7,
     solarize_probability=0.4,
 )
@@ -309,7 +309,7 @@ def test_boxes_are_distributed_as_those_of_kornia():
         assert ks_2samp(values, sides["theirs"][name]).pvalue > 1e-3, name
 
 
-def test_augmentation_normalises_and_leaves_its_input_alone():
+def test_augmentation_normalizes_and_leaves_its_input_alone():
     views = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)
     before = views.clone()
     augment = Augmentation(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), **OFF)
@@ -342,14 +342,14 @@ def test_augmentation_makes_no_device_wait():
     assert augment(views).shape == views.shape
 
 
-def test_colour_steps_are_left_out_with_a_message_where_there_is_no_colour(caplog):
+def test_color_steps_are_left_out_with_a_message_where_there_is_no_color(caplog):
     views = torch.randint(0, 256, (4, 2, 1, 16, 16), dtype=torch.uint8)
     augment = Augmentation(mean=(0.5,), std=(0.2,), flip_probability=0, blur_probability=0)
     torch.testing.assert_close(augment(views), (views / 255 - 0.5) / 0.2)
     assert "they need 3 channels, these images have 1" in caplog.text
 
 
-def test_solarisation_inverts_what_is_bright():
+def test_solarization_inverts_what_is_bright():
     views = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)
     augment = Augmentation(mean=(0,) * 3, std=(1,) * 3, **{**OFF, "solarize_probability": 1.0})
     torch.testing.assert_close(augment(views), torch.where(views > 127, 255 - views, views) / 255)

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from testing_utils import PHOTO, identity, image_file, picture, read
+from testing_utils import PHOTO, encoded_image, identity, image_file, read
 
 from modeling_can.data import ImageSource, ViewStream, view_loader
 from modeling_can.data.crops import RandomCrops
@@ -22,7 +22,7 @@ from modeling_can.data.crops import RandomCrops
 
 def bomb() -> bytes:
     """A PNG of a few bytes that says it has 20,000 x 20,000 pixels."""
-    encoded = bytearray(picture(format="PNG"))
+    encoded = bytearray(encoded_image(format="PNG"))
     encoded[16:24] = struct.pack(">II", 20_000, 20_000)
     encoded[29:33] = struct.pack(">I", zlib.crc32(bytes(encoded[12:29])))
     return bytes(encoded)
@@ -38,40 +38,40 @@ PALETTE.putpalette([9, 8, 7, 200, 100, 0])
 BAD = {
     "empty": (b"", "empty"),
     "truncated JPEG": (PHOTO[: len(PHOTO) // 2], "damaged"),
-    "truncated PNG": (picture(format="PNG")[:60], "damaged"),
-    "text named .jpg": (b"this is not a picture", "not_an_image"),
+    "truncated PNG": (encoded_image(format="PNG")[:60], "damaged"),
+    "text named .jpg": (b"this is not an image", "not_an_image"),
     "decompression bomb": (bomb(), "too_large"),
-    "smaller than the patch": (picture(size=(7, 40)), "too_small"),
+    "smaller than the patch": (encoded_image(size=(7, 40)), "too_small"),
 }
 
 
-UNUSUAL = {  # and the colour that the middle of a view must have
-    "CMYK JPEG": (picture(mode="CMYK", color=(0, 255, 255, 0), quality=95), (254, 0, 0)),
-    "greyscale JPEG": (picture(mode="L", color=77), (77, 77, 77)),
+UNUSUAL = {  # and the color that the middle of a view must have
+    "CMYK JPEG": (encoded_image(mode="CMYK", color=(0, 255, 255, 0), quality=95), (254, 0, 0)),
+    "grayscale JPEG": (encoded_image(mode="L", color=77), (77, 77, 77)),
     "palette PNG with transparency": (image_file(PALETTE, "PNG", transparency=0), (255, 255, 255)),
-    "RGBA PNG": (picture(mode="RGBA", color=(10, 20, 30, 255), format="PNG"), (10, 20, 30)),
-    "transparent PNG": (picture(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), (255, 255, 255)),
-    "16-bit PNG": (picture(mode="I;16", color=30 * 257, format="PNG"), (30, 30, 30)),
+    "RGBA PNG": (encoded_image(mode="RGBA", color=(10, 20, 30, 255), format="PNG"), (10, 20, 30)),
+    "transparent PNG": (encoded_image(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), (255, 255, 255)),
+    "16-bit PNG": (encoded_image(mode="I;16", color=30 * 257, format="PNG"), (30, 30, 30)),
     "animated GIF": (image_file(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), (250, 0, 0)),
     "animated WebP": (image_file(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), (250, 0, 0)),
-    "EXIF rotation": (picture(color=(9, 99, 199), exif=TURNED, quality=95), (9, 99, 199)),
-    "20,000 x 20 strip": (picture(size=(20_000, 20), color=(50, 60, 70), quality=95), (50, 60, 70)),
+    "EXIF rotation": (encoded_image(color=(9, 99, 199), exif=TURNED, quality=95), (9, 99, 199)),
+    "20,000 x 20 strip": (encoded_image(size=(20_000, 20), color=(50, 60, 70), quality=95), (50, 60, 70)),
 }
 
 
 @pytest.fixture(scope="module")
 def good_and(tmp_path_factory):
-    """A parquet file of one good picture and the one given; both are read to the end of the first pass and beyond."""
+    """A parquet file of one good image and the one given; both are read to the end of the first pass and beyond."""
 
     def read_both(encoded: bytes) -> tuple[list[dict], list[dict]]:
         path = tmp_path_factory.mktemp("images") / "rows.parquet"
         rows = {"image": [{"bytes": PHOTO, "path": "photo.jpg"}, {"bytes": encoded, "path": "unusual"}]}
         Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(path)
         source = ImageSource(data_files=str(path))
-        ledger = path.with_name("bad_samples.jsonl")
-        stream = ViewStream(source, RandomCrops((16, 16), min_size=(8, 8)), max_bad_fraction=1.0, ledger=ledger)
+        log = path.with_name("bad_samples.jsonl")
+        stream = ViewStream(source, RandomCrops((16, 16), min_size=(8, 8)), max_bad_fraction=1.0, bad_sample_log=log)
         samples = list(itertools.islice(stream, 4))
-        return samples, [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
+        return samples, [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     return read_both
 
@@ -79,10 +79,10 @@ def good_and(tmp_path_factory):
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_image_is_passed_over_and_reported(good_and, kind):
     encoded, reason = BAD[kind]
-    samples, ledger = good_and(encoded)
+    samples, log = good_and(encoded)
     assert all(sample["views"].shape == (2, 3, 16, 16) for sample in samples)
     assert [bad for sample in samples for bad in sample["bad"]] == [reason]
-    (record,) = ledger
+    (record,) = log
     assert record["reason"] == reason and record["path"] == "unusual"
     assert record["sha256"] == (hashlib.sha256(encoded).hexdigest() if encoded else None) and record["detail"]
 
@@ -90,21 +90,23 @@ def test_a_bad_image_is_passed_over_and_reported(good_and, kind):
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_an_unusual_image_is_converted(good_and, kind):
     encoded, color = UNUSUAL[kind]
-    samples, ledger = good_and(encoded)
-    assert not ledger
+    samples, log = good_and(encoded)
+    assert not log
     colors = [sample["views"][0, :, 8, 8].int() for sample in samples]
-    # The other picture is noise of every grey; the unusual one shows in each of the two passes.
+    # The other image is noise of every gray; the unusual one shows in each of the two passes.
     assert sum((abs(c - torch.tensor(color)) <= 4).all() for c in colors) >= 2
 
 
-def test_a_folder_with_bad_files_is_read_and_its_ledger_names_each_once(tmp_path):
+def test_a_folder_with_bad_files_is_read_and_its_log_names_each_once(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     for name, content in {"a.jpg": PHOTO, "b.jpg": PHOTO[:300], "c.jpg": b"", "d.png": b"text"}.items():
         (images / name).write_bytes(content)
     source = ImageSource(data_dir=str(images))
     (images / "e.jpg").write_bytes(PHOTO)  # came too late to be listed
-    stream = ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.8, ledger=tmp_path / "bad_samples.jsonl")
+    stream = ViewStream(
+        source, RandomCrops((16, 16)), max_bad_fraction=0.8, bad_sample_log=tmp_path / "bad_samples.jsonl"
+    )
     bad = []
     for batch in itertools.islice(view_loader(stream, 3), 4):
         assert batch["views"].shape == (3, 2, 3, 16, 16)
@@ -134,13 +136,13 @@ def test_what_is_wrong_with_one_row_ends_no_stream(tmp_path):
     paths = [f"zip://a.jpg::{tmp_path}/a.zip", "nul\0byte.jpg", "foo://a.jpg", None, None, f"{tmp_path}/odd::name.jpg"]
     features = Features({"image": ImageFeature(decode=False)})
     rows = Dataset.from_dict({"image": [path and {"path": path, "bytes": None} for path in paths]}, features=features)
-    ledger = tmp_path / "not yet there" / "bad_samples.jsonl"
-    stream = ViewStream(ImageSource(dataset=rows), RandomCrops((16, 16)), max_bad_fraction=0.9, ledger=ledger)
+    log = tmp_path / "not yet there" / "bad_samples.jsonl"
+    stream = ViewStream(ImageSource(dataset=rows), RandomCrops((16, 16)), max_bad_fraction=0.9, bad_sample_log=log)
     samples = list(itertools.islice(stream, 2))
     bad = [reason for sample in samples for reason in sample["bad"]]
     assert sum(reason == "missing" for reason in bad) == 3 and bad.count("empty") >= 2  # rows without a name: each
-    text = ledger.read_text()
-    assert all(word in text for word in ("BadZipFile", "null byte", "foo", "reader 0"))
+    text = log.read_text()
+    assert all(word in text for word in ("BadZipFile", "null byte", "foo", "worker 0"))
 
 
 def test_folders_behind_links_are_read_and_names_that_are_no_text_refused(tmp_path):
@@ -155,9 +157,9 @@ def test_folders_behind_links_are_read_and_names_that_are_no_text_refused(tmp_pa
         ImageSource(data_dir=str(tmp_path / "images"))
 
 
-def test_null_rows_and_pictures_in_archives(tmp_path):
+def test_null_rows_and_images_in_archives(tmp_path):
     features = Features({"image": ImageFeature()})
-    rows = {"image": [{"bytes": picture(), "path": None}, None]}
+    rows = {"image": [{"bytes": encoded_image(), "path": None}, None]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     source = ImageSource(data_files=str(tmp_path / "rows.parquet"))
     stream = ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.5)
@@ -165,7 +167,7 @@ def test_null_rows_and_pictures_in_archives(tmp_path):
     (tmp_path / "folder").mkdir()
     with zipfile.ZipFile(tmp_path / "folder" / "train.zip", "w") as archive:
         for i in range(3):
-            archive.writestr(f"{i}.jpg", picture(color=(80 * i, 2, 3)))
+            archive.writestr(f"{i}.jpg", encoded_image(color=(80 * i, 2, 3)))
     source = ImageSource(dataset_name=str(tmp_path / "folder"))
     assert len(set(read(ViewStream(source, identity), 3))) == 3
 

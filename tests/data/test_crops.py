@@ -14,7 +14,7 @@ from modeling_can.data.crops import RandomCrops, random_box
 from modeling_can.data.decoding import BadImage
 
 
-def test_views_are_crops_of_the_picture_that_depend_on_seed_epoch_and_picture_alone():
+def test_views_are_crops_of_the_image_that_depend_on_seed_epoch_and_image_alone():
     ramp = np.stack([np.tile(np.arange(64, dtype=np.uint8), (48, 1))] * 3, axis=2)
     buffer = io.BytesIO()
     Image.fromarray(ramp).save(buffer, "PNG")
@@ -24,7 +24,7 @@ def test_views_are_crops_of_the_picture_that_depend_on_seed_epoch_and_picture_al
     assert views.shape == (2, 3, 16, 24) and views.dtype == torch.uint8
     assert torch.equal(views, make(encoded, epoch=1))
     assert not torch.equal(views, make(encoded, epoch=2)) and not torch.equal(views[0], views[1])
-    spread = int(views[0, 0, 8, -1]) - int(views[0, 0, 8, 0])  # the crop is narrower than the picture
+    spread = int(views[0, 0, 8, -1]) - int(views[0, 0, 8, 0])  # the crop is narrower than the image
     assert 10 < spread < 50
 
 
@@ -59,7 +59,7 @@ def test_boxes_have_the_stated_area_and_aspect():
     assert lower - upper == 20 and (right - left) == round(20 * 4 / 3)  # the fallback
 
 
-def test_pictures_of_one_size_have_different_boxes(monkeypatch):
+def test_images_of_one_size_have_different_boxes(monkeypatch):
     boxes = []
     monkeypatch.setattr("modeling_can.data.crops.random_box", lambda *a: boxes.append(random_box(*a)) or boxes[-1])
     make = RandomCrops((16, 16))

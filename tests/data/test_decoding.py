@@ -5,16 +5,16 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
-from testing_utils import image_file, picture
+from testing_utils import encoded_image, image_file
 
 from modeling_can.data import encoded
 from modeling_can.data.decoding import BadImage, decode
 
 
-def test_a_decoded_picture_keeps_its_transparency():
-    picture = Image.effect_noise((20, 10), 60).convert("P")
+def test_a_decoded_image_keeps_its_transparency():
+    image = Image.effect_noise((20, 10), 60).convert("P")
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", transparency=int(np.bincount(np.asarray(picture).flatten()).argmax()))
+    image.save(buffer, "PNG", transparency=int(np.bincount(np.asarray(image).flatten()).argmax()))
     opened = Image.open(io.BytesIO(buffer.getvalue()))
     assert opened.mode == "P" and "transparency" in opened.info
     there, back = (
@@ -27,9 +27,11 @@ WIDE_RANGE = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(
 
 
 def test_decoding_is_as_the_recipe_says():
-    transparent = decode(picture(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), transparent_background="#102030")
+    transparent = decode(
+        encoded_image(mode="RGBA", color=(10, 20, 30, 0), format="PNG"), transparent_background="#102030"
+    )
     assert transparent[0, 0].tolist() == [16, 32, 48]
-    assert decode(picture(), num_channels=1).shape == (30, 40, 1)
+    assert decode(encoded_image(), num_channels=1).shape == (30, 40, 1)
     full = decode(image_file(WIDE_RANGE, "PNG"), num_channels=1)
     np.testing.assert_allclose(full.flatten(), np.linspace(0, 255, 1200), atol=1)
     dim = image_file(
@@ -48,7 +50,7 @@ def test_decoding_is_as_the_recipe_says():
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright_as_in_pillow(orientation, file_format):
+def test_images_stand_upright_as_in_pillow(orientation, file_format):
     exif = Image.Exif()
     exif[0x0112] = orientation
     encoded = image_file(Image.effect_noise((40, 24), 80).convert("RGB"), file_format, exif=exif)
@@ -73,7 +75,7 @@ def test_broken_exif_does_no_harm():
 
 
 def test_the_least_size_is_height_and_width():
-    wide = picture(size=(40, 20))  # 20 high
+    wide = encoded_image(size=(40, 20))  # 20 high
     assert decode(wide, min_size=(20, 40)).shape == (20, 40, 3)
     with pytest.raises(BadImage, match="20 x 40 pixels, less than 21 x 8"):
         decode(wide, min_size=(21, 8))

@@ -17,25 +17,25 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from testing_utils import ROOT, add_to_tar, identity, picture, read
+from testing_utils import ROOT, add_to_tar, encoded_image, identity, read
 
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data.crops import RandomCrops
-from modeling_can.evaluation.sets import load_labelled, load_split
+from modeling_can.evaluation.sets import load_labeled, load_split
 
 
-PICTURES = [picture(color=(i * 20, 200, 100)) for i in range(8)]
-IMAGES = Features({"image": ImageFeature()})
+IMAGES = [encoded_image(color=(i * 20, 200, 100)) for i in range(8)]
+IMAGE_FEATURES = Features({"image": ImageFeature()})
 
 
 def everything(count: int = 8) -> list[int]:
-    return sorted(map(zlib.crc32, PICTURES[:count]))
+    return sorted(map(zlib.crc32, IMAGES[:count]))
 
 
 def write_tar(path: Path, extension: str = "", good: bytes = b"", bad: bytes = b"", where: int = 0) -> str:
     """Eight images, each with a member of that extension, which is `bad` for one of them."""
     with tarfile.open(path, "w") as archive:
-        for i, encoded in enumerate(PICTURES):
+        for i, encoded in enumerate(IMAGES):
             add_to_tar(archive, f"{i:03}.jpg", encoded)
             if extension:
                 add_to_tar(archive, f"{i:03}.{extension}", bad if i == where else good)
@@ -103,7 +103,7 @@ def test_a_set_that_is_downloaded_first_names_a_damaged_member(tmp_path, extensi
 @pytest.mark.parametrize(
     "values, message",
     [
-        ([[{"bytes": PICTURES[0], "path": None}] * 2], r"of type List\(Image.*make one row of each image"),
+        ([[{"bytes": IMAGES[0], "path": None}] * 2], r"of type List\(Image.*make one row of each image"),
         ([3], r"image_column=image of .*rows.parquet is of type Value\('int64'\).*set image_column to"),
         ([[1, 2]], r"of type List\(Value\('int64'\)\)"),
         ([["a.jpg", "b.jpg"]], r"of type List\(Value\('string'\)\)"),
@@ -122,7 +122,7 @@ def test_a_column_that_is_no_image_is_refused_with_its_type(tmp_path, values, me
 
 
 def test_the_column_that_holds_images_is_named(tmp_path):
-    rows = {"image": [3], "photo": [{"bytes": PICTURES[0], "path": None}]}
+    rows = {"image": [3], "photo": [{"bytes": IMAGES[0], "path": None}]}
     Dataset.from_dict(rows, features=Features({"image": Value("int64"), "photo": ImageFeature()})).to_parquet(
         tmp_path / "rows.parquet"
     )
@@ -131,8 +131,8 @@ def test_the_column_that_holds_images_is_named(tmp_path):
 
 
 def test_bytes_paths_and_pixels_are_images(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(PICTURES[0])
-    for value in (PICTURES[0], f"{tmp_path}/a.jpg", {"bytes": PICTURES[0]}, np.zeros((8, 8), np.uint8).tolist()):
+    (tmp_path / "a.jpg").write_bytes(IMAGES[0])
+    for value in (IMAGES[0], f"{tmp_path}/a.jpg", {"bytes": IMAGES[0]}, np.zeros((8, 8), np.uint8).tolist()):
         Dataset.from_dict({"image": [value] * 2}).to_parquet(tmp_path / "rows.parquet")
         source = ImageSource(data_files=f"{tmp_path}/rows.parquet")
         assert len(read(ViewStream(source, identity), 2)) == 2
@@ -142,8 +142,8 @@ def test_bytes_paths_and_pixels_are_images(tmp_path):
 
 
 def write_images(path: Path, count: int):
-    rows = {"image": [{"bytes": encoded, "path": None} for encoded in PICTURES[:count]]}
-    Dataset.from_dict(rows, features=IMAGES).to_parquet(path)
+    rows = {"image": [{"bytes": encoded, "path": None} for encoded in IMAGES[:count]]}
+    Dataset.from_dict(rows, features=IMAGE_FEATURES).to_parquet(path)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -183,7 +183,7 @@ def test_an_empty_jsonl_does_no_harm(tmp_path, streaming):
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(ValueError, match="has no rows"):
         ImageSource(data_files=f"{tmp_path}/*.jsonl", streaming=streaming)
-    (tmp_path / "1.jpg").write_bytes(PICTURES[0])
+    (tmp_path / "1.jpg").write_bytes(IMAGES[0])
     (tmp_path / "b.jsonl").write_text(json.dumps({"image": "1.jpg"}) + "\n")
     source = ImageSource(data_files=f"{tmp_path}/*.jsonl", streaming=streaming)
     assert read(ViewStream(source, identity), 1) == everything(1)
@@ -195,7 +195,7 @@ def test_an_empty_jsonl_does_no_harm(tmp_path, streaming):
 def write_folder(folder: Path, *names: str) -> str:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(PICTURES[0])
+        (folder / name).write_bytes(IMAGES[0])
     return str(folder)
 
 
@@ -210,7 +210,7 @@ def test_a_class_with_the_name_of_a_split_is_refused(tmp_path, name):
         with pytest.raises(ValueError, match=message):
             ImageSource(dataset_name=folder, streaming=streaming)
     with pytest.raises(ValueError, match=message):
-        load_labelled(folder)
+        load_labeled(folder)
     assert ImageSource(data_dir=folder).num_images() == 5
 
 
@@ -219,7 +219,7 @@ def test_a_class_with_the_name_of_the_other_split_is_refused(tmp_path):
     names = [f"{split}/{name}/0.jpg" for split in ("train", "test") for name in ("cat", "test")]
     folder = write_folder(tmp_path, *names)
     with pytest.raises(ValueError, match=r"takes train/test/0.jpg for an image of the splits test and train"):
-        load_labelled(folder)
+        load_labeled(folder)
 
 
 @pytest.mark.parametrize("other", ["stray.jpg", "bird/wild/0.jpg"])
@@ -232,7 +232,7 @@ def test_a_test_with_labels_names_the_image_at_another_depth(tmp_path, other):
 
 def test_class_folders_in_splits_are_read(tmp_path):
     folder = write_folder(tmp_path, *(f"{split}/{name}" for split in ("train", "test") for name in CLASSES))
-    assert len(load_labelled(folder).test) == 4
+    assert len(load_labeled(folder).test) == 4
     assert len(read(ViewStream(ImageSource(dataset_name=folder), identity), 4)) == 4
 
 
@@ -248,7 +248,7 @@ def write_paths(folder: Path, kind: str):
         Dataset.from_dict({"image": paths}).to_parquet(folder / "train.parquet")
     else:
         rows = [{"image": {"bytes": None, "path": path}} for path in paths]
-        table = pyarrow.Table.from_pylist(rows, schema=IMAGES.arrow_schema)
+        table = pyarrow.Table.from_pylist(rows, schema=IMAGE_FEATURES.arrow_schema)
         pyarrow.parquet.write_table(table, folder / "train.parquet")
 
 
@@ -262,18 +262,18 @@ def test_relative_paths_begin_at_the_table_or_else_at_the_working_directory(tmp_
     source = ImageSource(data_files=f"../table/train.{kind if kind == 'jsonl' else 'parquet'}", streaming=streaming)
     with pytest.raises(ValueError, match=f"images/.*jpg is neither in {tmp_path}/table, where .* nor in .*/here"):
         read(ViewStream(source, RandomCrops((16, 16))), 1)
-    for i, encoded in enumerate(PICTURES):
+    for i, encoded in enumerate(IMAGES):
         (tmp_path / ("table" if i < 4 else "here") / "images" / f"{i}.jpg").write_bytes(encoded)
     assert sorted(read(ViewStream(source, identity), 8)) == everything()
 
 
-def test_relative_paths_in_a_labelled_set_begin_at_its_folder(tmp_path):
+def test_relative_paths_in_a_labeled_set_begin_at_its_folder(tmp_path):
     (tmp_path / "images").mkdir()
     write_paths(tmp_path, "jsonl")
-    for i, encoded in enumerate(PICTURES):
+    for i, encoded in enumerate(IMAGES):
         (tmp_path / "images" / f"{i}.jpg").write_bytes(encoded)
     split, _ = load_split(str(tmp_path))
-    assert [split.read(i) for i in range(8)] == PICTURES and split.select(np.array([3])).read(0) == PICTURES[3]
+    assert [split.read(i) for i in range(8)] == IMAGES and split.select(np.array([3])).read(0) == IMAGES[3]
 
 
 # --- Caches ----------------------------------------------------------------------------------------------------------

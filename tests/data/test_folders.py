@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
-from testing_utils import TOY, identity, picture, read
+from testing_utils import TOY, encoded_image, identity, read
 
 import run_pretraining
 from modeling_can.data import ImageSource, ViewStream, folders
 from modeling_can.data.folders import image_extensions, load_arguments
-from modeling_can.evaluation.sets import load_labelled
+from modeling_can.evaluation.sets import load_labeled
 from modeling_can.evaluation.settings import parse
 from modeling_can.fields import parse_value
 from modeling_can.pretraining.recipe import Recipe, parse_arguments
@@ -28,7 +28,7 @@ def fill(folder: Path, *names: str, start: int = 0) -> list[int]:
     """Writes a distinct image under each name; returns their CRC-32."""
     crcs = []
     for number, name in enumerate(names, start):
-        content = picture(color=(number * 10 % 256, 200, 100))
+        content = encoded_image(color=(number * 10 % 256, 200, 100))
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
         crcs.append(zlib.crc32(content))
@@ -37,7 +37,7 @@ def fill(folder: Path, *names: str, start: int = 0) -> list[int]:
 
 def parquet(path: Path, num_rows: int = 3):
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {"image": [{"bytes": picture(color=(i * 40, 1, 2)), "path": None} for i in range(num_rows)]}
+    rows = {"image": [{"bytes": encoded_image(color=(i * 40, 1, 2)), "path": None} for i in range(num_rows)]}
     Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(path)
 
 
@@ -153,17 +153,17 @@ def test_a_set_that_holds_figures_of_a_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds the figures of a run, .*out/figures.*give --data_dir"):
         ImageSource(str(tmp_path))
     with pytest.raises(ValueError, match=r"out/figures, which .*another place$"):
-        load_labelled(str(tmp_path))
+        load_labeled(str(tmp_path))
     assert ImageSource(data_dir=str(tmp_path)).num_images() == 2
 
 
-def test_labelled_sets_tell_it_once(tmp_path, caplog):
+def test_labeled_sets_tell_it_once(tmp_path, caplog):
     fill(tmp_path, *(f"train/{c}/{i}.jpg" for c in "ab" for i in range(2)), *(f"test/{c}/1.jpg" for c in "ab"))
     with caplog.at_level(logging.WARNING):
-        load_labelled(str(tmp_path))
+        load_labeled(str(tmp_path))
         assert not caplog.records
         fill(tmp_path, "more/a/1.jpg", start=9)
-        load_labelled(str(tmp_path))
+        load_labeled(str(tmp_path))
     (record,) = caplog.records
     assert "left out: 1 in no split" in record.message and "--data_dir" not in record.message
 
@@ -186,7 +186,7 @@ def test_names_are_literal_where_such_a_file_exists(tmp_path, name):
         source = ImageSource(str(folder / "p"), streaming=streaming)
         assert sorted(read(ViewStream(source, identity), 3)) == crcs and source.left_out == {}
         assert ImageSource(str(folder / "shards"), split="test", streaming=streaming).num_images() == 2
-    assert load_labelled(str(folder / "p"), test_split="train").class_names == ["cat [1]", "dog"]
+    assert load_labeled(str(folder / "p"), test_split="train").class_names == ["cat [1]", "dog"]
     words = ["--data_files", str(folder / "train.parquet"), "--max_steps=1"]
     recipe = parse_arguments(words, "")
     assert recipe.data_files == str(folder / "train.parquet")

@@ -97,12 +97,12 @@ def test_fewer_images_than_workers(caplog):
 
 
 @pytest.mark.parametrize("num_workers", [0, 4])
-def test_a_reader_without_rows_does_not_spin(num_workers):
+def test_a_worker_without_rows_does_not_spin(num_workers):
     source = ImageSource(dataset=rows(3).to_iterable_dataset())  # which does not tell its length
     make_views = lambda encoded, epoch: torch.zeros(2, 3, 8, 8, dtype=torch.uint8)  # noqa: E731
     stream = ViewStream(source, make_views, process_index=3 if not num_workers else 0, num_processes=4)
     assert source.num_images() is None
-    with pytest.raises(ValueError, match=r"has no rows for reader \d+ of \d+; start fewer"):
+    with pytest.raises(ValueError, match=r"has no rows for worker \d+ of \d+; start fewer"):
         for _ in Patient(view_loader(stream, 1, num_workers)):
             pass
 

@@ -47,7 +47,7 @@ def test_a_url_may_have_a_query(server, sources, kind):  # noqa: F811
 def test_a_shard_that_is_gone_stops_the_run_by_name(server, sources, impatient, kind):  # noqa: F811
     source = ImageSource(data_files=[f"{server.url}/{shard}.{kind}" for shard in range(5)])
     server.gone = {f"3.{kind}"}
-    with pytest.raises(OSError, match=rf"3\.{kind}.*no image was passed over"):
+    with pytest.raises(OSError, match=rf"3\.{kind}.*no image was skipped"):
         list(itertools.islice(ViewStream(source, identity), 120))
 
 
@@ -72,13 +72,13 @@ def test_images_behind_urls_are_tried_again_and_missing_ones_reported(server, im
 
 
 def test_a_damaged_local_shard_stops_the_run_at_once(sources, tmp_path):  # noqa: F811
-    for kind, damage in (("parquet", 100), ("tar", 700)):  # in the tar, within a picture
+    for kind, damage in (("parquet", 100), ("tar", 700)):  # in the tar, within an image
         whole = Path(sources[kind]["data_files"].replace("*", "0"))
         damaged = tmp_path / f"damaged.{kind}"
         damaged.write_bytes(whole.read_bytes())
         stream = ViewStream(ImageSource(data_files=[str(whole), str(damaged)]), identity)
         damaged.write_bytes(whole.read_bytes()[: 4096 + damage])
-        with pytest.raises(OSError, match="cannot be read: .*no image was passed over"):
+        with pytest.raises(OSError, match="cannot be read: .*no image was skipped"):
             list(itertools.islice(stream, 48))
     with pytest.raises(ValueError, match=r"damaged\.tar is cut off"):
         ImageSource(data_files=str(damaged))

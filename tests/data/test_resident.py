@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from testing_utils import TINY, picture
+from testing_utils import TINY, encoded_image
 
 import run_pretraining
 from modeling_can.data import ImageSource, ViewStream, resident, resume, view_loader
@@ -140,7 +140,8 @@ def folder(tmp_path):
     (tmp_path / "images").mkdir()
     for index in range(12):
         size = [(64, 48), (48, 64), (80, 80)][index % 3]
-        (tmp_path / "images" / f"{index}.png").write_bytes(picture(size, color=(20 * index, 0, 255), format="PNG"))
+        encoded = encoded_image(size, color=(20 * index, 0, 255), format="PNG")
+        (tmp_path / "images" / f"{index}.png").write_bytes(encoded)
     return tmp_path / "images"
 
 

@@ -1,4 +1,4 @@
-"""Killed readers continue with exactly the samples that they would have given; sources that fail are tried again."""
+"""Killed workers continue with exactly the samples that they would have given; sources that fail are tried again."""
 
 import itertools
 import json
@@ -84,7 +84,7 @@ def test_killed_twice_the_stream_is_that_of_an_uninterrupted_run(sources, tmp_pa
     for rank in range(2):
         resumed = [batch for part in parts for batch in part[rank]]
         assert len(resumed) == total[rank] and resumed == whole[rank]
-    if kind == "parquet":  # five shards among four readers: those with one shard go on into the next epoch sooner
+    if kind == "parquet":  # five shards among four workers: those with one shard go on into the next epoch sooner
         assert len({x for batch in whole[0] + whole[1] for x in batch}) > 60
 
 
@@ -108,7 +108,7 @@ def test_state_inside_a_process_too(sources):
 
 
 @pytest.mark.parametrize("num_batches, num_processes", [(10, 1), (10, 3), (16, 3), (16, 4)])
-def test_another_number_of_readers_finishes_the_epoch_approximately(sources, caplog, num_batches, num_processes):
+def test_another_number_of_workers_finishes_the_epoch_approximately(sources, caplog, num_batches, num_processes):
     source = ImageSource(**sources["parquet"])
     seen, states = [], []
     for rank in range(2):
@@ -126,9 +126,11 @@ def test_another_number_of_readers_finishes_the_epoch_approximately(sources, cap
             if epoch > 1:
                 break
             (first_epoch, second_epoch)[epoch].append(int(batch["views"]))
-    assert f"{num_processes} readers (processes x workers) resume what 2 began: epoch 0 is finished" in caplog.text
+    assert (
+        f"{num_processes} workers (processes x loader workers) resume what 2 began: epoch 0 is finished" in caplog.text
+    )
     left = NUM_IMAGES - 6 * num_batches
-    # Readers with few rows leave out fewer than the others would have to.
+    # Workers with few rows leave out fewer than the others would have to.
     assert len(set(first_epoch)) == len(first_epoch) and left <= len(first_epoch) <= left + 24
     assert sorted(second_epoch) == sources["crcs"]  # from then on whole epochs
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
-from testing_utils import add_to_tar, identity, picture, read
+from testing_utils import add_to_tar, encoded_image, identity, read
 
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.data import sources as sources_of_images
@@ -22,8 +22,8 @@ from modeling_can.data.decoding import decode
 
 def test_any_folder_of_images_is_a_source(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "flat.png").write_bytes(picture(format="PNG"))
-    (tmp_path / "a" / "b" / "deep.JPG").write_bytes(picture(color=(1, 2, 3)))
+    (tmp_path / "flat.png").write_bytes(encoded_image(format="PNG"))
+    (tmp_path / "a" / "b" / "deep.JPG").write_bytes(encoded_image(color=(1, 2, 3)))
     (tmp_path / "notes.txt").write_text("not an image")
     source = ImageSource(data_dir=str(tmp_path))
     assert source.num_images() == 2
@@ -40,8 +40,8 @@ def test_load_dataset_folders_and_the_bundled_tiles_are_sources(shards):
 
 
 def test_tar_shards_and_data_sets_built_in_python_are_sources(tmp_path):
-    pictures = [
-        picture(
+    images = [
+        encoded_image(
             color=(i * 10, 200, 100),
         )
         for i in range(12)
@@ -49,13 +49,13 @@ def test_tar_shards_and_data_sets_built_in_python_are_sources(tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
             for i in range(shard * 6, shard * 6 + 6):
-                add_to_tar(archive, f"{i:03}.jpg", pictures[i])
+                add_to_tar(archive, f"{i:03}.jpg", images[i])
     source = ImageSource(data_files=f"{tmp_path}/*.tar")  # whose column is called jpg
-    everything = sorted(map(zlib.crc32, pictures))
+    everything = sorted(map(zlib.crc32, images))
     assert source.num_images() is None and sorted(read(ViewStream(source, identity), 12)) == everything
 
     features = Features({"photo": ImageFeature()})
-    rows = Dataset.from_dict({"photo": [{"bytes": p, "path": None} for p in pictures]}, features=features)
+    rows = Dataset.from_dict({"photo": [{"bytes": p, "path": None} for p in images]}, features=features)
     for built in (rows, rows.to_iterable_dataset(num_shards=3)):
         assert sorted(read(ViewStream(ImageSource(dataset=built), identity), 12)) == everything
     assert ImageSource(dataset=rows).num_images() == 12
@@ -74,7 +74,7 @@ def test_streams_that_filter_or_map_decoded_lose_nothing(shards):
         "filter": stream().filter(lambda row: row["image"].width > 0),
         "filter, label alone": stream().filter(lambda label: label >= 0, input_columns=["label"]),
         "map": stream().map(lambda row: {"label": 0}),
-        "map to pictures": stream().map(lambda row: {"image": row["image"].crop((0, 0, *row["image"].size))}),
+        "map to images": stream().map(lambda row: {"image": row["image"].crop((0, 0, *row["image"].size))}),
         "map with features": stream().map(lambda row: {"label": 0}, features=whole),
         "map to bytes": stream().decode(False).map(lambda row: {"image": row["image"]["bytes"]}),
         "not decoded": stream().decode(False).filter(lambda row: True).map(lambda row: {"label": 0}),
@@ -88,29 +88,29 @@ def test_streams_that_filter_or_map_decoded_lose_nothing(shards):
         read(ViewStream(ImageSource(dataset=tensors), pixels), 1)
 
 
-def test_a_damaged_picture_in_a_decoded_stream_is_not_waited_for(tmp_path, monkeypatch):
+def test_a_damaged_image_in_a_decoded_stream_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(sources_of_images.time, "sleep", lambda seconds: pytest.fail("waits"))
     features = Features({"image": ImageFeature()})
-    rows = {"image": [{"bytes": picture(), "path": None}, {"bytes": b"no picture", "path": None}]}
+    rows = {"image": [{"bytes": encoded_image(), "path": None}, {"bytes": b"no image", "path": None}]}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
     stream = load_dataset("parquet", data_files=f"{tmp_path}/*.parquet", split="train", streaming=True)
     with pytest.raises(OSError, match="cannot identify image file"):
         read(ViewStream(ImageSource(dataset=stream.filter(lambda row: row["image"].width > 0)), identity), 2)
 
 
-@pytest.mark.parametrize("num_readers", [1, 2, 3, 8])
-def test_skipped_and_taken_rows_are_the_same_for_any_number_of_readers(shards, num_readers):
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 8])
+def test_skipped_and_taken_rows_are_the_same_for_any_number_of_workers(shards, num_workers):
     stream = load_dataset("parquet", data_files=f"{shards[0]}/*.parquet", split="train", streaming=True)
     in_order = [zlib.crc32(row["image"]["bytes"]) for row in stream.decode(False)]
     both = {"skip": (stream.skip(8), in_order[8:]), "take": (stream.take(16), in_order[:16])}
     for name, (part, expected) in both.items():
         source = ImageSource(dataset=part)
         shares = [
-            read(ViewStream(source, identity, 0, rank, num_readers), 2 * 16 // num_readers)
-            for rank in range(num_readers)
+            read(ViewStream(source, identity, 0, rank, num_workers), 2 * 16 // num_workers)
+            for rank in range(num_workers)
         ]
         assert {x for share in shares for x in share} <= set(expected), name
-        if 16 % num_readers == 0:
+        if 16 % num_workers == 0:
             assert sorted(x for share in shares for x in share) == sorted(2 * expected), name
     with pytest.raises(ValueError, match=r"joins parts that were made by \.skip\(\) or \.take\(\)"):
         ImageSource(dataset=concatenate_datasets([stream.take(8), stream.skip(16)]))
@@ -118,7 +118,7 @@ def test_skipped_and_taken_rows_are_the_same_for_any_number_of_readers(shards, n
 
 def test_rows_with_several_images_are_refused():
     features = Features({"mask": ImageFeature(), "photo": ImageFeature()})
-    rows = [{"bytes": picture(), "path": None}] * 2
+    rows = [{"bytes": encoded_image(), "path": None}] * 2
     source = ImageSource(dataset=Dataset.from_dict({"mask": rows, "photo": rows}, features=features))
     with pytest.raises(ValueError, match=r"several images; set image_column to one of \['mask', 'photo'\]"):
         read(ViewStream(source, identity), 1)
@@ -142,10 +142,10 @@ def test_configurations_and_unusual_file_names(tmp_path, shards):
 
     (tmp_path / "shots").mkdir()
     (tmp_path / "shots" / "Screenshot at 3.45.12\u202fPM.png").write_bytes(
-        picture(format="PNG")
+        encoded_image(format="PNG")
     )  # as macOS names them
     assert ImageSource(data_dir=str(tmp_path / "shots")).num_images() == 1
-    (tmp_path / "shots" / os.fsdecode(b"\xff.png")).write_bytes(picture(format="PNG"))
+    (tmp_path / "shots" / os.fsdecode(b"\xff.png")).write_bytes(encoded_image(format="PNG"))
     with pytest.raises(ValueError, match="not UTF-8"):
         ImageSource(data_dir=str(tmp_path / "shots"))
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
-from testing_utils import identity, picture, read
+from testing_utils import encoded_image, identity, read
 
 from modeling_can.data import ImageSource, ViewStream
 
 
 @pytest.mark.parametrize("num_processes, num_workers", [(1, 0), (2, 0), (2, 2), (1, 2)])
-def test_readers_share_every_epoch_without_overlap(shards, num_processes, num_workers):
+def test_workers_share_every_epoch_without_overlap(shards, num_processes, num_workers):
     folder, everything = shards
     source = ImageSource(data_files=f"{folder}/*.parquet")
     shares = [
@@ -27,7 +27,7 @@ def test_rows_are_dealt_with_a_warning_where_shards_are_too_few(shards, caplog):
     source = ImageSource(data_files=f"{folder}/train-0.parquet")
     shares = [read(ViewStream(source, identity, 0, rank, 3), 2) for rank in range(3)]
     assert len({x for share in shares for x in share}) == 6
-    assert "1 shards for 3 readers" in caplog.text
+    assert "1 shards for 3 workers" in caplog.text
 
 
 def test_order_depends_on_seed_and_epoch_and_is_reproducible(shards):
@@ -63,9 +63,9 @@ def test_shards_are_shuffled_and_dealt_anew_for_every_epoch(shards, num_processe
         assert len({frozenset(order) for order in first}) > 1  # processes exchange shards between epochs
 
 
-def test_a_picture_is_cropped_anew_in_every_epoch(tmp_path):
+def test_an_image_is_cropped_anew_in_every_epoch(tmp_path):
     for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(picture(color=(i, 2, 3), format="PNG"))
+        (tmp_path / f"{i}.png").write_bytes(encoded_image(color=(i, 2, 3), format="PNG"))
     epochs = []
     stream = ViewStream(
         ImageSource(data_dir=str(tmp_path)), lambda encoded, epoch: epochs.append(epoch) or np.zeros(1)
@@ -83,10 +83,10 @@ def test_a_single_shard_is_shuffled_anew_in_every_epoch(shards):
 
 
 def test_every_block_is_shuffled_in_its_own_way(tmp_path):
-    pictures = [picture(color=(i * 10, 5, 100), format="PNG") for i in range(24)]
-    rows = {"image": [{"bytes": p, "path": None} for p in pictures]}
+    images = [encoded_image(color=(i * 10, 5, 100), format="PNG") for i in range(24)]
+    rows = {"image": [{"bytes": p, "path": None} for p in images]}
     Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(tmp_path / "one.parquet")
-    place = {int(identity(p, 0)[0]): i for i, p in enumerate(pictures)}
+    place = {int(identity(p, 0)[0]): i for i, p in enumerate(images)}
     order = [
         place[x]
         for x in read(ViewStream(ImageSource(data_files=f"{tmp_path}/one.parquet"), identity, block_size=6), 24)

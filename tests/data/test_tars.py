@@ -7,7 +7,7 @@ import zlib
 
 import pytest
 from fsspec.implementations.zip import ZipFileSystem
-from testing_utils import identity, picture, read
+from testing_utils import encoded_image, identity, read
 
 from modeling_can.data import ImageSource, ViewStream, reading
 
@@ -15,7 +15,7 @@ from modeling_can.data import ImageSource, ViewStream, reading
 @pytest.fixture()
 def zipped(tmp_path):
     """A folder with a zip of 24 images, and their CRC-32."""
-    images = [picture(color=(number * 10, 200, 100)) for number in range(24)]
+    images = [encoded_image(color=(number * 10, 200, 100)) for number in range(24)]
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for number, image in enumerate(images):
             archive.writestr(f"{number:02}.jpg", image)

@@ -166,7 +166,7 @@ sys.exit(max(map(abs, codes)))
 
 @pytest.mark.slow
 def test_the_slurm_job_saves_is_requeued_and_goes_on(tmp_path):
-    """As Slurm would, its commands replaced: two nodes, each step's processes signalled one and all."""
+    """As Slurm would, its commands replaced: two nodes, each step's processes signaled one and all."""
     folder, commands = tmp_path / "run", tmp_path / "bin"
     commands.mkdir()
     for name, text in {"srun": SRUN.format(python=sys.executable), "scontrol": SCONTROL}.items():

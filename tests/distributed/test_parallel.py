@@ -117,7 +117,7 @@ def launch(script: Path, folder: Path, *options: str) -> tuple[dict, dict, str]:
 
 @pytest.mark.slow
 def test_the_script_trains_sharded_as_it_does_with_ddp(tmp_path):
-    """Probe, clipping, pictures, checkpoint and resume included; a checkpoint fits the other way of training too."""
+    """Probe, clipping, images, checkpoint and resume included; a checkpoint fits the other way of training too."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     ddp, ddp_weights, _ = launch(ROOT / "run_pretraining.py", tmp_path / "ddp")
     sharded, weights, _ = launch(tmp_path / "sharded.py", tmp_path / "sharded")
@@ -140,7 +140,7 @@ def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     run_pretraining.main([*RUN, f"--output_dir={tmp_path / 'one'}", *options])
     checkpoint = f"--resume_from_checkpoint={tmp_path / 'one' / 'checkpoints' / 'step-3'}"
     results, _, output = launch(ROOT / "run_pretraining.py", tmp_path / "two", *options, checkpoint)
-    assert "1 processes began it and 2 go on: weights and optimiser are exact, the order of the data" in output
+    assert "1 processes began it and 2 go on: weights and optimizer are exact, the order of the data" in output
     steps = [json.loads(line)["step"] for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4] and results["num_processes"] == 2
 

@@ -21,10 +21,10 @@ from modeling_can.evaluation.finetuning import FineTuning, finetune
 from modeling_can.evaluation.sets import Split
 
 
-COLOURS = {"red": (220, 60, 60), "green": (60, 220, 60), "blue": (60, 60, 220), "grey": (120, 120, 120)}
+COLORS = {"red": (220, 60, 60), "green": (60, 220, 60), "blue": (60, 60, 220), "gray": (120, 120, 120)}
 
 
-NAMES = list(COLOURS)
+NAMES = list(COLORS)
 
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16,
@@ -39,7 +39,7 @@ PRETRAINED = {
 }
 
 
-# Short, and with few augmentations: what is learnt here is the colour.
+# Short, and with few augmentations: what is learned here is the color.
 QUICK = FineTuning(
     num_epochs=8,
     batch_size=16,
@@ -53,21 +53,21 @@ QUICK = FineTuning(
 )
 
 
-def pictures(num_images: int, seed: int = 0, names=NAMES, channels: int = 3) -> Split:
-    """Noise around a colour, the label."""
+def labeled_images(num_images: int, seed: int = 0, names=NAMES, channels: int = 3) -> Split:
+    """Noise around a color, the label."""
     rng, encoded = np.random.default_rng(seed), []
     labels = np.arange(num_images) % len(names)
     for label in labels:
-        noisy = np.clip(rng.normal(COLOURS[names[label]], 60, (20, 24, 3)), 0, 255).astype(np.uint8)
+        noisy = np.clip(rng.normal(COLORS[names[label]], 60, (20, 24, 3)), 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(noisy if channels == 3 else noisy[:, :, 0]).save(file, "PNG")
         encoded.append({"bytes": file.getvalue(), "path": None})
     rows = datasets.Dataset.from_dict({"image": encoded}).cast_column("image", datasets.Image(decode=False))
-    return Split("colours", rows, labels)
+    return Split("colors", rows, labels)
 
 
 def tune(name: str, output_dir, recipe=QUICK, train=None, size=None, **options):
-    train = pictures(64) if train is None else train
+    train = labeled_images(64) if train is None else train
     return finetune(
         name, train, NAMES, load_preprocessor(name, size), Accelerator(cpu=True), output_dir, recipe, **options
     )

@@ -20,14 +20,14 @@ from modeling_can.evaluation.export import on_class_token_and_mean
 from modeling_can.evaluation.linear import LinearClassifier
 
 
-def exported(models, colours, out, name, **flags) -> tuple[dict, Path]:
+def exported(models, colors, out, name, **flags) -> tuple[dict, Path]:
     settings = {"export_classifier": out / "made", "baselines": "none", **flags}
-    return run_eval.main(options(models, colours, out, name, **settings)), out / "made"
+    return run_eval.main(options(models, colors, out, name, **settings)), out / "made"
 
 
 @pytest.mark.parametrize("name, pooling", [("can", "mean"), ("dinov2", "both")])
-def test_a_probe_becomes_a_classifier_that_plain_transformers_loads(models, colours, tmp_path, name, pooling):
-    results, folder = exported(models, colours, tmp_path, name, task="knn,linear_probe", pooling=pooling)
+def test_a_probe_becomes_a_classifier_that_plain_transformers_loads(models, colors, tmp_path, name, pooling):
+    results, folder = exported(models, colors, tmp_path, name, task="knn,linear_probe", pooling=pooling)
     figures = results["results"][name]
     assert figures["exported"]["accuracy"] == figures["linear_probe"]["accuracy"] > 0.9
     config = json.loads((folder / "config.json").read_text())
@@ -45,8 +45,8 @@ def test_a_probe_becomes_a_classifier_that_plain_transformers_loads(models, colo
     assert not re.search(r"None|nan|{{|\|\s*\|", card.text) and str(tmp_path) not in card.text.split("```bash")[0]
 
 
-def test_the_snippet_of_a_classifiers_card_runs(models, colours, tmp_path, monkeypatch):
-    _, folder = exported(models, colours, tmp_path, "classifier", task="linear_probe")
+def test_the_snippet_of_a_classifiers_card_runs(models, colors, tmp_path, monkeypatch):
+    _, folder = exported(models, colors, tmp_path, "classifier", task="linear_probe")
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     names = {}
@@ -55,9 +55,9 @@ def test_the_snippet_of_a_classifiers_card_runs(models, colours, tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["can", "classifier"])
-def test_a_fine_tuned_model_becomes_a_classifier(models, colours, tmp_path, name):
+def test_a_fine_tuned_model_becomes_a_classifier(models, colors, tmp_path, name):
     training = dict(finetune_num_epochs=1, finetune_batch_size=16, finetune_base_learning_rate=1e-2)
-    results, folder = exported(models, colours, tmp_path, name, task="finetune", **training)
+    results, folder = exported(models, colors, tmp_path, name, task="finetune", **training)
     figures = results["results"][name]
     assert figures["exported"]["accuracy"] == figures["finetune"]["accuracy"]
     assert figures["exported"]["head"] == "fine-tuned"
@@ -65,7 +65,7 @@ def test_a_fine_tuned_model_becomes_a_classifier(models, colours, tmp_path, name
     assert config["architectures"] == [("Dinov2" if name == "can" else "ViT") + "ForImageClassification"]
 
 
-def test_what_cannot_become_a_classifier_is_refused_before_anything_takes_time(models, colours, tmp_path):
+def test_what_cannot_become_a_classifier_is_refused_before_anything_takes_time(models, colors, tmp_path):
     oblong = save(tmp_path / "oblong", CANForPreTraining(tiny_config(image_size=(32, 48))))
     ViTImageProcessorPil(size={"height": 32, "width": 48}).save_pretrained(oblong)
     (tmp_path / "full").mkdir()
@@ -77,19 +77,19 @@ def test_what_cannot_become_a_classifier_is_refused_before_anything_takes_time(m
         ("can", {"task": "linear_probe", "export_classifier": tmp_path / "full"}, "full is not empty"),
     ):
         with pytest.raises(ValueError, match=message):
-            exported(models, colours, tmp_path, name, **flags)
+            exported(models, colors, tmp_path, name, **flags)
     with pytest.raises(ValueError, match="export_classifier takes one model"):
-        run_eval.main(options(models, colours, tmp_path, "can", "dinov2", export_classifier=tmp_path / "made"))
+        run_eval.main(options(models, colors, tmp_path, "can", "dinov2", export_classifier=tmp_path / "made"))
     assert not (tmp_path / "made").exists()
 
 
-def test_a_grey_encoder_becomes_a_classifier_of_colour_pictures(colours, tmp_path):
-    path = tmp_path / "grey"
+def test_a_gray_encoder_becomes_a_classifier_of_color_images(colors, tmp_path):
+    path = tmp_path / "gray"
     CANForPreTraining(tiny_config(image_size=32, num_channels=1)).save_pretrained(path)
-    grey = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
-    ViTImageProcessorPil(size={"height": 32, "width": 32}, **grey).save_pretrained(path)
-    results, folder = exported({"grey": str(path)}, colours, tmp_path, "grey", task="linear_probe")
-    figures = results["results"]["grey"]
+    gray = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, **gray).save_pretrained(path)
+    results, folder = exported({"gray": str(path)}, colors, tmp_path, "gray", task="linear_probe")
+    figures = results["results"]["gray"]
     assert (
         abs(figures["exported"]["accuracy"] - figures["linear_probe"]["accuracy"]) < 0.04
     )  # of 31 images at most one
@@ -113,18 +113,18 @@ def test_a_class_without_training_images_and_odd_names_do_no_harm(models, tmp_pa
     assert card.data.widget[0]["example_title"] == "r]ed"
 
 
-def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(models, colours, tmp_path):
+def test_what_is_fine_tuned_at_another_shape_is_refused_before_it_takes_time(models, colors, tmp_path):
     with pytest.raises(ValueError, match="makes a grid of 4 x 8"):
-        exported(models, colours, tmp_path, "can", task="finetune", image_size="32,64")
+        exported(models, colors, tmp_path, "can", task="finetune", image_size="32,64")
     with pytest.raises(ValueError, match="is or holds output_dir"):
-        exported(models, colours, tmp_path, "can", task="linear_probe", export_classifier=tmp_path)
+        exported(models, colors, tmp_path, "can", task="linear_probe", export_classifier=tmp_path)
 
 
-def test_the_classifiers_card_says_what_the_encoder_saw_and_what_others_reach(models, colours, tmp_path, capsys):
+def test_the_classifiers_card_says_what_the_encoder_saw_and_what_others_reach(models, colors, tmp_path, capsys):
     path = shutil.copytree(models["can"], tmp_path / "can")
-    (path / "recipe.yaml").write_text(json.dumps({"data_dir": colours}))
+    (path / "recipe.yaml").write_text(json.dumps({"data_dir": colors}))
     flags = {"task": "linear_probe", "baselines": "untrained,pixels"}
-    results, folder = exported({"can": str(path)}, colours, tmp_path, "can", **flags)
+    results, folder = exported({"can": str(path)}, colors, tmp_path, "can", **flags)
     assert "Note: can was pre-trained on test images too" in capsys.readouterr().out
     card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results[0].metric_args["test_images_seen_without_labels"]

@@ -21,7 +21,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from faulty_server import FaultyServer
-from testing_utils import ROOT, add_to_tar, picture
+from testing_utils import ROOT, add_to_tar, encoded_image
 from tqdm import tqdm
 
 from modeling_can import progress
@@ -44,7 +44,7 @@ def prepare(encoded: bytes) -> torch.Tensor:
 
 
 def encode(pixels: torch.Tensor) -> torch.Tensor:
-    """The colour, divided so that float16 holds it exactly."""
+    """The color, divided so that float16 holds it exactly."""
     return pixels[:, :, 0, 0] / 4
 
 
@@ -57,29 +57,29 @@ def places_of(rows_per_shard: int) -> dict[str, int]:
     return {f"{i // rows_per_shard}:{i % rows_per_shard}": i for i in range(NUM_IMAGES)}
 
 
-def write_parquet(path: Path, pictures: list[bytes], first: int = 0):
+def write_parquet(path: Path, images: list[bytes], first: int = 0):
     features = {"image": ImageFeature(), "label": ClassLabel(names=list("abcdefg")), "key": Value("int64")}
     features["box"] = datasets.List(Value("int64"))
-    index = range(first, first + len(pictures))
-    rows = {"image": [{"bytes": encoded, "path": None} for encoded in pictures]}
+    index = range(first, first + len(images))
+    rows = {"image": [{"bytes": encoded, "path": None} for encoded in images]}
     rows |= {"label": [i % 7 for i in index], "key": [i + 1000 for i in index], "box": [[i] for i in index]}
     Dataset.from_dict(rows, features=Features(features)).to_parquet(path)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """The same 90 pictures in five parquet shards, in one, in three tar shards, and in a folder."""
+    """The same 90 images in five parquet shards, in one, in three tar shards, and in a folder."""
     folder = tmp_path_factory.mktemp("places")
-    pictures = [picture(color=color, format="PNG") for color in COLORS]
+    images = [encoded_image(color=color, format="PNG") for color in COLORS]
     for shard, first in enumerate(range(0, NUM_IMAGES, PER_SHARD)):
-        write_parquet(folder / f"shard-{shard}.parquet", pictures[first : first + PER_SHARD], first)
-    write_parquet(folder / "one.parquet", pictures)
+        write_parquet(folder / f"shard-{shard}.parquet", images[first : first + PER_SHARD], first)
+    write_parquet(folder / "one.parquet", images)
     for shard in range(3):
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
             for i in range(shard * 30, shard * 30 + 30):
-                add_to_tar(archive, f"{i:03}.png", pictures[i])
+                add_to_tar(archive, f"{i:03}.png", images[i])
                 add_to_tar(archive, f"{i:03}.cls", str(i % 7).encode())
-    for i, encoded in enumerate(pictures):
+    for i, encoded in enumerate(images):
         path = folder / "images" / str(i % 7) / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded)
@@ -98,7 +98,7 @@ def load(folder: Path) -> Dataset:
     return datasets.load_dataset("parquet", data_files=files, cache_dir=cache, split="train")
 
 
-def ledger(folder: Path) -> list[dict]:
+def logged(folder: Path) -> list[dict]:
     path = folder / "bad_samples.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -132,9 +132,9 @@ def test_every_image_is_embedded_once_with_its_id_and_label(places, tmp_path, ki
     assert max(pq.read_metadata(path).num_rows for path in files) == (2 if kind == "folder" else 8)
     assert [result["done"] for result in results] == [False] * (num_processes - 1) + [True]
     assert results[-1]["num_images"] == sum(result["new_images"] for result in results) == NUM_IMAGES
-    assert results[-1]["files"] == len(files) and results[-1]["bad"] == {} and not ledger(tmp_path)
+    assert results[-1]["files"] == len(files) and results[-1]["bad"] == {} and not logged(tmp_path)
     assert min(result["new_images"] for result in results) >= NUM_IMAGES / num_processes - PER_SHARD
-    if kind == "one shard":  # it is shared by as many readers as there are
+    if kind == "one shard":  # it is shared by as many workers as there are
         assert len({path.name.split("-")[1] for path in files}) == num_processes * max(1, num_workers)
 
 
@@ -214,10 +214,10 @@ def prepare_slowly(encoded: bytes) -> torch.Tensor:
 @pytest.mark.parametrize("kind, rows_per_file", [("five shards", 100), ("five shards", 8), ("one shard", 8)])
 def test_killed_at_any_moment_nothing_is_lost_and_nothing_twice(tmp_path, kind, rows_per_file):
     bad = {5: b"text", 21: b"text", 22: b"", 60: b"", 89: b"text"}
-    pictures = [bad.get(i, picture(color=color, format="PNG")) for i, color in enumerate(COLORS)]
+    images = [bad.get(i, encoded_image(color=color, format="PNG")) for i, color in enumerate(COLORS)]
     rows_per_shard = PER_SHARD if kind == "five shards" else NUM_IMAGES
     for first in range(0, NUM_IMAGES, rows_per_shard):
-        write_parquet(tmp_path / f"{first:02}.parquet", pictures[first : first + rows_per_shard], first)
+        write_parquet(tmp_path / f"{first:02}.parquet", images[first : first + rows_per_shard], first)
     source, folder = ImageSource(data_files=f"{tmp_path}/*.parquet", extra_columns=("label",)), tmp_path / "out"
     options = {"rows_per_file": rows_per_file, "batch_size": 4, "label_column": "label", "max_bad_fraction": 0.5}
     chance, num_kills, stages = random.Random(0), 0, set()
@@ -249,7 +249,7 @@ def test_killed_at_any_moment_nothing_is_lost_and_nothing_twice(tmp_path, kind, 
     ids = places_of(rows_per_shard)
     good = {name: i for name, i in ids.items() if i not in bad}
     assert read(folder) == embeddings(good, labels=True)
-    assert sorted(ids[record["row"]] for record in ledger(folder)) == sorted(bad)
+    assert sorted(ids[record["row"]] for record in logged(folder)) == sorted(bad)
     result = embed(source, prepare_slowly, encode, folder, FACTS, **options | {"num_processes": 1})
     assert result["done"] and result["new_images"] == 0 and not list(folder.glob("part-*.partial"))
     assert result["num_images"] == len(good) and result["bad"] == {"not_an_image": 3, "empty": 2}
@@ -315,7 +315,7 @@ def test_a_worker_whose_process_was_killed_before_it_began_ends():
     assert worker.exitcode == 1
 
 
-def test_no_file_passes_over_a_row_that_is_not_in_the_ledger_yet(with_bad, monkeypatch):
+def test_no_file_skips_a_row_that_is_not_in_the_log_yet(with_bad, monkeypatch):
     source, folder = with_bad
 
     def killed(*_):
@@ -327,12 +327,12 @@ def test_no_file_passes_over_a_row_that_is_not_in_the_ledger_yet(with_bad, monke
             embed(source, prepare, encode, folder, FACTS, max_bad_fraction=1)
     assert len(read(folder)) == 10  # the shard before
     embed(source, prepare, encode, folder, FACTS, max_bad_fraction=1)
-    assert len(read(folder)) == 89 and len(ledger(folder)) == 11
+    assert len(read(folder)) == 89 and len(logged(folder)) == 11
 
 
 def test_what_a_kill_left_half_written_does_no_harm(tmp_path):
-    pictures = [b"text", *(picture(color=color, format="PNG") for color in COLORS[1:20])]
-    write_parquet(tmp_path / "rows.parquet", pictures)
+    images = [b"text", *(encoded_image(color=color, format="PNG") for color in COLORS[1:20])]
+    write_parquet(tmp_path / "rows.parquet", images)
     source, folder = ImageSource(data_files=f"{tmp_path}/rows.parquet"), tmp_path / "out"
     embed_until_killed(source, folder, 6, max_bad_fraction=0.5)
     line = (folder / "bad_samples.jsonl").read_text()
@@ -364,7 +364,7 @@ def test_every_row_comes_once_through_a_faulty_connection(places, tmp_path, impa
         source = ImageSource(data_files=[f"{server.url}/shard-{shard}.parquet" for shard in range(5)])
         server.faults, server.gone = ["drop", "503", None, "stall", "drop"], {"shard-3.parquet"}
         source.num_images = lambda: None  # would be the first to ask for the one that is gone
-        with pytest.raises(OSError, match=r"shard-3\.parquet.*no image was passed over"):
+        with pytest.raises(OSError, match=r"shard-3\.parquet.*no image was skipped"):
             embed(source, prepare, encode, tmp_path, FACTS, batch_size=7)
         assert len(server.befallen) == 4 and len(read(tmp_path)) == 54
         server.faults, server.gone = [None, "drop", "503"], set()
@@ -378,23 +378,23 @@ def test_every_row_comes_once_through_a_faulty_connection(places, tmp_path, impa
 
 @pytest.fixture()
 def with_bad(tmp_path):
-    """Ten shards of ten pictures, of which the second has none that is good, and the last one that is bad."""
-    pictures = [picture(color=(i, 2, 3), format="PNG") for i in range(100)]
-    pictures[10:20], pictures[95] = [b"text"] * 10, pictures[95][:50]
+    """Ten shards of ten images, of which the second has none that is good, and the last one that is bad."""
+    images = [encoded_image(color=(i, 2, 3), format="PNG") for i in range(100)]
+    images[10:20], images[95] = [b"text"] * 10, images[95][:50]
     for shard in range(10):
-        write_parquet(tmp_path / f"{shard}.parquet", pictures[shard * 10 : shard * 10 + 10], shard * 10)
+        write_parquet(tmp_path / f"{shard}.parquet", images[shard * 10 : shard * 10 + 10], shard * 10)
     return ImageSource(data_files=f"{tmp_path}/*.parquet", extra_columns=("key",)), tmp_path / "out"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_images_are_passed_over_and_in_the_ledger(with_bad, num_workers):
+def test_bad_images_are_skipped_and_in_the_log(with_bad, num_workers):
     source, folder = with_bad
     options = {"num_workers": num_workers, "id_column": "key", "max_bad_fraction": 0.2}
     result = embed(source, prepare, encode, folder, FACTS, **options)
     assert result["bad"] == {"not_an_image": 10, "damaged": 1} and result["num_images"] == 89
     assert {int(name) - 1000 for name in read(folder)} == {i for i in range(100) if not 10 <= i < 20 and i != 95}
-    records = {record["row"]: record for record in ledger(folder)}
-    assert len(ledger(folder)) == 11 and records.keys() == {"9:5", *(f"1:{i}" for i in range(10))}
+    records = {record["row"]: record for record in logged(folder)}
+    assert len(logged(folder)) == 11 and records.keys() == {"9:5", *(f"1:{i}" for i in range(10))}
     damaged = records["9:5"]
     assert damaged["reason"] == "damaged" and damaged["id"] == "1095" and damaged["detail"]
     assert damaged["path"] is None and len(damaged["sha256"]) == 64 and damaged["source"] == source.name
@@ -409,7 +409,7 @@ def test_a_unit_without_a_good_image_has_an_empty_file(with_bad, tmp_path):
     assert embed(source, prepare, encode, folder, FACTS, **options)["done"]
     rows = load(folder)
     assert rows.features == {"id": Value("string"), "embedding": datasets.List(Value("float32"), length=3)}
-    assert rows["id"][:] == [f"1:{i}" for i in range(10)] and len(ledger(folder)) == 10
+    assert rows["id"][:] == [f"1:{i}" for i in range(10)] and len(logged(folder)) == 10
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -420,17 +420,17 @@ def test_too_many_bad_images_stop_the_run(with_bad, num_workers):
             ValueError, match=r"11 of 100 images .* more than max_bad_fraction=0.1; .*bad_samples.jsonl"
         ):
             embed(source, prepare, encode, folder, FACTS, max_bad_fraction=0.1, num_workers=num_workers)
-        assert len(ledger(folder)) == 11
+        assert len(logged(folder)) == 11
     result = embed(source, prepare, encode, folder, FACTS, max_bad_fraction=0.11)
     assert result["done"] and result["new_images"] == 0 and result["num_images"] == 89
 
 
 def test_too_many_bad_images_stop_the_run_after_a_thousand(tmp_path):
-    write_parquet(tmp_path / "rows.parquet", [picture(format="PNG"), *[b"text"] * 1500])
+    write_parquet(tmp_path / "rows.parquet", [encoded_image(format="PNG"), *[b"text"] * 1500])
     source, folder = ImageSource(data_files=f"{tmp_path}/rows.parquet"), tmp_path / "out"
     with pytest.raises(ValueError, match=r"1024 of 1025 images .* The last: .*0:1024.*no image in"):
         embed(source, prepare, encode, folder, FACTS, batch_size=128)
-    assert len(ledger(folder)) == 1024
+    assert len(logged(folder)) == 1024
 
 
 def test_the_images_before_a_kill_count_in_the_share_of_bad_ones(with_bad):
@@ -441,9 +441,9 @@ def test_the_images_before_a_kill_count_in_the_share_of_bad_ones(with_bad):
         embed(source, prepare, encode, folder, FACTS, max_bad_fraction=0.1)
 
 
-def test_a_row_that_the_ledger_has_stays_bad(places, tmp_path):
+def test_a_row_that_the_log_has_stays_bad(places, tmp_path):
     def prepare_then(encoded):
-        if encoded == picture(color=COLORS[3], format="PNG"):
+        if encoded == encoded_image(color=COLORS[3], format="PNG"):
             raise BadImage("missing", "a server refuses, and later no more")
         return prepare(encoded)
 
@@ -451,7 +451,7 @@ def test_a_row_that_the_ledger_has_stays_bad(places, tmp_path):
     options = {"rows_per_file": 6, "max_bad_fraction": 0.5}
     embed_until_killed(source, tmp_path, 6, prepare_then, **options)
     result = embed(source, prepare, encode, tmp_path, FACTS, batch_size=6, **options)
-    assert [record["row"] for record in ledger(tmp_path)] == ["0:3"] and result["bad"] == {"missing": 1}
+    assert [record["row"] for record in logged(tmp_path)] == ["0:3"] and result["bad"] == {"missing": 1}
     assert read(tmp_path) == embeddings({name: i for name, i in places_of(NUM_IMAGES).items() if i != 3})
 
 
@@ -461,7 +461,7 @@ def test_a_row_that_the_ledger_has_stays_bad(places, tmp_path):
 def test_a_folder_that_was_begun_otherwise_is_refused(places, tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(3):
-        (tmp_path / "images" / f"{i}.png").write_bytes(picture(color=COLORS[i], format="PNG"))
+        (tmp_path / "images" / f"{i}.png").write_bytes(encoded_image(color=COLORS[i], format="PNG"))
 
     def go_on(facts=FACTS, place=tmp_path / "images", **options):
         return embed(ImageSource(data_dir=str(place)), prepare, encode, tmp_path / "out", facts, **options)
@@ -531,7 +531,7 @@ def test_what_cannot_be_kept_is_refused(places, tmp_path, extra, options, messag
 
 
 def test_a_row_without_an_id_is_refused(tmp_path):
-    rows = {"image": [{"bytes": picture(), "path": None}] * 2, "key": ["a", None]}
+    rows = {"image": [{"bytes": encoded_image(), "path": None}] * 2, "key": ["a", None]}
     Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "key": Value("string")})).to_parquet(
         tmp_path / "rows.parquet"
     )
@@ -549,10 +549,10 @@ def test_extra_columns_that_are_not_there_are_refused_by_name(places):
 
 @pytest.mark.parametrize("bad", [0, 3])
 def test_a_bad_row_of_an_earlier_run_stays_bad_wherever_it_is(tmp_path, bad):
-    write_parquet(tmp_path / "one.parquet", [picture(color=color, format="PNG") for color in COLORS])
+    write_parquet(tmp_path / "one.parquet", [encoded_image(color=color, format="PNG") for color in COLORS])
 
     def prepare_then(encoded):
-        if encoded == picture(color=COLORS[bad], format="PNG"):
+        if encoded == encoded_image(color=COLORS[bad], format="PNG"):
             raise BadImage("missing", "a server refuses, and later no more")
         return prepare(encoded)
 
@@ -560,4 +560,4 @@ def test_a_bad_row_of_an_earlier_run_stays_bad_wherever_it_is(tmp_path, bad):
     options = {"rows_per_file": 6, "max_bad_fraction": 0.5}
     embed_until_killed(source, tmp_path, 6, prepare_then, **options)
     result = embed(source, prepare, encode, tmp_path, FACTS, batch_size=6, **options)
-    assert [record["row"] for record in ledger(tmp_path)] == [f"0:{bad}"] and result["bad"] == {"missing": 1}
+    assert [record["row"] for record in logged(tmp_path)] == [f"0:{bad}"] and result["bad"] == {"missing": 1}

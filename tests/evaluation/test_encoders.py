@@ -1,4 +1,4 @@
-"""Every kind of vision encoder: loaded, pooled, normalised as its processor does; and refused in words."""
+"""Every kind of vision encoder: loaded, pooled, normalized as its processor does; and refused in words."""
 
 import io
 import json
@@ -183,11 +183,11 @@ def test_two_steps_are_the_processor(changes):
     two = Preprocessor(whole)
     assert two.in_two_steps and two.num_channels == len(whole.image_mean)
     for seed, size in enumerate([(40, 60), (33, 32), (100, 50)]):
-        picture = np.random.default_rng(seed).integers(0, 256, (*size, two.num_channels), dtype=np.uint8)
-        prepared = two(picture)
+        image = np.random.default_rng(seed).integers(0, 256, (*size, two.num_channels), dtype=np.uint8)
+        prepared = two(image)
         assert prepared.dtype == torch.uint8
-        expected = whole([picture], return_tensors="pt").pixel_values
-        torch.testing.assert_close(two.normalise(prepared[None]), expected, atol=1e-6, rtol=1e-6)
+        expected = whole([image], return_tensors="pt").pixel_values
+        torch.testing.assert_close(two.normalize(prepared[None]), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_another_kind_of_processor_is_applied_as_a_whole():
@@ -198,12 +198,12 @@ def test_another_kind_of_processor_is_applied_as_a_whole():
             return batch
 
     odd = Odd(size={"height": 32, "width": 32})
-    whole, picture = Preprocessor(odd), np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    expected = odd([picture], return_tensors="pt").pixel_values
-    assert not whole.in_two_steps and torch.equal(whole.normalise(whole(picture)[None]), expected)
+    whole, image = Preprocessor(odd), np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    expected = odd([image], return_tensors="pt").pixel_values
+    assert not whole.in_two_steps and torch.equal(whole.normalize(whole(image)[None]), expected)
     buffer = io.BytesIO()
     Image.new("RGB", (40, 40), (250, 120, 10)).save(buffer, "PNG")
-    shown = whole.shown(buffer.getvalue())  # not what the model gets, which is normalised
+    shown = whole.shown(buffer.getvalue())  # not what the model gets, which is normalized
     assert shown.dtype == torch.uint8 and shown.shape == (3, 32, 32)
     assert shown.flatten(1).float().mean(1).tolist() == [250, 120, 10]
 
@@ -222,7 +222,7 @@ def test_a_processor_without_crop_gets_a_size_that_it_knows(tmp_path):
     shortest = ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.875)
     assert load_encoder(folder, image_size=(64, 48)).preprocessor.image_size == (64, 48)
     assert Preprocessor(shortest, (32, 32)).image_size == (32, 32)
-    with pytest.raises(ValueError, match=r"image_size=\(32, 48\): the ConvNext.* cannot make pictures of that size"):
+    with pytest.raises(ValueError, match=r"image_size=\(32, 48\): the ConvNext.* cannot make images of that size"):
         Preprocessor(shortest, (32, 48))
 
 
@@ -255,8 +255,8 @@ def test_a_size_that_the_model_refuses_names_the_one_it_takes(tmp_path):
     assert load_encoder(folder, image_size=(32, 48)).options == {}
 
 
-def test_pictures_of_different_sizes_are_refused():
-    with pytest.raises(ValueError, match="makes pictures of different sizes.*--image_size HEIGHT,WIDTH"):
+def test_images_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match="makes images of different sizes.*--image_size HEIGHT,WIDTH"):
         Preprocessor(processor(size={"shortest_edge": 32}))
 
 
@@ -268,7 +268,7 @@ def test_models_that_do_not_tell_their_patches_are_refused(tmp_path):
         load_encoder(saved(tmp_path, model))
 
 
-def test_greyscale_pictures_for_a_colour_model_are_refused(tmp_path):
+def test_grayscale_images_for_a_color_model_are_refused(tmp_path):
     folder = saved(tmp_path, build("ViTModel"), image_mean=[0.5], image_std=[0.5])
     with pytest.raises(ValueError, match="refuses the 1 x 32 x 32 pixels"):
         load_encoder(folder)

@@ -13,14 +13,14 @@ from datasets import Dataset, Features, Image
 from testing_utils import encoded, write_split
 
 from modeling_can.data.decoding import decode
-from modeling_can.evaluation.features import Extractor, Pictures, Processes, cached
-from modeling_can.evaluation.sets import Split, load_labelled
+from modeling_can.evaluation.features import Extractor, Images, Processes, cached
+from modeling_can.evaluation.sets import Split, load_labeled
 
 
 def split_of(num: int) -> Split:
-    pictures = Dataset.from_dict({"image": [{"bytes": bytes([i]), "path": None} for i in range(num)]},
+    images = Dataset.from_dict({"image": [{"bytes": bytes([i]), "path": None} for i in range(num)]},
                                  features=Features({"image": Image(decode=False)}))  # fmt: skip
-    return Split("a set", pictures, np.arange(num))
+    return Split("a set", images, np.arange(num))
 
 
 def first_byte(encoded: bytes, index: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def squared(batch: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batch_size, num_workers", [(1, 0), (7, 2), (30, 0), (64, 1)])
 def test_every_image_comes_once_in_order_whatever_the_batch_size(batch_size, num_workers):
     state = torch.get_rng_state()
-    features = Extractor(batch_size, num_workers)(squared, Pictures(split_of(30), first_byte))
+    features = Extractor(batch_size, num_workers)(squared, Images(split_of(30), first_byte))
     assert torch.equal(torch.get_rng_state(), state)  # a probe changes nothing of the training around it
     np.testing.assert_array_equal(features["square"], np.stack([np.arange(30.0) ** 2] * 2, axis=1))
     assert features["square"].dtype == np.float32
@@ -43,7 +43,7 @@ def test_every_image_comes_once_in_order_whatever_the_batch_size(batch_size, num
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_take_turns_and_extract_what_one_does(count):
     """As threads here; as processes in tests/evaluation/test_command.py. Five batches: the last round is not full."""
-    alone, barrier, slots = Extractor(5)(squared, Pictures(split_of(23), first_byte)), Barrier(count), [None] * count
+    alone, barrier, slots = Extractor(5)(squared, Images(split_of(23), first_byte)), Barrier(count), [None] * count
 
     def share(index):
         def gather(objects):
@@ -53,7 +53,7 @@ def test_several_take_turns_and_extract_what_one_does(count):
             barrier.wait(timeout=30)
             return joined
 
-        return Extractor(5, processes=Processes(index, count, gather))(squared, Pictures(split_of(23), first_byte))
+        return Extractor(5, processes=Processes(index, count, gather))(squared, Images(split_of(23), first_byte))
 
     with ThreadPoolExecutor(count) as threads:
         first, *others = threads.map(share, range(count))
@@ -99,7 +99,7 @@ def test_a_bad_image_is_named_and_not_left_out(tmp_path):
     rows = {"image": [encoded((i, 0, 0)) for i in range(5)] + [b"no image"], "label": [0, 1] * 3}
     write_split(tmp_path, "train", rows)
     write_split(tmp_path, "test", rows)
-    data = load_labelled(str(tmp_path))
-    pictures = Pictures(data.test, lambda encoded, index: torch.from_numpy(decode(encoded)))
+    data = load_labeled(str(tmp_path))
+    images = Images(data.test, lambda encoded, index: torch.from_numpy(decode(encoded)))
     with pytest.raises(ValueError, match="test: the image of row 5 is not_an_image .*leaves no image out"):
-        Extractor()(lambda batch: {"x": batch.float()}, pictures)
+        Extractor()(lambda batch: {"x": batch.float()}, images)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from colored_images import NAMES, QUICK, SMALL, pictures, tune
+from colored_images import NAMES, QUICK, SMALL, labeled_images, tune
 from PIL import Image
 from testing_utils import free_port, run_processes
 from torch import nn
@@ -89,7 +89,7 @@ def test_layer_decay_needs_numbered_layers():
 @pytest.mark.parametrize(("kind", "size"), [("CAN", (16, 24)), ("ViT", (24, 16)), ("DINOv2", None), ("ViT-MAE", None)])
 def test_fine_tuning_learns_and_leaves_a_model_that_others_load(pretrained, tmp_path, kind, size):
     """At the encoder's own size, and at another one."""
-    name, folder, test = pretrained(kind), tmp_path / "tuned", pictures(40, seed=1)
+    name, folder, test = pretrained(kind), tmp_path / "tuned", labeled_images(40, seed=1)
     preprocessor = load_preprocessor(name, size)
     torch.manual_seed(0)
     before = classifier.new_classifier(name, NAMES, preprocessor.image_size)
@@ -145,7 +145,7 @@ def test_every_layer_moves_at_its_own_rate(pretrained, tmp_path):
 
 def test_a_run_is_what_a_plain_loop_makes_of_it(pretrained, tmp_path):
     """Every step on all images, so that only the crops differ; nothing is shared with the trainer but the crops."""
-    name, train = pretrained("CAN"), pictures(32)
+    name, train = pretrained("CAN"), labeled_images(32)
     preprocessor = load_preprocessor(name)
     recipe = FineTuning(num_epochs=4, batch_size=32, base_learning_rate=0.08, layer_decay=1, weight_decay=0.3,
                         warmup_ratio=0.25, label_smoothing=0.2, drop_path_rate=0.0, mixup_alpha=0, cutmix_alpha=0,
@@ -162,7 +162,7 @@ def test_a_run_is_what_a_plain_loop_makes_of_it(pretrained, tmp_path):
     losses = []
     for step, rate in enumerate([0.005, 0.01, 0.0075, 0.0025]):  # 0.08 * 32 / 256, warmed up and down again
         pixels = torch.cat([view(train.read(row), epoch=step) for row in range(32)])
-        loss = -(target * plain(preprocessor.normalise(pixels)).logits.log_softmax(1)).sum(1).mean()
+        loss = -(target * plain(preprocessor.normalize(pixels)).logits.log_softmax(1)).sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -186,16 +186,16 @@ def test_another_size_leaves_the_function_as_it_was(pretrained):
         torch.testing.assert_close(resized(pixels).logits, expected)
 
 
-def test_the_whole_recipe_runs_also_on_grey_pictures(tmp_path, caplog):
-    name = str(tmp_path / "grey")
+def test_the_whole_recipe_runs_also_on_gray_images(tmp_path, caplog):
+    name = str(tmp_path / "gray")
     CANForPreTraining(CANConfig(**SMALL, num_channels=1)).save_pretrained(name)
     ViTImageProcessor(
         size={"height": 16, "width": 16}, image_mean=[0.5], image_std=[0.5], do_convert_rgb=False
     ).save_pretrained(name)
-    train, recipe = pictures(24, channels=1), FineTuning(num_epochs=2, batch_size=1024)
+    train, recipe = labeled_images(24, channels=1), FineTuning(num_epochs=2, batch_size=1024)
     with caplog.at_level(logging.WARNING):
         first = tune(name, tmp_path / "one", recipe, train)
-    assert "RandAugment leaves out colour" in caplog.text
+    assert "RandAugment leaves out color" in caplog.text
     assert "a step takes 24 images: there are no more than 24 to train on" in caplog.text
     second = tune(name, tmp_path / "two", recipe, train)
     other = tune(name, tmp_path / "three", recipe, train, seed=1)
@@ -212,7 +212,7 @@ def test_fine_tuning_leaves_random_numbers_alone(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_the_picture_half_of_a_pair_is_fine_tuned(tmp_path, rank):
+def test_the_image_half_of_a_pair_is_fine_tuned(tmp_path, rank):
     torch.manual_seed(0)
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = SiglipConfig(text_config={**text, "vocab_size": 9}, vision_config=SMALL)
@@ -267,7 +267,7 @@ def test_lora_trains_adapters_and_head_and_is_merged(pretrained, tmp_path, monke
     assert sorted(path.suffix for path in (folder / "adapter").iterdir()) == [".json", ".safetensors"]
     adapted = PeftModel.from_pretrained(fresh, folder / "adapter").eval()
     torch.testing.assert_close(adapted(pixel_values=kept["pixels"]).logits, logits, rtol=1e-4, atol=1e-5)
-    test = pictures(40, seed=1)
+    test = labeled_images(40, seed=1)
     assert (class_predictions(model, load_preprocessor(str(folder)), test) == test.labels).mean() > 0.9
 
 
@@ -290,7 +290,7 @@ def both_tasks(rank, world_size, name, folder, port=None):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": port}  # fmt: skip
         os.environ.update({key: str(value) for key, value in place.items()})
-    accelerator, train = Accelerator(cpu=True), pictures(70)
+    accelerator, train = Accelerator(cpu=True), labeled_images(70)
     assert accelerator.num_processes == world_size
     answers, seeds, clean = {}, [], finetuning.mix
     finetuning.mix = lambda **options: seeds.append(torch.initial_seed()) or clean(**options)
@@ -309,7 +309,7 @@ def both_tasks(rank, world_size, name, folder, port=None):
     )  # fmt: skip
     weights = {key: value.detach().numpy() for key, value in probe.heads.state_dict().items()}
     processes = Processes(rank, world_size, gather_object)
-    predictions = probe.predict(pictures(30, seed=1), Extractor(batch_size=8, processes=processes))
+    predictions = probe.predict(labeled_images(30, seed=1), Extractor(batch_size=8, processes=processes))
     answers["probe"] = probe.table[probe.chosen]["held_out_accuracy"], weights
     assert (predictions is None) == (rank > 0)
     answers["predictions"] = predictions
@@ -374,7 +374,7 @@ def test_fine_tuning_refuses_what_cannot_be(pretrained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="batch_size=15 is not a multiple of 2 .*processes x .*in pairs.*; use 16"):
         tune(name, tmp_path / "tuned", FineTuning(batch_size=15))
     with pytest.raises(ValueError, match="1 images to train on are fewer than a step needs, 2"):
-        tune(name, tmp_path / "tuned", QUICK, train=pictures(1))
+        tune(name, tmp_path / "tuned", QUICK, train=labeled_images(1))
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "config.json").touch()
     with pytest.raises(ValueError, match="there is not empty; give a new folder"):
@@ -388,8 +388,10 @@ def test_fine_tuning_refuses_what_cannot_be(pretrained, tmp_path, monkeypatch):
 def test_a_processor_of_another_kind_is_refused(pretrained, tmp_path):
     preprocessor = load_preprocessor(pretrained("CAN"))
     preprocessor.in_two_steps = False
-    with pytest.raises(ValueError, match="does more than resize, crop, rescale and normalise"):
-        finetune(pretrained("CAN"), pictures(8), NAMES, preprocessor, Accelerator(cpu=True), tmp_path / "x", QUICK)
+    with pytest.raises(ValueError, match="does more than resize, crop, rescale and normalize"):
+        finetune(
+            pretrained("CAN"), labeled_images(8), NAMES, preprocessor, Accelerator(cpu=True), tmp_path / "x", QUICK
+        )
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(pretrained, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from colored_images import pictures
+from colored_images import labeled_images
 from torch import nn
 
 from modeling_can.evaluation import linear_sgd
@@ -45,7 +45,7 @@ def test_heads_in_one_pass_are_those_trained_one_at_a_time():
 
 @pytest.fixture(scope="module")
 def probe(pretrained):
-    encoder, train = load_encoder(pretrained("ViT")), pictures(80)
+    encoder, train = load_encoder(pretrained("ViT")), labeled_images(80)
     before = encoder.digest()
     probe = linear_probe_sgd(encoder, train, 4, num_epochs=3, batch_size=16)
     assert encoder.digest() == before
@@ -58,7 +58,7 @@ def test_the_probe_learns_with_heads_for_every_layer_pooling_and_rate(probe):
     assert len(probe.table) == 6 * len(linear_sgd.BASE_LEARNING_RATES)
     held_out = [row["held_out_accuracy"] for row in probe.table]
     assert held_out[probe.chosen] == max(held_out) > min(held_out)
-    test = pictures(40, seed=1)
+    test = labeled_images(40, seed=1)
     assert (probe.predict(test) == test.labels).mean() > 0.8
 
 
@@ -66,7 +66,13 @@ def test_the_heads_are_trained_as_they_say(pretrained, monkeypatch):
     rates, seen, step = (0.1, 1e-9), [], linear_sgd.train_step
     monkeypatch.setattr(linear_sgd, "train_step", lambda **options: seen.append(options) or step(**options))
     probe = linear_probe_sgd(
-        load_encoder(pretrained("CAN")), pictures(40), 4, 3, batch_size=16, base_learning_rates=rates, layers=(1,)
+        load_encoder(pretrained("CAN")),
+        labeled_images(40),
+        4,
+        3,
+        batch_size=16,
+        base_learning_rates=rates,
+        layers=(1,),
     )
     defaults = seen[0]["optimizer"].defaults
     assert (defaults["momentum"], defaults["weight_decay"], defaults["nesterov"]) == (0.9, 0, False)
@@ -88,7 +94,7 @@ def test_representations_are_those_of_the_encoder(probe):
 
 def test_the_test_set_has_no_say_in_the_choice(probe):
     """Labels planted so that another head is right on all test images: it is not the one that answers."""
-    test = pictures(40, seed=2)
+    test = labeled_images(40, seed=2)
     everything = linear_sgd.head_predictions(probe.heads, probe.represent, test)
     worst = min(range(len(probe.table)), key=lambda head: probe.table[head]["held_out_accuracy"])
     test.labels = everything[:, worst]
@@ -99,8 +105,8 @@ def test_the_test_set_has_no_say_in_the_choice(probe):
 
 
 def test_the_probe_is_chosen_on_images_that_it_was_not_trained_on(pretrained, monkeypatch):
-    """Labels without any meaning can be learnt by heart, and held-out ones cannot be guessed."""
-    train = pictures(120)
+    """Labels without any meaning can be learned by heart, and held-out ones cannot be guessed."""
+    train = labeled_images(120)
     train.labels = np.random.default_rng(0).permutation(train.labels)
     seen, make = [], linear_sgd.crop_loader
     monkeypatch.setattr(
@@ -116,4 +122,4 @@ def test_the_probe_is_chosen_on_images_that_it_was_not_trained_on(pretrained, mo
 
 def test_the_probe_refuses_sets_of_which_nothing_can_be_held_out(pretrained):
     with pytest.raises(ValueError, match="no class has the 6 images"):
-        linear_probe_sgd(load_encoder(pretrained("CAN")), pictures(20), 4)
+        linear_probe_sgd(load_encoder(pretrained("CAN")), labeled_images(20), 4)

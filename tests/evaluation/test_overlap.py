@@ -21,7 +21,7 @@ from modeling_can.evaluation.settings import parse
     ({"dataset_name": "SET", "dataset_split": "train"}, {"test_size": 0.3}, True),
     ({"dataset_name": "SET", "dataset_split": "test"}, {}, True),
     ({"dataset_name": "SET", "dataset_split": "train+test"}, {}, True),
-    ({"dataset_name": "SET", "dataset_split": "unlabelled"}, {}, None),
+    ({"dataset_name": "SET", "dataset_split": "unlabeled"}, {}, None),
     ({"dataset_name": "SET", "dataset_split": "train"}, {"test_split": "train[80%:]"}, True),
     ({"dataset_name": "SET", "dataset_split": "train[:80%]"}, {"test_split": "train[80%:]"}, False),
     ({"dataset_name": "SET", "dataset_split": "train[:74]"}, {"test_split": "train[80%:]"}, True),  # of 90
@@ -38,14 +38,14 @@ from modeling_can.evaluation.settings import parse
     ({"data_files": "SET/*.parquet"}, {}, None),
     ({"data_files": "elsewhere/*.parquet"}, {}, False),
 ])  # fmt: skip
-def test_test_images_that_pretraining_saw_are_mentioned(models, colours, tmp_path, source, flags, is_seen):
+def test_test_images_that_pretraining_saw_are_mentioned(models, colors, tmp_path, source, flags, is_seen):
     path = shutil.copytree(models["can"], tmp_path / "can")
-    colours = str(shutil.copytree(colours, tmp_path / "colours"))
-    recipe = {key: value.replace("SET", colours) for key, value in source.items()}
+    colors = str(shutil.copytree(colors, tmp_path / "colors"))
+    recipe = {key: value.replace("SET", colors) for key, value in source.items()}
     if "data_dir" in recipe or "dataset_name" in recipe:
         Path(recipe.get("data_dir") or recipe["dataset_name"]).mkdir(parents=True, exist_ok=True)
     (path / "recipe.yaml").write_text(json.dumps(recipe))  # which is YAML too
-    settings = parse(options({"can": str(path)}, colours, tmp_path, "can", **flags))[0]
+    settings = parse(options({"can": str(path)}, colors, tmp_path, "can", **flags))[0]
     assert seen_in_pretraining(str(path), settings) is is_seen
 
 

@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from modeling_can.evaluation import few_shot
 from modeling_can.evaluation.few_shot import draw_shots, few_shot_predictions
-from modeling_can.evaluation.knn import NEIGHBOURS, knn_predictions
+from modeling_can.evaluation.knn import NEIGHBORS, knn_predictions
 from modeling_can.evaluation.linear import INVERSE_PENALTIES, linear_probe, mean_and_std
 from modeling_can.evaluation.scores import bootstrap_interval
 from modeling_can.evaluation.sets import hold_out
@@ -25,10 +25,10 @@ from modeling_can.metrics import Accuracy
 def test_knn_predicts_what_scikit_learn_does_with_the_same_weights():
     (train, labels), (test, _) = blobs(400), blobs(1100, seed=1)  # more than one part of 512
     predictions = knn_predictions(train, labels, test, 3)
-    for k in NEIGHBOURS:
+    for k in NEIGHBORS:
         theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
         np.testing.assert_array_equal(predictions[k], theirs.fit(train, labels).predict(test))
-    assert any((predictions[1] != predictions[k]).any() for k in NEIGHBOURS[1:])  # the data can tell them apart
+    assert any((predictions[1] != predictions[k]).any() for k in NEIGHBORS[1:])  # the data can tell them apart
 
 
 def test_knn_takes_all_where_there_are_fewer_than_k():
@@ -59,7 +59,7 @@ def test_the_probe_of_the_gpu_and_that_of_the_cpu_agree(num_classes, monkeypatch
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_the_probe_is_the_regularised_optimum_on_standardised_features(num_classes):
+def test_the_probe_is_the_regularized_optimum_on_standardized_features(num_classes):
     train, labels = blobs(600, num_classes)
     probe = linear_probe(train, labels, num_classes)
     scaled = (train - train.mean(0)) / train.std(0)
@@ -179,15 +179,15 @@ def test_mean_and_deviation_are_those_of_all_parts_together():
 
 
 def blobs(num: int, num_classes: int = 3, width: int = 16, seed: int = 0, spread: float = 1.5):
-    """Features of overlapping classes, neither centred nor of one scale, and their labels."""
+    """Features of overlapping classes, neither centered nor of one scale, and their labels."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(num_classes, width))
+    centers = np.random.default_rng(99).normal(size=(num_classes, width))
     labels = rng.integers(num_classes, size=num)
-    features = (centres[labels] + spread * rng.normal(size=(num, width))) * np.linspace(0.1, 5, width) + 3
+    features = (centers[labels] + spread * rng.normal(size=(num, width))) * np.linspace(0.1, 5, width) + 3
     return features.astype(np.float32), labels
 
 
-def test_few_shots_are_standardised_by_all_training_images():
+def test_few_shots_are_standardized_by_all_training_images():
     (train, labels), (test, _) = blobs(300), blobs(200, seed=1)
     for draw, predictions in enumerate(few_shot_predictions(train, labels, test, 3, "2", num_draws=3)):
         chosen = draw_shots(labels, "2", np.random.default_rng((0, draw)))

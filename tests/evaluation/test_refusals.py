@@ -40,15 +40,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flag", REFUSED)
-def test_what_the_user_can_mend_is_said_with_the_fix(models, colours, tmp_path, flag):
+def test_what_the_user_can_fix_is_said_with_the_fix(models, colors, tmp_path, flag):
     with pytest.raises(ValueError, match=REFUSED[flag]):
-        run_eval.main([*options(models, colours, tmp_path, "can"), flag])
+        run_eval.main([*options(models, colors, tmp_path, "can"), flag])
 
 
-def test_more_shots_than_images_are_refused_before_anything_takes_time(models, colours, tmp_path, monkeypatch):
+def test_more_shots_than_images_are_refused_before_anything_takes_time(models, colors, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "make_entries", None)
     with pytest.raises(ValueError, match="shots=31 wants 31 images of class red, which has 30"):
-        run_eval.main(options(models, colours, tmp_path, "can", task="few_shot", shots="5,31"))
+        run_eval.main(options(models, colors, tmp_path, "can", task="few_shot", shots="5,31"))
 
 
 @pytest.mark.parametrize(
@@ -59,29 +59,27 @@ def test_more_shots_than_images_are_refused_before_anything_takes_time(models, c
         ("knn,robustness", "can", "further_sets=none.yaml cannot be read"),
     ],
 )
-def test_what_a_later_task_would_refuse_is_refused_at_once(
-    models, colours, tmp_path, monkeypatch, task, name, message
-):
+def test_what_a_later_task_would_refuse_is_refused_at_once(models, colors, tmp_path, monkeypatch, task, name, message):
     monkeypatch.setattr(Setup, "features", None)
     (tmp_path / "finetuned" / "can").mkdir(parents=True)
     (tmp_path / "finetuned" / "can" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
-        run_eval.main(options(models, colours, tmp_path, name, task=task, further_sets="none.yaml"))
+        run_eval.main(options(models, colors, tmp_path, name, task=task, further_sets="none.yaml"))
 
 
-def test_a_fault_costs_the_task_that_it_meets(models, colours, tmp_path, monkeypatch):
+def test_a_fault_costs_the_task_that_it_meets(models, colors, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("the disk is full")
 
     monkeypatch.setattr(LinearProbe, "run", fail)
     with pytest.raises(OSError, match="the disk is full"):
-        run_eval.main(options(models, colours, tmp_path, "can", baselines="none"))
+        run_eval.main(options(models, colors, tmp_path, "can", baselines="none"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["results"]["can"]) == {"knn"}
 
 
-def test_a_model_named_twice_is_measured_once(models, colours, tmp_path):
-    argv = options(models, colours, tmp_path, "can", "can", task="knn", baselines="none")
+def test_a_model_named_twice_is_measured_once(models, colors, tmp_path):
+    argv = options(models, colors, tmp_path, "can", "can", task="knn", baselines="none")
     argv.insert(3, models["can"] + "/")
     assert list(run_eval.main(argv)["results"]) == ["can"]
 
@@ -94,11 +92,11 @@ def test_a_reference_without_errors_is_told_and_costs_nothing(capsys):
     assert "corruption_error" not in results["b"]["robustness"]
 
 
-def test_processes_that_do_not_know_each_other_are_refused(models, colours, tmp_path, monkeypatch):
+def test_processes_that_do_not_know_each_other_are_refused(models, colors, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(command, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ValueError, match="2 processes were launched, and each .* ACCELERATE_USE_CPU=true"):
-        run_eval.main(options(models, colours, tmp_path, "can"))
+        run_eval.main(options(models, colors, tmp_path, "can"))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from PIL import Image as Picture
+from PIL import Image as PILImage
 from testing_utils import NAMES, options
 from transformers import (
     ViTImageProcessorPil,
@@ -45,14 +45,14 @@ def preprocessor(**changes) -> Preprocessor:
 def encoded(seed: int) -> bytes:
     buffer = io.BytesIO()
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    Picture.fromarray(coarse).resize((80, 64), Picture.Resampling.BICUBIC).save(buffer, "PNG")
+    PILImage.fromarray(coarse).resize((80, 64), PILImage.Resampling.BICUBIC).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def split_of(num: int) -> Split:
     images = [{"bytes": encoded(i), "path": None} for i in range(num)]
-    pictures = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
-    return Split("a set", pictures, np.arange(num) % 2)
+    images = Dataset.from_dict({"image": images}, features=Features({"image": Image(decode=False)}))
+    return Split("a set", images, np.arange(num) % 2)
 
 
 ALL = [name for names in corruptions_by_group().values() for name in names]
@@ -94,19 +94,19 @@ def test_corruptions_grow_with_severity():
     assert (errors[:, 4] > errors[:, 0]).all(), dict(zip(ALL, errors.tolist(), strict=True))
 
 
-def test_greyscale_pictures_stay_greyscale():
+def test_grayscale_images_stay_grayscale():
     versions = Corrupted(preprocessor(image_mean=[0.5], image_std=[0.5]), ALL, (1,))(encoded(0), 0)
     assert versions.shape == (15, 1, 32, 40)
 
 
-def test_predictions_are_those_of_one_picture_after_the_other():
+def test_predictions_are_those_of_one_image_after_the_other():
     prepare, split = preprocessor(), split_of(5)
     corrupted = Corrupted(prepare, ["gaussian_noise", "fog"], (1, 5))
     weight = torch.randn(3 * 32 * 40, 4, generator=torch.Generator().manual_seed(0))
 
-    def classify(pictures):
-        assert len(pictures) <= 9
-        return prepare.normalise(pictures).flatten(1) @ weight
+    def classify(images):
+        assert len(images) <= 9
+        return prepare.normalize(images).flatten(1) @ weight
 
     predictions = corrupted_predictions(classify, split, corrupted, Extractor(batch_size=9, num_workers=1))
     expected = [classify(corrupted(encoded(index), index)).argmax(1) for index in range(5)]
@@ -133,7 +133,7 @@ def test_the_formulas_of_the_paper():
         corruption_error(table, perfect)
 
 
-def test_small_pictures_and_other_processors_are_refused():
+def test_small_images_and_other_processors_are_refused():
     with pytest.raises(ValueError, match=r"image_size=\(16, 16\): the corruptions need 32 x 32"):
         Corrupted(preprocessor(size={"height": 16, "width": 16}), ALL)
     odd = preprocessor()
@@ -208,19 +208,19 @@ def test_files_of_further_sets_that_cannot_be_read_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def robust(models, colours, tmp_path_factory):
+def robust(models, colors, tmp_path_factory):
     pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
     out = tmp_path_factory.mktemp("robust")
     (out / "sets.yaml").write_text(
-        f"two colours:\n  dataset_name: {colours}\n  class_map: {{red: red, green: 1, blue: null}}\n"
-        f"all of them:\n  dataset_name: {colours}\n"
+        f"two colors:\n  dataset_name: {colors}\n  class_map: {{red: red, green: 1, blue: null}}\n"
+        f"all of them:\n  dataset_name: {colors}\n"
     )
     shutil.copytree(models["classifier"], out / "other classes")
     config = json.loads((out / "other classes" / "config.json").read_text())
     config |= {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     (out / "other classes" / "config.json").write_text(json.dumps(config))
     paths = {**models, "other": str(out / "other classes")}
-    argv = options(paths, colours, out, "can", "classifier", "other", task="robustness", corruptions="noise",
+    argv = options(paths, colors, out, "can", "classifier", "other", task="robustness", corruptions="noise",
                    reference_model="untrained", baselines="none", further_sets=out / "sets.yaml")  # fmt: skip
     predictions = {}
     original = Setup.score
@@ -266,7 +266,7 @@ def test_further_sets_are_judged_among_their_own_classes(robust):
     assert (
         figures["all of them"]["accuracy"] == robust["can"]["robustness"]["clean"]["accuracy"]
     )  # the test set itself
-    assert figures["two colours"]["num_classes"] == 2 and figures["two colours"]["num_images"] == 21
+    assert figures["two colors"]["num_classes"] == 2 and figures["two colors"]["num_images"] == 21
 
 
 def test_a_classifier_is_used_for_its_own_classes_alone():
@@ -278,25 +278,25 @@ def test_a_classifier_is_used_for_its_own_classes_alone():
     assert class_order(theirs, [*birds, "crane", "crane 2"]) == list(range(100))
 
 
-def test_reconstruction_is_in_decibels_below_the_full_range(models, colours, tmp_path):
-    argv = options(models, colours, tmp_path, "can", task="reconstruction")
+def test_reconstruction_is_in_decibels_below_the_full_range(models, colors, tmp_path):
+    argv = options(models, colors, tmp_path, "can", task="reconstruction")
     results = run_eval.main(argv)
     figures = results["results"]["can"]["reconstruction"]
     assert set(results["results"]) == {"can"}
-    for name in ("hidden_patches", "plain", "noise_reduction"):
+    for name in ("masked_patches", "plain", "noise_reduction"):
         low, high = figures[name]["interval"]
         assert low <= figures[name]["db"] <= high
-    # One colour a picture, whose noised mean stands in for the hidden patches; a fresh decoder is far from that.
-    assert figures["plain"]["db"] > 50 > figures["hidden_patches"]["db"]
+    # One color an image, whose noised mean stands in for the masked patches; a fresh decoder is far from that.
+    assert figures["plain"]["db"] > 50 > figures["masked_patches"]["db"]
     assert figures["noise_reduction"]["db"] == 0  # a fresh noise head predicts none
-    assert Path(figures["picture"]).stat().st_size > 5000
+    assert Path(figures["figure"]).stat().st_size > 5000
     again = run_eval.main([*argv, "--batch_size=5"])["results"]["can"]["reconstruction"]
-    assert again["hidden_patches"]["db"] == pytest.approx(figures["hidden_patches"]["db"], abs=1e-4)
+    assert again["masked_patches"]["db"] == pytest.approx(figures["masked_patches"]["db"], abs=1e-4)
     with pytest.raises(ValueError, match="needs a CAN .* dinov2 is a dinov2"):
-        run_eval.main(options(models, colours, tmp_path, "dinov2", task="reconstruction"))
+        run_eval.main(options(models, colors, tmp_path, "dinov2", task="reconstruction"))
 
 
-def test_a_classifier_may_have_its_classes_in_another_order(models, colours, tmp_path):
+def test_a_classifier_may_have_its_classes_in_another_order(models, colors, tmp_path):
     pytest.importorskip("imagecorruptions")
     other, order = shutil.copytree(models["classifier"], tmp_path / "other"), [2, 0, 1]
     config, weights = (
@@ -309,13 +309,13 @@ def test_a_classifier_may_have_its_classes_in_another_order(models, colours, tmp
     for key in ("classifier.weight", "classifier.bias"):
         weights[key] = weights[key][order]
     safetensors.torch.save_file(weights, other / "model.safetensors", {"format": "pt"})
-    argv = options({**models, "other": str(other)}, colours, tmp_path, "classifier", "other", task="robustness",
+    argv = options({**models, "other": str(other)}, colors, tmp_path, "classifier", "other", task="robustness",
                    corruptions="noise", baselines="none")  # fmt: skip
     one, two = (figures["robustness"] for figures in run_eval.main(argv)["results"].values())
     assert one["by_corruption"] == two["by_corruption"] and one["clean"] == two["clean"]
     assert one["head"] == "its own classifier"
 
 
-def test_every_version_of_a_picture_draws_anew():
+def test_every_version_of_an_image_draws_anew():
     versions = Corrupted(preprocessor(), ["gaussian_noise"], (3, 3))(encoded(0), 0)
     assert not torch.equal(versions[0], versions[1])

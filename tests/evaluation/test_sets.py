@@ -1,4 +1,4 @@
-"""Labelled sets: splits, labels, held-out parts, errors."""
+"""Labeled sets: splits, labels, held-out parts, errors."""
 
 import numpy as np
 import pytest
@@ -9,10 +9,10 @@ from transformers import ViTImageProcessorPil
 
 from modeling_can.evaluation.encoders import Preprocessor
 from modeling_can.evaluation.probe import Probe
-from modeling_can.evaluation.sets import load_labelled
+from modeling_can.evaluation.sets import load_labeled
 
 
-def test_the_trainers_probe_asks_20_neighbours(tmp_path):
+def test_the_trainers_probe_asks_20_neighbors(tmp_path):
     names = ClassLabel(names=["red", "green"])
     write_split(
         tmp_path, "train", {"image": [encoded([v] * 3) for v in (100, *[101] * 25)], "label": [0] + [1] * 25}, names
@@ -36,7 +36,7 @@ def test_parquet_shards_and_class_folders_are_read_alike(tmp_path):
             path = tmp_path / "folders" / split / ["green", "red"][label] / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded((index, index, index)))
-    shards, folders = (load_labelled(str(tmp_path / kind)) for kind in ("shards", "folders"))
+    shards, folders = (load_labeled(str(tmp_path / kind)) for kind in ("shards", "folders"))
     assert shards.class_names == folders.class_names == ["green", "red"]
     for ours, theirs in zip(shards[:2], folders[:2], strict=True):
         pairs = [{(split.read(i), int(split.labels[i])) for i in range(len(split))} for split in (ours, theirs)]
@@ -55,18 +55,18 @@ def test_the_trainers_probe_takes_splits_by_name(tmp_path):
 def test_labels_of_any_type_become_class_indices(tmp_path):
     write_split(tmp_path, "train", rows(["cat", "dog", "ant", "dog"]), Value("string"))
     write_split(tmp_path, "test", rows(["dog", "ant"]), Value("string"))  # fewer classes, other indices of its own
-    data = load_labelled(str(tmp_path))
+    data = load_labeled(str(tmp_path))
     assert data.class_names == ["ant", "cat", "dog"]
     assert data.train.labels.tolist() == [1, 2, 0, 2] and data.test.labels.tolist() == [2, 0]
 
 
 def test_a_share_is_held_out_where_there_is_no_test_split(tmp_path):
     write_split(tmp_path, "train", rows([0] * 10 + [1] * 20))
-    data = load_labelled(str(tmp_path), test_size=0.2)
+    data = load_labeled(str(tmp_path), test_size=0.2)
     assert np.bincount(data.test.labels).tolist() == [2, 4] and np.bincount(data.train.labels).tolist() == [8, 16]
     images = [{split.read(i) for i in range(len(split))} for split in data[:2]]
     assert not images[0] & images[1] and len(images[0] | images[1]) == 30
-    sliced = load_labelled(str(tmp_path), train_split="train[:15]", test_split="train[15:]")
+    sliced = load_labeled(str(tmp_path), train_split="train[:15]", test_split="train[15:]")
     assert (len(sliced.train), len(sliced.test)) == (15, 15)
 
 
@@ -79,9 +79,9 @@ def test_class_folders_without_splits_are_tested_on_a_fifth(tmp_path, splits, te
             path.write_bytes(encoded((index, index, index)))
     if "validation" in splits:  # which may be for something else
         with pytest.raises(ValueError, match="train_split and test_split to others"):
-            load_labelled(str(tmp_path), test_size=None)
+            load_labeled(str(tmp_path), test_size=None)
         return
-    data, again = (load_labelled(str(tmp_path), test_size=None) for _ in range(2))
+    data, again = (load_labeled(str(tmp_path), test_size=None) for _ in range(2))
     assert data.test_size == test_size and len(data.test) == (6 if test_size else 30)
     assert [data.test.read(i) for i in range(len(data.test))] == [again.test.read(i) for i in range(len(again.test))]
     if test_size:
@@ -94,7 +94,7 @@ ERRORS = {
     "no image column": ({}, dict(image_column="photo"), "no column 'photo'; set image_column to one of image, label"),
     "unseen": (dict(train=[0, 0, 1, 1], test=[0, 2]), {}, "1 labels of .*test have no image in .*train: blue"),
     "a single class": (dict(train=[1, 1]), {}, "has a single class, 'green'; a test needs two or more"),
-    "unlabelled": (dict(test=[0, None]), {}, "1 rows have no label, the first is row 1"),
+    "unlabeled": (dict(test=[0, None]), {}, "1 rows have no label, the first is row 1"),
     "empty": (dict(test=[]), {}, "has no rows"),
 }
 
@@ -105,21 +105,21 @@ def test_errors_name_what_is_wrong_and_what_helps(tmp_path, changes, arguments, 
         if labels is not None:
             write_split(tmp_path, split, rows(labels), ClassLabel(names=["red", "green", "blue"]))
     with pytest.raises(ValueError, match=message):
-        load_labelled(str(tmp_path), **arguments)
+        load_labeled(str(tmp_path), **arguments)
 
 
 def test_several_labels_an_image_and_sets_that_are_not_there_are_refused(tmp_path):
     write_split(tmp_path, "train", rows([[0, 1], [1, 2]]), List(Value("int64")))
     with pytest.raises(ValueError, match="'label' must hold one class for each image"):
-        load_labelled(str(tmp_path))
+        load_labeled(str(tmp_path))
     write_split(tmp_path, "train", rows([[0], [1, 2]]), List(Value("int64")))
     with pytest.raises(ValueError, match="'label' must hold one class for each image"):
-        load_labelled(str(tmp_path))
+        load_labeled(str(tmp_path))
     with pytest.raises(ValueError, match="dataset_name=nobody/nothing cannot be loaded: .*class folders"):
-        load_labelled("nobody/nothing")
+        load_labeled("nobody/nothing")
     write_split(tmp_path, "train", rows([0, 1]))
     with pytest.raises(ValueError, match="image_column='label' holds .* and no images; set it to one of image, label"):
-        load_labelled(str(tmp_path), image_column="label")
+        load_labeled(str(tmp_path), image_column="label")
     (tmp_path / "train-00000.parquet").write_bytes((tmp_path / "train-00000.parquet").read_bytes()[:100])
     with pytest.raises(ValueError, match="(cannot be read|cannot be loaded): "):
-        load_labelled(str(tmp_path))
+        load_labeled(str(tmp_path))

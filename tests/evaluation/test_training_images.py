@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from colored_images import COLOURS, NAMES, pictures
+from colored_images import COLORS, NAMES, labeled_images
 from PIL import Image, ImageEnhance, ImageOps
 from transformers import (
     ViTImageProcessor,
@@ -30,7 +30,7 @@ def test_an_epoch_shows_every_image_once_but_those_of_the_last_incomplete_batch(
     assert all((one == two).all() for (_, one), (_, two) in zip(steps, again, strict=True))
 
 
-def test_crops_are_decoded_as_the_pictures_of_the_test():
+def test_crops_are_decoded_as_the_images_of_the_test():
     twelve_bits = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
     file = io.BytesIO()
     Image.fromarray(twelve_bits).save(file, "PNG")
@@ -45,7 +45,7 @@ def test_crops_are_decoded_as_the_pictures_of_the_test():
 
 def test_crops_depend_on_seed_epoch_and_image(pretrained):
     """And are in the order of the steps, with workers as without."""
-    train, preprocessor = pictures(12), load_preprocessor(pretrained("CAN"))
+    train, preprocessor = labeled_images(12), load_preprocessor(pretrained("CAN"))
 
     def crops(seed=0, num_workers=0):
         share = training_images.Share(slice(2, 4), 12, 4, 2, 0)
@@ -57,15 +57,15 @@ def test_crops_depend_on_seed_epoch_and_image(pretrained):
     twice = [np.flatnonzero(rows == row) for row in np.unique(rows) if (rows == row).sum() == 2]
     assert twice and all(not torch.equal(made[first], made[second]) for first, second in twice)
     for crop, row in zip(made, rows, strict=True):
-        colour = crop.float().mean((0, 2, 3))
-        assert all(abs(colour - torch.tensor(COLOURS[NAMES[train.labels[row]]])) < 50)
+        color = crop.float().mean((0, 2, 3))
+        assert all(abs(color - torch.tensor(COLORS[NAMES[train.labels[row]]])) < 50)
 
 
 def test_augmentation_flips_by_place_and_is_the_processor_otherwise(pretrained):
     preprocessor = load_preprocessor(pretrained("CAN"))
     augment = training_images.Augmentation(preprocessor, 64, seed=0, flip_probability=0.5)
     crops = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    made, plain = augment(crops, step=3, first=0), preprocessor.normalise(crops)
+    made, plain = augment(crops, step=3, first=0), preprocessor.normalize(crops)
     flipped = (made == plain.flip(-1)).flatten(1).all(1)
     assert (flipped | (made == plain).flatten(1).all(1)).all() and 20 < flipped.sum() < 44
     torch.testing.assert_close(torch.cat([augment(crops[:24], 3, 0), augment(crops[24:], 3, 24)]), made)
@@ -81,7 +81,7 @@ def test_augmentation_flips_by_place_and_is_the_processor_otherwise(pretrained):
 
 
 def black_and_white(num_pairs: int):
-    """Pairs of a black and a white picture, so that a pixel is the share of the white one."""
+    """Pairs of a black and a white image, so that a pixel is the share of the white one."""
     images = torch.tensor([0.0, 1.0]).repeat(num_pairs)[:, None, None, None].expand(-1, 3, 20, 30)
     return images, torch.eye(2).repeat(num_pairs, 1)
 
@@ -107,7 +107,7 @@ def test_mixing_is_that_of_the_papers():
         kept = rng.beta(1.0, 1.0) if is_cut else rng.beta(0.8, 0.8)
         for own, other in ((2 * pair, 2 * pair + 1), (2 * pair + 1, 2 * pair)):
             expected = images[own].clone()
-            if is_cut:  # arXiv 1905.04899, eq. 2: r_w = W sqrt(1 - lambda), the centre uniform
+            if is_cut:  # arXiv 1905.04899, eq. 2: r_w = W sqrt(1 - lambda), the center uniform
                 if own % 2 == 0:
                     row, column = rng.integers(20), rng.integers(30)
                 height, width = int(20 * math.sqrt(1 - kept)) // 2, int(30 * math.sqrt(1 - kept)) // 2
@@ -142,7 +142,7 @@ def test_pairs_are_mixed_alike_wherever_they_are():
     assert not torch.equal(whole[1], mix(images, targets, 0.8, 1.0, seed=2, step=8)[1])
 
 
-def smooth_picture() -> np.ndarray:
+def smooth_image() -> np.ndarray:
     """uint8 `(32, 40, 3)`, a few waves."""
     y, x = np.mgrid[:32, :40] / 10
     waves = np.stack([np.sin(x + y), np.cos(x - 2 * y), np.sin(2 * x) * np.cos(y)], axis=-1)
@@ -192,9 +192,9 @@ def test_every_operation_of_randaugment_is_compared_with_pillow():
 
 @pytest.mark.parametrize(("name", "direction"), PILLOW)
 def test_randaugment_does_what_pillow_does(name, direction):
-    picture = smooth_picture()
-    expected = np.asarray(PILLOW[name, direction](Image.fromarray(picture)), dtype=np.float32)
-    images = torch.from_numpy(picture).permute(2, 0, 1)[None].repeat(2, 1, 1, 1) / 255
+    image = smooth_image()
+    expected = np.asarray(PILLOW[name, direction](Image.fromarray(image)), dtype=np.float32)
+    images = torch.from_numpy(image).permute(2, 0, 1)[None].repeat(2, 1, 1, 1) / 255
     images[1] = 0.5
     made = OPERATIONS[name](images, torch.full((2, 1, 1, 1), 0.8 * direction), torch.zeros(3, 1, 1))
     off = np.abs(255 * made[0].permute(1, 2, 0).numpy() - expected)

@@ -94,7 +94,7 @@ RUNS = {  # recipe, results
         | {"final_losses": {}},
     ),
     "SimCLR": ({"data_dir": "x", **SIMCLR}, {"frozen": ["decoder"], "num_images": None}),
-    "grey MAE": (
+    "gray MAE": (
         {"data_dir": "x", **MAE, "num_channels": 1, "image_mean": [0.5], "image_std": [0.2]},
         {"frozen": ["projection_head"]},
     ),
@@ -291,7 +291,7 @@ def shipped(folder: Path, name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
 
 
-@pytest.mark.parametrize("name, num_snippets", [("grey MAE", 2), ("SimCLR", 3)])
+@pytest.mark.parametrize("name, num_snippets", [("gray MAE", 2), ("SimCLR", 3)])
 def test_the_snippets_run(tmp_path, monkeypatch, name, num_snippets):
     """Those of the default objective: tests/pretraining/test_loop.py."""
     snippets, scope = shipped(tmp_path, name), {}
@@ -299,7 +299,7 @@ def test_the_snippets_run(tmp_path, monkeypatch, name, num_snippets):
     for snippet in snippets:
         exec(snippet, scope)
     assert len(snippets) == num_snippets and scope["embedding"].shape == (1, 32)
-    assert scope["output"].loss.isfinite() and ("predicted" in scope) == (name == "grey MAE")
+    assert scope["output"].loss.isfinite() and ("predicted" in scope) == (name == "gray MAE")
 
 
 @pytest.mark.slow
@@ -361,7 +361,7 @@ def test_the_commands_in_the_card_of_several_processes_run(tmp_path):
     assert train == typed
     run(again.replace("FOLDER", str(tmp_path / "out")).replace("NEW", str(tmp_path / "new")))
     assert losses("new") == pytest.approx(losses("out"), rel=1e-5)
-    evaluate = evaluate.replace("FOLDER", str(tmp_path / "out")).replace("LABELLED_SET", "sample_data")
+    evaluate = evaluate.replace("FOLDER", str(tmp_path / "out")).replace("LABELED_SET", "sample_data")
     run(f"{evaluate} --output_dir {tmp_path / 'eval'} --feature_cache none --task knn --baselines none")
     measured = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
     assert "k-NN, k = 20" in {entry.metric_name for entry in measured}
@@ -382,7 +382,7 @@ def test_a_card_without_results_claims_nothing(folder):
     card = ModelCard.load(folder / "README.md")
     recipe = parse_arguments([str(folder / "recipe.yaml")], "")
     assert "**No results yet.**" in card.text
-    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "datasets"}  # no licence where no weights are
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "datasets"}  # no license where no weights are
     assert card.data.datasets == [recipe.dataset_name] and "#" not in card.text.replace(f"# {folder.name}", "")
     command = f"accelerate launch -m modeling_can pretrain {folder.name} --output_dir"
     assert re.findall(r"```bash\n(.*?)```", card.text, re.DOTALL) == [f"{command} {recipe.output_dir}\n"]

@@ -21,22 +21,22 @@ def info_nce_by_loops(embeds, temperature):
 
 
 def pixel_losses_by_loops(logits, clean, noise, mask, patch):
-    """Mean over hidden patches of the squared error to the clean pixels; over visible ones to sigma * e."""
+    """Mean over masked patches of the squared error to the clean pixels; over visible ones to sigma * e."""
     batch, views, channels, height, width = clean.shape
     reconstruction, denoising = [], []
     for b in range(batch):
         for v in range(views):
             for index in range(logits.shape[2]):
                 row, column = divmod(index, width // patch)
-                hidden = bool(mask[b, v, index])
-                target, error = (clean if hidden else noise)[b, v], []
+                masked = bool(mask[b, v, index])
+                target, error = (clean if masked else noise)[b, v], []
                 for y in range(patch):
                     for x in range(patch):
                         for c in range(channels):
                             wanted = target[c, row * patch + y, column * patch + x]
                             got = logits[b, v, index, (y * patch + x) * channels + c]
                             error.append(float(got - wanted) ** 2)
-                (reconstruction if hidden else denoising).append(sum(error) / len(error))
+                (reconstruction if masked else denoising).append(sum(error) / len(error))
     return sum(reconstruction) / len(reconstruction), sum(denoising) / len(denoising)
 
 
@@ -55,10 +55,10 @@ def test_losses_equal_loops_from_the_equations():
     assert outputs.loss.item() == pytest.approx(0.03 * contrastive + 0.67 * reconstruction + 0.3 * denoising, abs=1e-5)
 
 
-def test_norm_pix_loss_normalises_the_reconstruction_target_alone():
-    raw, normalised = tiny_model(), tiny_model(norm_pix_loss=True)
+def test_norm_pix_loss_normalizes_the_reconstruction_target_alone():
+    raw, normalized = tiny_model(), tiny_model(norm_pix_loss=True)
     batch = inputs(raw.config)
-    a, b = raw(**batch), normalised(**batch)
+    a, b = raw(**batch), normalized(**batch)
     assert torch.equal(a.logits, b.logits) and torch.equal(a.denoising_loss, b.denoising_loss)
     patches = batch["pixel_values"].unfold(3, 8, 8).unfold(4, 8, 8)  # (B, V, C, rows, columns, 8, 8)
     patches = patches.permute(0, 1, 3, 4, 5, 6, 2).reshape(*b.mask.shape, -1)

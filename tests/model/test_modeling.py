@@ -1,4 +1,4 @@
-"""The model: randomness, masking, positions, initialisation, limits of the dial, the transformers API."""
+"""The model: randomness, masking, positions, initialization, special cases, the transformers API."""
 
 import copy
 import inspect
@@ -52,12 +52,12 @@ def test_drawn_randomness_differs_between_views_and_calls():
     assert (first.mask.sum(-1) == model.config.num_patches // 2).all()
 
 
-def test_hidden_pixels_reach_neither_encoder_nor_denoising_term():
+def test_masked_pixels_reach_neither_encoder_nor_denoising_term():
     model = tiny_model()
     batch = inputs(model.config)
     reference = model(**batch)
-    hidden = unpatchify(reference.mask[..., None].expand(-1, -1, -1, model.config.pixels_per_patch), (8, 8), (4, 6), 3)
-    changed = model(**{**batch, "pixel_values": batch["pixel_values"] + 5 * hidden})
+    masked = unpatchify(reference.mask[..., None].expand(-1, -1, -1, model.config.pixels_per_patch), (8, 8), (4, 6), 3)
+    changed = model(**{**batch, "pixel_values": batch["pixel_values"] + 5 * masked})
     assert torch.equal(changed.logits, reference.logits)
     assert torch.equal(changed.denoising_loss, reference.denoising_loss)
     assert torch.equal(changed.contrastive_loss, reference.contrastive_loss)
@@ -95,7 +95,7 @@ def test_random_masking_keeps_the_smallest_scores_in_image_order():
     scores = torch.tensor([[0.9, 0.1, 0.5, 0.3]])
     ids_keep, ids_restore, mask = random_masking(scores, 2)
     assert ids_keep.tolist() == [[1, 3]] and mask.tolist() == [[1, 0, 1, 0]]
-    assert ids_restore.tolist() == [[2, 0, 3, 1]]  # visible 1, 3, then hidden 0, 2
+    assert ids_restore.tolist() == [[2, 0, 3, 1]]  # visible 1, 3, then masked 0, 2
 
 
 # --- Features --------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_patchify_is_row_column_channel_and_unpatchify_inverts_it():
 
 
 def sensitivity_to_order(model: CANForPreTraining) -> float:
-    """How far pooled features move when the patches of a picture are shuffled."""
+    """How far pooled features move when the patches of an image are shuffled."""
     config = model.config
     pixels = inputs(config)["pixel_values"][:, 0]
     order = torch.randperm(config.num_patches, generator=torch.Generator().manual_seed(2))
@@ -213,7 +213,7 @@ def test_other_sizes_work_in_encoder_and_decoder_when_asked_for():
     assert torch.equal(model(**batch).loss, model(**batch, interpolate_pos_encoding=True).loss)
 
 
-# --- Initialisation and training -------------------------------------------------------------------------------------
+# --- Initialization and training -------------------------------------------------------------------------------------
 
 
 def test_initial_weights_follow_maes_scheme():
@@ -292,7 +292,7 @@ def test_gradient_checkpointing_and_drop_path_train():
     assert dropped(**batch).loss != dropped(**batch).loss
 
 
-# --- Limits of the dial ----------------------------------------------------------------------------------------------
+# --- Special cases ---------------------------------------------------------------------------------------------------
 
 
 def copy_encoder(can: CANModel, vit) -> None:
@@ -548,7 +548,7 @@ def test_a_foreign_key_in_a_file_is_kept_with_a_warning(tmp_path, caplog):
         CANConfig.from_pretrained(tmp_path, layer_norm_epsilon=1e-5)
 
 
-def test_position_tables_are_there_before_any_initialisation():
+def test_position_tables_are_there_before_any_initialization():
     with no_init_weights():
         model = CANForPreTraining(tiny_config())
     assert torch.equal(model.can.embeddings.position_embeddings, sincos_positions((4, 6), 32))

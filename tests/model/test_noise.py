@@ -60,7 +60,7 @@ def test_each_layer_is_for_its_own_patches():
     torch.nn.init.normal_(model.decoder.noise_head.weight, std=0.1)
     outputs = model(**inputs(model.config))
     layers = model.decoder.head.weight, model.decoder.noise_head.weight
-    for kind, expected in ((1, (True, False)), (0, (False, True))):  # 1 = hidden
+    for kind, expected in ((1, (True, False)), (0, (False, True))):  # 1 = masked
         gradients = torch.autograd.grad(outputs.logits[outputs.mask == kind].sum(), layers, retain_graph=True)
         assert tuple(bool(gradient.any()) for gradient in gradients) == expected
 

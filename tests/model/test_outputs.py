@@ -66,15 +66,15 @@ def test_asking_for_more_changes_no_number(kind):
 
 
 @torch.no_grad()
-def test_a_picture_gives_the_same_alone_and_in_a_batch(kind):
-    model = build(kind, contrastive_loss_weight=0)  # which compares the pictures of a batch
+def test_an_image_gives_the_same_alone_and_in_a_batch(kind):
+    model = build(kind, contrastive_loss_weight=0)  # which compares the images of a batch
     batch = example(model)
-    per_picture = [name for name, value in model(**batch).items() if value.ndim]
-    assert per_picture
+    per_image = [name for name, value in model(**batch).items() if value.ndim]
+    assert per_image
     whole = model(**batch)
     for index in range(4):
         alone = model(**{name: value[index : index + 1] for name, value in batch.items()})
-        for name in per_picture:
+        for name in per_image:
             torch.testing.assert_close(alone[name][0], whole[name][index], **CLOSE)
 
 

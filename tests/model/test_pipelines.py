@@ -34,27 +34,27 @@ def test_a_configuration_is_made_by_its_type_and_compares_by_value():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     generator = np.random.default_rng(0)
     return [Image.fromarray(generator.integers(0, 256, (50, 70, 3), dtype=np.uint8)) for _ in range(3)]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["image-feature-extraction", "image-classification"])
-def test_pipelines_take_a_folder(task, tmp_path, pictures):
+def test_pipelines_take_a_folder(task, tmp_path, images):
     model = build(CANModel if task == "image-feature-extraction" else CANForImageClassification)
     model.save_pretrained(tmp_path)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 48})
     processor.save_pretrained(tmp_path)
     pipe = pipeline(task, model=str(tmp_path), device="cpu")
-    expected = model(**processor(pictures, return_tensors="pt"))
+    expected = model(**processor(images, return_tensors="pt"))
     if task == "image-feature-extraction":
-        for features, state in zip(pipe(pictures), expected.last_hidden_state, strict=True):
+        for features, state in zip(pipe(images), expected.last_hidden_state, strict=True):
             torch.testing.assert_close(torch.tensor(features)[0], state, **CLOSE)
-        pooled = pipe(pictures, pool=True)
+        pooled = pipe(images, pool=True)
         torch.testing.assert_close(torch.tensor(pooled)[:, 0], expected.pooler_output, **CLOSE)
     else:
-        for answers, logits in zip(pipe(pictures, top_k=5), expected.logits, strict=True):
+        for answers, logits in zip(pipe(images, top_k=5), expected.logits, strict=True):
             scores = {answer["label"]: answer["score"] for answer in answers}
             probabilities = logits.softmax(-1)
             assert scores == pytest.approx({f"LABEL_{i}": probabilities[i].item() for i in range(5)}, abs=1e-5)

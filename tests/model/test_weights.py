@@ -10,7 +10,7 @@ from testing_utils import tiny_config
 from modeling_can.modeling_can import sincos_positions
 
 
-def test_a_model_made_on_the_meta_device_is_initialised_afterwards(kind):
+def test_a_model_made_on_the_meta_device_is_initialized_afterwards(kind):
     with torch.device("meta"):
         model = kind(tiny_config())
     assert all(tensor.is_meta for tensor in model.state_dict().values())

@@ -10,7 +10,7 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
     bound = inspect.signature(builders.Augmentation).bind
     monkeypatch.setattr(builders, "Augmentation", lambda *a, **k: bound(*a, **k).arguments)
     augmentation = dict(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6), flip_probability=0.3,
-                        color_jitter=(0.1, 0.2, 0.3, 0.05), color_jitter_probability=0.51, greyscale_probability=0.11,
+                        color_jitter=(0.1, 0.2, 0.3, 0.05), color_jitter_probability=0.51, grayscale_probability=0.11,
                         blur_probability=0.91, blur_sigma=(0.5, 1.5), solarize_probability=0.31,
                         vertical_flip_probability=0.41, quarter_turn_probability=0.0)  # fmt: skip
     views = dict(crop_scale=(0.3, 0.9), crop_ratio=(0.9, 1.1), resample="bicubic", seed=5, num_views=2)

@@ -18,6 +18,7 @@ from testing_utils import ROOT, RUN, free_port, kill_rank_1
 
 import run_pretraining
 from modeling_can.evaluation.probe import Probe
+from modeling_can.former_names import FORMER_NAMES
 from modeling_can.pretraining.checkpoints import Checkpoints, describe_file
 
 
@@ -160,7 +161,7 @@ def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path
         )
 
 
-def test_the_best_checkpoint_by_probe_is_kept_and_pictures_and_trackers_go_on(tmp_path, monkeypatch):
+def test_the_best_checkpoint_by_probe_is_kept_and_images_and_trackers_go_on(tmp_path, monkeypatch):
     accuracies = iter([0.1, 0.9, 0.5, 0.4, 0.3])  # untrained, steps 2, 4, 6, 8; then once more from step 6
     measured = []
 
@@ -229,6 +230,11 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(tmp_path, ca
     for name in ("data_on_device", "noise_head", "norm_noise_loss"):  # which it did not know
         del shared["recipe"][name]
     shared["recipe"]["torch_compile"] = False
+    for part in (shared["recipe"], shared["progress"]):
+        for former, name in FORMER_NAMES.items():
+            if name in part:
+                part[former] = part.pop(name)
+    assert "greyscale_probability" in shared["recipe"] and "ledger_bytes" in shared["progress"]
     torch.save(shared, path / "shared.pt")
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["shared.pt"] = describe_file(path / "shared.pt")
@@ -245,7 +251,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(tmp_path, ca
     assert "norm_noise_loss was False, is True" in capfd.readouterr().out
 
 
-def test_the_optimiser_takes_the_settings_of_the_recipe(uninterrupted, tmp_path, monkeypatch, capfd):
+def test_the_optimizer_takes_the_settings_of_the_recipe(uninterrupted, tmp_path, monkeypatch, capfd):
     used = []
     monkeypatch.setattr(torch.optim.AdamW, "step", spied(torch.optim.AdamW.step, used))
     run_pretraining.main([*RUN, f"--resume_from_checkpoint={uninterrupted}/checkpoints/step-25", "--weight_decay=0.5",

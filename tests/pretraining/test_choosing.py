@@ -76,7 +76,7 @@ def test_what_the_user_sets_stays_and_the_rest_follows_it():
     assert "image_size" not in text and "epochs" not in text and "patch_size 8" in text  # only what was chosen
 
 
-def test_gray_images_keep_three_channels_and_get_their_own_normalisation():
+def test_gray_images_keep_three_channels_and_get_their_own_normalization():
     found = chosen(Images(100, 64, True), CPU)
     assert found["measure_mean_std"] is True and found["color_jitter"][2:] == (0, 0)
     assert "num_channels" not in found

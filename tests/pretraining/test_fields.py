@@ -89,6 +89,6 @@ def test_paths_alone_are_expanded(monkeypatch):
     assert example.place == "/home/someone/images" and example.mode == "~"
 
 
-def test_a_constraint_that_is_misspelt_is_refused():
+def test_a_constraint_that_is_misspelled_is_refused():
     with pytest.raises(TypeError, match="minimun"):
         option(1, "of things", minimun=0)

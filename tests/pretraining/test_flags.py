@@ -25,19 +25,19 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
          "per_device_train_batch_size": 4, "logging_steps": 2}  # fmt: skip
 RUNS = {
     "a folder, accumulated": {
-        "data_dir": "pictures", "num_train_samples": 48, "gradient_accumulation_steps": 2, "gradient_caching": False,
+        "data_dir": "images", "num_train_samples": 48, "gradient_accumulation_steps": 2, "gradient_caching": False,
         "gradient_checkpointing": True, "tf32": False, "mixed_precision": "no", "log_with": "none", "num_channels": 1,
         "measure_mean_std": True, "dataloader_num_workers": 1, "shuffle_block_size": 16, "max_bad_fraction": 0.5,
         "license": "cc0-1.0", "high_bit_depth": "skip", "transparent_background": "#102030", "max_grad_norm": 1.0,
         "on_nonfinite": "skip",
         "save_steps": 2, "save_total_limit": 1, "overwrite_output_dir": True, "crop_scale": "0.3,0.9",
         "crop_ratio": "0.9,1.1", "resample": "bicubic", "flip_probability": 0.3, "color_jitter": "0.1,0.1,0.1,0.05",
-        "color_jitter_probability": 0.5, "greyscale_probability": 0.1, "blur_probability": 0.9,
+        "color_jitter_probability": 0.5, "grayscale_probability": 0.1, "blur_probability": 0.9,
         "blur_sigma": "0.5,1.5", "solarize_probability": 0.3, "warmup_ratio": 0.5, "weight_decay": 0.1,
         "adam_beta1": 0.8, "adam_beta2": 0.9, "base_learning_rate": 1e-3, "seed": 5,
     },
     "parquet, downloaded": {
-        "data_files": "pictures.parquet", "image_column": "picture", "streaming": False, "num_train_epochs": 1,
+        "data_files": "images.parquet", "image_column": "photo", "streaming": False, "num_train_epochs": 1,
         "image_mean": "0.5,0.5,0.5", "image_std": "0.25,0.25,0.25", "drop_path_rate": 0.2, "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.1, "hidden_act": "relu", "initializer_range": 0.01, "layer_norm_eps": 1e-5,
         "qkv_bias": False, "patch_size": 16, "norm_pix_loss": True, "mask_ratio": 0.6, "noise_std_max": 0.1,
@@ -46,12 +46,12 @@ RUNS = {
         "reconstruction_loss_weight": 0.5, "denoising_loss_weight": 0.4, "probe_dataset_name": None,
     },
     "one view, without contrast": {
-        "data_dir": "pictures", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
+        "data_dir": "images", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
         "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none", "image_size": 32,
         "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5,
     },
-    "labelled, from weights": {
-        "dataset_name": "labelled", "dataset_split": "test", "probe_dataset_name": "labelled",
+    "labeled, from weights": {
+        "dataset_name": "labeled", "dataset_split": "test", "probe_dataset_name": "labeled",
         "dataset_config_name": "default", "probe_train_split": "test", "probe_test_split": "train",
         "probe_dataset_config_name": "default",
         "probe_label_column": "kind", "probe_image_column": "image", "probe_every": 2, "max_steps": 4,
@@ -66,17 +66,17 @@ ELSEWHERE = {"output_dir", "resume_from_checkpoint", "preflight", "torch_compile
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A folder of pictures, the same in parquet, a labelled set, and weights to begin with."""
+    """A folder of images, the same in parquet, a labeled set, and weights to begin with."""
     folder = tmp_path_factory.mktemp("places")
-    pictures = [Image.effect_noise((60, 50), 60).convert("RGB") for _ in range(24)]
-    (folder / "pictures").mkdir()
-    for index, picture in enumerate(pictures):
-        picture.save(folder / "pictures" / f"{index}.png")
-    Dataset.from_dict({"picture": pictures}).to_parquet(folder / "pictures.parquet")
-    (folder / "labelled").mkdir()
+    images = [Image.effect_noise((60, 50), 60).convert("RGB") for _ in range(24)]
+    (folder / "images").mkdir()
+    for index, image in enumerate(images):
+        image.save(folder / "images" / f"{index}.png")
+    Dataset.from_dict({"photo": images}).to_parquet(folder / "images.parquet")
+    (folder / "labeled").mkdir()
     for split in ("train", "test"):
-        labelled = Dataset.from_dict({"image": pictures, "kind": [index % 2 for index in range(24)]})
-        labelled.to_parquet(folder / "labelled" / f"{split}-00000.parquet")
+        labeled = Dataset.from_dict({"image": images, "kind": [index % 2 for index in range(24)]})
+        labeled.to_parquet(folder / "labeled" / f"{split}-00000.parquet")
     tiny_model().save_pretrained(folder / "weights")
     return folder
 
@@ -96,7 +96,7 @@ def test_the_script_runs_with(places, tmp_path, capfd, name):
         "a folder, accumulated": 6,
         "parquet, downloaded": 6,
         "one view, without contrast": 2,
-        "labelled, from weights": 4,
+        "labeled, from weights": 4,
     }
     assert results["num_steps"] == steps[name] and json.loads((tmp_path / "results.json").read_text()) == results
     recipe = Recipe.from_dict(yaml.safe_load((tmp_path / "recipe.yaml").read_text()))
@@ -141,8 +141,8 @@ def test_trackers_that_are_not_there_are_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [True, "model"])
 def test_compiled_training_is_alike_and_compiles_once(places, tmp_path, monkeypatch, how):
-    """Accumulated, cached and checkpointed, with dropout, probes and pictures, and a resume: all in the first step."""
-    settings = {"dataset_name": "labelled", "probe_dataset_name": "labelled", "probe_label_column": "kind",
+    """Accumulated, cached and checkpointed, with dropout, probes and images, and a resume: all in the first step."""
+    settings = {"dataset_name": "labeled", "probe_dataset_name": "labeled", "probe_label_column": "kind",
                 "probe_every": 2, "save_steps": 2, "logging_steps": 1, "max_steps": 4, "log_with": "none",
                 "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "hidden_dropout_prob": 0.3,
                 "seed": 3}  # fmt: skip
@@ -232,7 +232,7 @@ def test_every_update_is_made_as_the_recipe_says(places, tmp_path, monkeypatch):
         lambda e, temperature: temperatures.add(temperature) or contrast(e, temperature),
     )
     monkeypatch.setattr(feed, "ViewStream", lambda *a, **k: orders.append(a[2]) or stream(*a, **k))
-    settings = {"data_dir": "pictures", "max_steps": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.5,
+    settings = {"data_dir": "images", "max_steps": 4, "gradient_accumulation_steps": 2, "warmup_ratio": 0.5,
                 "seed": 5, "base_learning_rate": 0.032, "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9,
                 "max_grad_norm": 0.01, "temperature": 0.2, "patch_size": 8}  # fmt: skip
     results = run(places, tmp_path, settings)

@@ -92,11 +92,11 @@ def lines(num=20, **last):
 @pytest.mark.parametrize("changes, name, words", [
     ({"negative_similarity": 0.99, "effective_rank": 1.3}, "collapse", "cosine of 0.990 and fill 1.3 directions"),
     ({"contrastive_loss": 5.49}, "contrastive", "no better than guessing: 5.49 against 5.5"),
-    ({"reconstruction_loss": 1.1}, "reconstruction", "no better than the mean colour: 1.1 against 1"),
+    ({"reconstruction_loss": 1.1}, "reconstruction", "no better than the mean color: 1.1 against 1"),
     ({"denoising_loss": 8e-4}, "denoising", "the noise head is hardly better than predicting zero"),
     ({"data_wait": 0.6}, "starving", "waits for data 60% of the time; raise dataloader_num_workers"),
     ({"grad_norm": 30.0}, "gradient", "ten times and more its median of 1"),
-    ({"grad_norm": 0.0}, "no_gradient", "nothing is learnt"),
+    ({"grad_norm": 0.0}, "no_gradient", "nothing is learned"),
     ({"knn": 0.4}, "no_better", "k-NN 40.0% against 50.0%"),
 ])  # fmt: skip
 def test_every_fault_has_its_sentence_and_no_other(changes, name, words):
@@ -107,7 +107,7 @@ def test_every_fault_has_its_sentence_and_no_other(changes, name, words):
 
 def test_a_good_run_is_called_healthy_and_a_young_one_young():
     assert verdict(lines(), 100, 1000)[0].startswith("healthy: C 2 (trivial: 5.5), A 0.2")
-    assert verdict(lines(num=2), 100, 1000) == ["too early to judge what is learnt"]
+    assert verdict(lines(num=2), 100, 1000) == ["too early to judge what is learned"]
     falling = lines()
     falling[10]["knn"], falling[-1]["knn"] = 0.8, 0.7
     assert "k-NN 70.0%, after 80.0% at step 550" in findings(falling, 100, 1000)["falling"]
@@ -138,7 +138,7 @@ def starving(monkeypatch):
 
 @pytest.mark.parametrize("fault, sentences", [
     (collapse, ["the embeddings have collapsed"]),
-    (dead_head, ["no better than the mean colour", "the noise head is hardly better than predicting zero"]),
+    (dead_head, ["no better than the mean color", "the noise head is hardly better than predicting zero"]),
     pytest.param(starving, ["the device waits for data"], marks=pytest.mark.slow),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_a_planted_fault_is_named_in_log_metrics_results_and_card(tmp_path, monkeypatch, capfd, fault, sentences):
@@ -186,7 +186,7 @@ def wrong_statistics(monkeypatch):
     return ["--image_std=50,50,50"]  # of pixels in [0, 255], as in a published linear probe
 
 
-def left_out_of_the_optimiser(monkeypatch):
+def left_out_of_the_optimizer(monkeypatch):
     groups = builders.parameter_groups
     monkeypatch.setattr(builders, "parameter_groups", lambda model, decay: groups(model.can, decay))
 
@@ -215,7 +215,7 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("fault, words", [
     (wrong_statistics, "set image_mean and image_std"),
-    (left_out_of_the_optimiser, "left out: projection_head.fc1.weight"),
+    (left_out_of_the_optimizer, "left out: projection_head.fc1.weight"),
     (positions_of_zero, "gives different patches the same position"),
     (detached_head, "parameters without a gradient: projection_head.fc1.weight"),
     (wrong_positives, "positive is not its own other view"),

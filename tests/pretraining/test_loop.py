@@ -84,9 +84,7 @@ def test_the_card_has_its_figures_and_its_snippets_run(finished, monkeypatch, tm
         for probe in ("knn", "linear_probe"):
             low, high = features[f"{probe}_interval"]
             assert 0 < low < features[probe] < high < 1 and 0.05 < high - low < 0.1  # of 720 test images
-    shutil.copytree(
-        folder, tmp_path / "shipped"
-    )  # the snippets' cache and picture do not belong into the run's folder
+    shutil.copytree(folder, tmp_path / "shipped")  # the snippets' cache and image do not belong into the run's folder
     Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "shipped" / "photo.jpg")
     monkeypatch.chdir(tmp_path / "shipped")
     scope, snippets = {}, re.findall(r"```python\n(.*?)```", card, re.DOTALL)
@@ -194,13 +192,13 @@ def test_a_folder_of_images_trains_for_epochs_with_bad_files_counted(tmp_path):
 
 
 def test_a_data_set_built_in_python_trains_and_too_many_bad_images_stop_the_run(tmp_path):
-    pictures = [Image.effect_noise((40, 40), 60).convert("RGB") for _ in range(16)]
+    images = [Image.effect_noise((40, 40), 60).convert("RGB") for _ in range(16)]
     options = ["--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none"]
-    results = run_pretraining.main([*TOY, *options], Dataset.from_dict({"image": pictures}))
+    results = run_pretraining.main([*TOY, *options], Dataset.from_dict({"image": images}))
     assert results["num_images"] == 16
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert recipe["dataset_name"] is None
-    rows = Dataset.from_dict({"image": [None, *pictures]})
+    rows = Dataset.from_dict({"image": [None, *images]})
     with pytest.raises(ValueError, match=r"1 of 17 images .* max_bad_fraction=0.01; .*--max_bad_fraction"):
         run_pretraining.main([*TOY, *options, "--overwrite_output_dir"], rows)
 
@@ -214,7 +212,7 @@ def test_it_trains_in_a_thread_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_greyscale_non_square_images_train_probe_and_draw(tmp_path):
+def test_grayscale_non_square_images_train_probe_and_draw(tmp_path):
     settings = {"num_channels": 1, "image_mean": 0.5, "image_std": 0.2, "image_size": "32,48", "norm_pix_loss": True}
     results = run_pretraining.main([*TOY, "--output_dir", str(tmp_path / "out"), *flags(settings)])
     assert results["probe"]["CAN, pre-trained"]["knn"] > 0
@@ -347,14 +345,14 @@ def test_probes_meet_the_model_in_evaluation_and_leave_it_in_training(tmp_path, 
     assert trained == [True] * 3 and probed == [False] * 5  # before, after each step, at the end
 
 
-def test_a_resumed_run_cuts_its_ledger_back(tmp_path):
+def test_a_resumed_run_cuts_its_bad_sample_log_back(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(16):
         Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{i}.png")
     argv = [*TOY, f"--data_dir={tmp_path / 'images'}", f"--output_dir={tmp_path / 'out'}", "--probe_dataset_name=none",
             "--dataloader_num_workers=0"]  # fmt: skip
     run_pretraining.main([*argv, "--max_steps=2", "--save_steps=1"])
-    ledger = tmp_path / "out" / "bad_samples.jsonl"
-    ledger.write_text(json.dumps({"reason": "missing"}) + "\n")  # as if written after the checkpoint
+    log = tmp_path / "out" / "bad_samples.jsonl"
+    log.write_text(json.dumps({"reason": "missing"}) + "\n")  # as if written after the checkpoint
     results = run_pretraining.main([*argv, "--max_steps=3", "--save_steps=9", "--resume_from_checkpoint=latest"])
-    assert results["bad_samples"] == {} and ledger.read_text() == ""
+    assert results["bad_samples"] == {} and log.read_text() == ""

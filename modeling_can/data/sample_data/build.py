@@ -21,7 +21,7 @@ from modeling_can.progress import tell
 __all__ = ["main"]
 
 
-_PHOTOGRAPHS = {  # label: loader. Sources and licences: README.md
+_PHOTOGRAPHS = {  # label: loader. Sources and licenses: README.md
     "astronaut": data.astronaut,
     "brick": data.brick,
     "camera": data.camera,
