@@ -29,8 +29,9 @@ from .checkpoints import Checkpoints, changed_fields, restore, whole_state
 from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
+from .presets import SOURCE
 from .probing import Probing
-from .recipe import SOURCE, Recipe
+from .recipe import Recipe
 from .run import Run
 from .run_folder import lock, prepare_folder, refuse_other_run, unlock
 from .run_log import RunLog

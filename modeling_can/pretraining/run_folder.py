@@ -12,7 +12,8 @@ import yaml
 
 from ..files import new_files
 from ..progress import tell
-from .recipe import LENGTH, Recipe
+from .presets import LENGTH
+from .recipe import Recipe
 
 
 __all__ = ["lock", "prepare_folder", "refuse_other_run", "save_model", "unlock"]
