@@ -74,9 +74,11 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     _tell(push and push.check())
 
     # --- Data
+    _tell(is_main and "looking at the images ...")
     source = image_source(recipe, dataset)
     _tell(is_main and source.left_out_line)
     if recipe.measure_mean_std:
+        _tell(is_main and "measuring mean and standard deviation of the pixels ...")
         mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
         recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
     feed = Feed(recipe, source, accelerator, compiled)
@@ -133,7 +135,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     if recipe.preflight:
         return _preflight(parts, plan.max_steps - first_step)
     if recipe.probe_dataset_name and not checkpoint:
-        parts.log.probes |= {"raw pixels": parts.probing.raw_pixels(), "untrained encoder": parts.probing.encoder()}
+        parts.log.probes |= parts.probing.baselines()
     parts.log.open_files()
     found = train(parts, first_step) or results.finish(parts, began)
     if own_folder:
