@@ -14,23 +14,27 @@ from .pretraining.presets import QUICKSTART, merged
 from .progress import tell
 
 
-__all__ = ["OUTPUT_DIRS", "look_at_evaluation", "look_at_pretraining", "set_environment"]
+__all__ = ["ENVIRONMENT", "OUTPUT_DIRS", "look_at_evaluation", "look_at_pretraining", "set_environment"]
 
+ENVIRONMENT = {
+    # Threads that spin while they wait take the time of other processes, and of this one's workers: PyTorch's, and
+    # those of scikit-learn's matrix products (which spin for 2^4 cycles instead of 2^26).
+    "OMP_WAIT_POLICY": "passive",
+    "OPENBLAS_THREAD_TIMEOUT": "4",
+    # An operation that Apple's GPUs lack runs on the CPU, and PyTorch says so; else it ends the run.
+    "PYTORCH_ENABLE_MPS_FALLBACK": "1",
+}
 OUTPUT_DIRS = {Pretraining: "out", Evaluation: "out/eval"}  # the defaults of output_dir; a test compares
 
 
 def set_environment():
     """
-    What PyTorch and NumPy read when they are imported; what the user has set stays. Workers and other child processes
-    get it too. Nothing happens where PyTorch is imported already.
+    Sets what PyTorch and NumPy read when they are imported; what the user has set stays. Workers and other child
+    processes get it too. Nothing happens where PyTorch is imported already.
     """
     if "torch" not in sys.modules:
-        # Threads that spin while they wait take the time of other processes, and of this one's workers: PyTorch's,
-        # and those of scikit-learn's products (2^4 cycles instead of 2^26).
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
-        # An operation that Apple's GPUs lack runs on the CPU, and PyTorch says so; else it ends the run.
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
 
 
 def look_at_pretraining(argv: list[str], program: str, is_given: bool = False):

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from ..files import new_files
-from ..progress import tell
+from ..progress import quiet, tell
 from .presets import LENGTH
 from .recipe import Recipe
 
@@ -128,7 +128,7 @@ def save_model(folder: Path, *parts):
     for place in places:
         target = folder if place == folder else place / f"{folder.resolve().name}-{os.getpid()}"
         try:
-            with new_files(target) as partial:
+            with new_files(target) as partial, quiet():
                 for save in parts:
                     save(partial)
         except Exception as error:  # safetensors' own is no OSError
