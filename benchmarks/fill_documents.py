@@ -115,6 +115,19 @@ def trainer() -> str:
     )
 
 
+def busy_machine() -> str:
+    report = read("busy_machine")
+    lines = [
+        f"| {report['machine']} | step, s | linear probe, s |",
+        "|---|---|---|",
+    ]
+    for load in ("idle", "busy"):
+        for threads in ("spinning", "sleeping"):
+            step, probe = (report["medians"][f"{what}, {load}, {threads}"] for what in ("step", "probe"))
+            lines.append(f"| {load}, threads {threads} | {step:.2f} | {probe:.2f} |")
+    return "\n".join(lines)
+
+
 def gpu(*names: str) -> list[dict]:
     """The reports that gpu_speed.sh wrote under these names, of those that are there."""
     return [read(f"gpu/{name}") for name in names if (FOLDER / "gpu" / f"{name}.json").exists()]
@@ -250,6 +263,7 @@ FIGURES = {
     "embedding": partial(variants, "embedding", "base"),
     "gradient_caching": gradient_caching,
     "trainer": trainer,
+    "busy_machine": busy_machine,
     "input_pipeline": input_pipeline,
     "gpu_train_step": partial(
         gpu_train_step,

@@ -7,7 +7,8 @@ from .evaluation import command
 from .evaluation.settings import make_settings
 from .keywords import Evaluation, Pretraining
 from .pretraining.loop import run
-from .pretraining.recipe import SOURCE, make_recipe
+from .pretraining.presets import SOURCE
+from .pretraining.recipe import make_recipe
 
 
 __all__ = ["embed", "evaluate", "pretrain"]

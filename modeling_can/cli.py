@@ -6,9 +6,11 @@ Each command is a function of its words that returns what it found and raises Va
 What a command needs is imported when it is called.
 """
 
+import contextlib
 import difflib
 import sys
 
+from .command_line import look_at_evaluation, look_at_pretraining, set_environment
 from .progress import quiet, report_errors, tell
 
 
@@ -27,7 +29,9 @@ def pretrain(argv: list[str] | None = None, dataset=None, program: str = "modeli
 
     Every key of a recipe is a flag, and flags count last.
     """
-    with quiet():  # transformers warns at the import of an image processor that torchvision is not installed
+    argv = sys.argv[1:] if argv is None else argv
+    look_at_pretraining(argv, program, dataset is not None)
+    with _importing():
         from .pretraining.loop import run
         from .pretraining.recipe import parse_arguments
 
@@ -46,7 +50,9 @@ def evaluate(argv: list[str] | None = None, program: str = "modeling-can eval") 
     Tasks: knn, linear_probe, linear_probe_sgd, few_shot, finetune, robustness, reconstruction, retrieval; and embed,
     which needs no labels and stands alone.
     """
-    with quiet():
+    argv = sys.argv[1:] if argv is None else argv
+    look_at_evaluation(argv, program)
+    with _importing():
         from .evaluation.command import run
         from .evaluation.settings import parse
 
@@ -64,11 +70,12 @@ def embed(argv: list[str] | None = None) -> dict:
 
     The flags are those of `modeling-can eval --task embed`.
     """
-    with quiet():
+    program, argv = "modeling-can embed", sys.argv[1:] if argv is None else argv
+    look_at_evaluation(argv, program)
+    with _importing():
         from .evaluation.command import run
         from .evaluation.settings import parse
 
-    program, argv = "modeling-can embed", sys.argv[1:] if argv is None else argv
     settings, fine_tuning = parse(["--task=embed", *argv], _description(embed), program)
     return run(settings, fine_tuning, _words(program, argv))
 
@@ -81,7 +88,7 @@ def convert(argv: list[str] | None = None):
         modeling-can convert out/mine --to onnx out/mine-onnx
         modeling-can convert facebook/dinov2-small --to can out/start
     """
-    with quiet():
+    with _importing():
         from .conversion.__main__ import main as convert_weights
 
     convert_weights(argv, _description(convert), "modeling-can convert")
@@ -95,7 +102,7 @@ def demo(argv: list[str] | None = None):
         modeling-can demo --model_name_or_path out/mine
         GRADIO_SERVER_PORT=8000 modeling-can demo --model_name_or_path NAME/ON_THE_HUB
     """
-    with quiet():
+    with _importing():
         from .demo import main as show
 
     show(argv, _description(demo), "modeling-can demo")
@@ -136,6 +143,19 @@ def _description(function) -> str:
     return "\n".join(line.removeprefix("    ") for line in lines)
 
 
-def _words(program: str, argv: list[str] | None) -> list[str]:
+def _words(program: str, argv: list[str]) -> list[str]:
     """What stands behind `python` or `accelerate launch`, for cards and results."""
-    return [*program.replace("modeling-can", "-m modeling_can").split(), *(sys.argv[1:] if argv is None else argv)]
+    return [*program.replace("modeling-can", "-m modeling_can").split(), *argv]
+
+
+@contextlib.contextmanager
+def _importing():
+    """
+    Around the imports of a command, which take seconds: CAN becomes known to transformers, which does not warn of an
+    image processor for which torchvision is not installed.
+    """
+    set_environment()
+    with quiet():
+        from . import registration  # noqa: F401
+
+        yield

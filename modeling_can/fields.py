@@ -11,6 +11,7 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,6 @@ class Option:
     ascending: bool = False  # whether the values of a sequence must not decrease
     required: bool = False  # whether it must not be empty
     path: bool = False  # whether ~ stands for the home folder
-    aliases: tuple[str, ...] = ()  # names that are refused, with this field as the fix
 
     def problem(self, value) -> str | None:
         """What is wrong with a single value, as a message says it."""
@@ -100,6 +100,15 @@ def expand_paths(settings):
 
 # --- Words as values -------------------------------------------------------------------------------------------------
 
+_ALIASES = {  # names in other trainers, which are refused, and what they are called here
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "base_learning_rate",
+    "num_workers": "dataloader_num_workers",
+    "resume": "resume_from_checkpoint",
+    "workers": "dataloader_num_workers",
+}
+
 
 def parse_values(values: dict, fields: list[dataclasses.Field]) -> dict:
     """
@@ -115,10 +124,10 @@ def parse_values(values: dict, fields: list[dataclasses.Field]) -> dict:
     return {name: parse_value(name, value, annotations[name]) for name, value in values.items()}
 
 
-def _refuse_unknown(keys, fields: list[dataclasses.Field]):
+def _refuse_unknown(keys: Iterable[str], fields: list[dataclasses.Field]):
     """Raises ValueError for a key that is none of the fields; it names the nearest one."""
     known = [f.name for f in fields]
-    aliases = {alias: f.name for f in fields if "option" in f.metadata for alias in f.metadata["option"].aliases}
+    aliases = {alias: name for alias, name in _ALIASES.items() if name in known}
     for key in keys:
         if key not in known:
             alias = difflib.get_close_matches(key, aliases, n=1, cutoff=0.8)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 __all__ = [
-    "check_new_folder", "expand_user", "literal_pattern", "new_file",
-    "new_files", "new_folder", "put_in_place", "write",
+    "check_new_folder", "expand_user", "literal_pattern", "new_file", "new_files", "new_folder", "put_in_place",
+    "refuse_missing_folder", "write",
 ]  # fmt: skip
 
 
@@ -29,6 +29,12 @@ def literal_pattern(file: str) -> str:
     path = Path(file)
     known = next(place for place in (path, *path.parents) if os.path.exists(place))
     return str(Path(glob.escape(str(known))) / path.relative_to(known))
+
+
+def refuse_missing_folder(name: str, folder: Path):
+    """Raises ValueError unless `folder`, the value of the setting `name`, is one."""
+    if not folder.is_dir():
+        raise ValueError(f"{name}={folder} is not a folder")
 
 
 def write(path: Path, text: str):

@@ -11,6 +11,8 @@ from torch import nn
 
 __all__ = ["NonFiniteGuard", "decays", "learning_rate", "mixed_precision", "parameter_groups", "peak_learning_rate"]
 
+_WITHOUT_FOUND_INF = ("mps",)  # devices whose fused kernels do not look at found_inf
+
 
 def mixed_precision(choice: str) -> str:
     """bf16 by default on GPUs that have it; never on a CPU, where it can be hundreds of times slower than fp32."""
@@ -57,11 +59,11 @@ def learning_rate(step: int, max_steps: int, warmup_steps: int, peak: float) -> 
 
 class NonFiniteGuard:
     """
-    Keeps an update whose gradient is not finite from happening: on the device, without waiting for it, and on all
-    processes alike, because they share the gradient.
+    Keeps an update whose gradient is not finite from happening: on the device, without waiting for it (but on mps),
+    and on all processes alike, because they share the gradient.
 
     Args:
-        optimizer (`torch.optim.Optimizer`): A fused one, whose kernel leaves out a step with `found_inf` set.
+        optimizer (`torch.optim.Optimizer`): A fused one, whose kernel skips a step with `found_inf` set.
         num_processes (`int`): That share the gradient.
     """
 
@@ -72,6 +74,8 @@ class NonFiniteGuard:
         """Whether the gradient is finite, on the device; to be called before `optimizer.step()`."""
         finite = grad_norm.isfinite()
         self.optimizer.found_inf = (~finite).float()
+        if finite.device.type in _WITHOUT_FOUND_INF and not finite:  # which waits for the device
+            self.optimizer.zero_grad()  # a parameter without a gradient stays as it is
         # The contrastive loss meets the embeddings of all processes, so it does not tell whose images are to blame.
         ours = torch.stack([term.isfinite().all() for name, term in terms.items() if name != "contrastive_loss"]).all()
         losses = {name: term for name, term in terms.items() if term.ndim == 0}

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
 
 
 __all__ = ["INSTALL", "LINE_SECONDS", "duration", "progress_bar", "quiet", "report_errors", "tell"]
@@ -107,6 +106,8 @@ def report_errors(program: str, advice: str = ""):
 @contextlib.contextmanager
 def quiet():
     """No words of transformers about a torchvision that this project does without, or weights that are not used."""
+    from transformers.utils import logging as transformers_logging  # slow, and a command says first what it will do
+
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

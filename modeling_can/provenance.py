@@ -20,10 +20,14 @@ def run_facts(device: torch.device, packages: tuple[str, ...]) -> dict:
     Machine, versions of packages and git commit (see `git_commit`), under the names that they have in `results.json`.
     """
     return {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _host(device),
         "versions": installed_versions(packages),
         "git_commit": git_commit(_ROOT),
     }
+
+
+def _host(device: torch.device) -> str:
+    return f"GPU of {platform.machine()}, {platform.platform()}" if device.type == "mps" else cpu_name()
 
 
 def installed_versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -142,6 +142,43 @@ def test_importing_changes_nothing_for_the_users_process():
     assert answer.stdout.strip() == "[]", answer.stdout[:3000] + answer.stderr
 
 
+WITHOUT_POSIX = """
+import ast, importlib, os, signal, sys
+from pathlib import Path
+
+root = Path(sys.argv[1])
+files = [path for path in sorted(root.glob("modeling_can/**/*.py")) if path.name != "build.py"]
+for path in files:  # other packages have their own ways
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+            exec(ast.unparse(node), {})
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+for name in ("SIGALRM", "SIGKILL", "SIGUSR1", "pthread_sigmask", "setitimer", "sigwaitinfo"):
+    delattr(signal, name)
+for name in ("nice", "sched_getaffinity"):
+    delattr(os, name)
+sys.path.insert(0, str(root))
+for path in files:
+    importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
+
+from modeling_can.data.loading import outlive_stop_signals
+from modeling_can.pretraining.run_folder import lock, unlock
+from modeling_can.pretraining.stopping import StopSignals
+with StopSignals(None, None) as stop:
+    signal.raise_signal(signal.SIGTERM)
+    print(stop.wanted())
+unlock(lock(Path(sys.argv[2])))
+outlive_stop_signals(0)
+"""
+
+
+def test_windows_lacks_nothing_that_is_needed(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_POSIX, str(ROOT), str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert answer.stdout.strip() == "True" and answer.returncode == 0, answer.stderr
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_says_what_is_public(path):
     nodes = ast.parse(path.read_text()).body

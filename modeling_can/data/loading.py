@@ -119,7 +119,7 @@ class Patient:
             if worker.exitcode:
                 number = -worker.exitcode
                 how = f"was killed by {signal.Signals(number).name}" if number > 0 else f"ended with {-number}"
-                hint = " (often because memory ran out)" if number == signal.SIGKILL else ""
+                hint = " (often because memory ran out)" if how.endswith("SIGKILL") else ""
                 return (
                     f"loader worker {worker.pid} {how}{hint}; look at the system's log and at the lines above, or "
                     "lower dataloader_num_workers"
@@ -205,9 +205,10 @@ def outlive_stop_signals(worker_id: int):
             pass
         os._exit(0)
 
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=end_when_asked, daemon=True).start()
 

@@ -234,6 +234,9 @@ def resize_weights(low: torch.Tensor, high: torch.Tensor, size: int, new_size: i
     Returns:
         `(n, new_size, size)`, fp32; the rows sum to 1.
     """
+    device = low.device
+    if device.type == "mps":  # which has no double precision
+        low, high = low.cpu(), high.cpu()
     low, high = low[:, None, None].double(), high[:, None, None].double()
     scale = (high - low) / new_size
     pixels = torch.arange(size, device=low.device) + 0.5
@@ -249,7 +252,7 @@ def resize_weights(low: torch.Tensor, high: torch.Tensor, size: int, new_size: i
     weights = weights / weights.sum(dim=-1, keepdim=True)
     # To the 16 bits of torch's own filter for uint8
     step = 2.0 ** (weights.amax(dim=(1, 2), keepdim=True).log2().floor() - 14)
-    return ((weights / step).round() * step).float()
+    return ((weights / step).round() * step).float().to(device)
 
 
 def _halves(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

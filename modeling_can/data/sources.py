@@ -15,7 +15,7 @@ import pyarrow.parquet
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-from ..files import literal_pattern
+from ..files import literal_pattern, refuse_missing_folder
 from .faults import (
     is_empty_tar,
     load,
@@ -131,8 +131,7 @@ class ImageSource:
             self.dataset = self._build(dataset_name, config_name, data_files, streaming)
 
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
-        if not folder.is_dir():
-            raise ValueError(f"data_dir={folder} is not a folder")
+        refuse_missing_folder("data_dir", folder)
         paths, self.left_out, self.left_out_line = list_images(str(folder))
         for path in paths:
             try:

@@ -67,9 +67,7 @@ class Settings:
 
     # Work
     batch_size: int = option(256, "images at a time on one process", minimum=1)
-    dataloader_num_workers: int = option(
-        0, "loader processes for each process", minimum=0, aliases=("workers", "num_workers")
-    )
+    dataloader_num_workers: int = option(0, "loader processes for each process", minimum=0)
     mixed_precision: str = option(
         "auto", "no, bf16, or auto: bf16 on GPUs that have it, never on CPU", choices=("auto", "no", "bf16")
     )

@@ -328,7 +328,8 @@ def main():
     job = json.loads(sys.stdin.readline())
     # The run holds the other end of the pipe: when it is killed, this ends as well.
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    os.nice(10)  # the loader of the data goes first
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(10)  # the loader of the data goes first
     answer = json.dumps(_do(job))
     sys.stdout.write(answer)
     sys.stdout.flush()

@@ -4,6 +4,7 @@ import copy
 import sys
 import time
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,9 +69,11 @@ def step_seconds(recipe: Recipe, accelerator: Accelerator, batch_size: int) -> f
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes, at most so far: of tensors on a GPU; of this whole process on a CPU."""
+    """Bytes, at most so far: of tensors on a CUDA device; else of this whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # there is none on Windows
-
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return psutil.Process().memory_info().peak_wset
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -42,6 +42,8 @@ def effective_rank(embeds: torch.Tensor) -> torch.Tensor:
     How many directions the rows of `(n, d)` fill, from 1 to min(n, d): the exponential of the entropy of their
     singular values, as shares of the sum (RankMe, arXiv 2210.02885, section 3).
     """
+    if embeds.device.type == "mps":  # which has no double precision
+        embeds = embeds.cpu()
     embeds = embeds.double()
     # d x d instead of n x d, on the CPU: the decompositions of a GPU take longer and wait for it several times.
     values = torch.linalg.eigvalsh((embeds.T @ embeds).cpu()).clamp(min=0).sqrt()

@@ -33,8 +33,9 @@ from .choosing import check_open, choose
 from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
+from .presets import SOURCE
 from .probing import Probing
-from .recipe import SOURCE, Recipe
+from .recipe import Recipe
 from .run import Run
 from .run_folder import lock, prepare_folder, refuse_other_run, unlock
 from .run_log import RunLog
@@ -79,6 +80,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     _tell(push and push.check())
 
     # --- Data
+    _tell(is_main and "looking at the images ...")
     source = image_source(recipe, dataset)
     _tell(is_main and source.left_out_line)
     recipe = _settled(recipe, source, accelerator, checkpoint)
@@ -137,7 +139,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
     if recipe.preflight:
         return _preflight(parts, plan.max_steps - first_step)
     if recipe.probe_dataset_name and not checkpoint:
-        parts.log.probes |= {"raw pixels": parts.probing.raw_pixels(), "untrained encoder": parts.probing.encoder()}
+        parts.log.probes |= parts.probing.baselines()
     parts.log.open_files()
     found = train(parts, first_step) or results.finish(parts, began)
     if own_folder:
@@ -157,6 +159,7 @@ def _settled(recipe: Recipe, source: ImageSource, accelerator: Accelerator, chec
             size = measured_batch_size(recipe, accelerator, source.num_images())
         recipe = replace(recipe, per_device_train_batch_size=size)
     if recipe.measure_mean_std:
+        _tell(accelerator.is_main_process and "measuring mean and standard deviation of the pixels ...")
         mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
         recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
     return recipe

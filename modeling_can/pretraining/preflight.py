@@ -86,8 +86,8 @@ class Preflight:
         began = time.perf_counter()
         function(*arguments)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter() - began
 
     def _backward_seconds(self, few: list[torch.Tensor]) -> float:

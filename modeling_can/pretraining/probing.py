@@ -5,6 +5,7 @@ from accelerate import Accelerator
 
 from ..evaluation.features import raw_pixels
 from ..evaluation.probe import Probe
+from ..progress import tell
 from ..random_state import interlude
 from .builders import Trained
 
@@ -21,7 +22,16 @@ class Probing:
     def __init__(self, probe: Probe | None, trained: Trained, accelerator: Accelerator):
         self.probe, self.trained, self.accelerator = probe, trained, accelerator
 
-    def raw_pixels(self) -> dict | None:
+    def baselines(self) -> dict[str, dict | None]:
+        """What training is compared with, by name; on the main process, called by all."""
+        found = {}
+        for name, measure in {"raw pixels": self._raw_pixels, "untrained encoder": self.encoder}.items():
+            if self.accelerator.is_main_process:
+                tell(f"measuring {name}, to compare with: k-NN and linear probe ...")
+            found[name] = measure()
+        return found
+
+    def _raw_pixels(self) -> dict | None:
         return self.probe.measure(raw_pixels) if self.accelerator.is_main_process else None
 
     def encoder(self, linear: bool = True) -> dict | None:

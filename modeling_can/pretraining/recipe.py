@@ -6,7 +6,6 @@ A `Recipe` is the exact input of a run. It is checked when it is made, so that a
 
 import argparse
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,26 +14,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..configuration_can import CANConfig
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
-from ..data.folders import SAMPLE_DATA
-from ..fields import check, expand_paths, load_yaml, option, parse_value, parse_values, read_flags
+from ..fields import check, expand_paths, option, parse_values, read_flags
 from ..former_names import current_names
+from .presets import LENGTH, merged, output_dir, presets, recipe_for
 
 
-__all__ = [
-    "LENGTH",
-    "QUICKSTART",
-    "SOURCE",
-    "Recipe",
-    "make_recipe",
-    "model_fields",
-    "parse_arguments",
-    "training_fields",
-]
+__all__ = ["Recipe", "make_recipe", "model_fields", "parse_arguments", "training_fields"]
 
-QUICKSTART = "can-quickstart"
-
-SOURCE = ("dataset_name", "dataset_config_name", "data_dir", "data_files")
-LENGTH = ("max_steps", "num_train_epochs", "num_train_samples")  # the first that is set counts
 _FIRST_OF_GROUP = {  # of `--help`
     "dataset_name": "data",
     "num_views": "views",
@@ -82,9 +68,7 @@ class Recipe:
     probe_every: int = option(
         0, "steps between k-NN tests on it; 0 measures before and after training only", minimum=0
     )
-    dataloader_num_workers: int = option(
-        0, "loader processes for each training process", minimum=0, aliases=("workers", "num_workers")
-    )
+    dataloader_num_workers: int = option(0, "loader processes for each training process", minimum=0)
     shuffle_block_size: int = option(1024, "encoded images that a worker holds and shuffles at a time", minimum=1)
 
     data_on_device: bool | str = option(
@@ -126,9 +110,7 @@ class Recipe:
 
     # Length: the first that is set counts
     max_steps: int | None = option(None, "optimizer updates", minimum=1)
-    num_train_epochs: float | None = option(
-        None, "passes over the data, where the number of images is known", above=0, aliases=("epochs",)
-    )
+    num_train_epochs: float | None = option(None, "passes over the data, where the number of images is known", above=0)
     num_train_samples: int | None = option(None, "images to see", minimum=1)
 
     # Start
@@ -138,13 +120,11 @@ class Recipe:
 
     # Optimization
     per_device_train_batch_size: int | str = option(
-        128, "images of one step on one process; auto: what fits into a GPU", minimum=1, aliases=("batch_size",)
+        128, "images of one step on one process; auto: what fits into a GPU", minimum=1
     )
     gradient_accumulation_steps: int = option(1, "batches of an optimizer step, one after the other", minimum=1)
     gradient_caching: bool = option(True, "accumulate with the contrastive loss over all of the step's images")
-    base_learning_rate: float = option(
-        2.5e-4, "for 256 images a step; scaled linearly with the global batch", above=0, aliases=("lr",)
-    )
+    base_learning_rate: float = option(2.5e-4, "for 256 images a step; scaled linearly with the global batch", above=0)
     warmup_ratio: float = option(0.05, "fraction of the steps with linear warm-up", minimum=0, maximum=1)
     weight_decay: float = option(0.05, "AdamW, on matrices only", minimum=0)
     adam_beta1: float = option(0.9, "AdamW", minimum=0, below=1)
@@ -171,7 +151,7 @@ class Recipe:
     save_steps: int = option(1000, "steps between checkpoints", minimum=1)
     save_total_limit: int = option(2, "checkpoints to keep, the newest; with probe_every also the best", minimum=1)
     resume_from_checkpoint: str | None = option(
-        None, "a folder checkpoints/step-N, or latest: that of output_dir", path=True, aliases=("resume",)
+        None, "a folder checkpoints/step-N, or latest: that of output_dir", path=True
     )
     logging_steps: int = option(20, "steps between lines of metrics.jsonl", minimum=1)
     log_with: str | None = option("tensorboard", "trackers, by accelerate's names, comma-separated; or none")
@@ -331,8 +311,7 @@ def parse_arguments(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    presets = ", ".join(_presets())
-    text = f"a YAML file, or one of {presets}; without one, settings are chosen for your images"
+    text = f"a YAML file, or one of {', '.join(presets())}; without one, settings are chosen for your images"
     parser.add_argument("recipe", nargs="?", help=text)
     arguments, overrides = read_flags(parser, _groups(), argv)
     return make_recipe(arguments.recipe, overrides, has_dataset)
@@ -340,53 +319,19 @@ def parse_arguments(
 
 def make_recipe(recipe: str | Path | dict | None, overrides: dict, has_dataset: bool = False) -> Recipe:
     """
-    A recipe (the name of a preset, a YAML file, or values by key), with `overrides` in place of its own values.
-    Another source or length replaces all that the recipe says of source or length. `None` is the quickstart, or, where
-    `overrides` name a source or there is a data set (`has_dataset`), a recipe in which the rest is still open.
+    What `presets.merged` gives, checked; where the settings are to be chosen (`presets.recipe_for`), a recipe in which
+    they are open.
 
     Raises:
-        ValueError: as `Recipe.from_dict`; also for a recipe that does not exist.
+        ValueError: as `Recipe.from_dict` and `presets.merged`.
     """
-    overrides = current_names(overrides)
-    if recipe is None and (has_dataset or _own_source(overrides)):
-        recipe = _begun(overrides)
-        if recipe is None:
-            return _open_recipe(overrides)
-    values = current_names(recipe if isinstance(recipe, dict) else _read(_find(recipe or QUICKSTART)))
-    if any(key in overrides for key in SOURCE if key != "dataset_config_name"):
-        if values.get("probe_dataset_name") == values.get("dataset_name"):
-            values.pop("probe_dataset_name", None)  # of the data that are replaced, it says nothing about the new ones
-        values = {key: value for key, value in values.items() if key not in SOURCE}
-    if any(key in overrides for key in LENGTH):
-        values = {k: v for k, v in values.items() if k not in LENGTH}
-    return Recipe.from_dict({**values, **overrides})
-
-
-def _own_source(overrides: dict) -> str | None:
-    """The user's own images; the bundled ones are those of the quickstart."""
-    given = (overrides.get(key) for key in ("data_dir", "data_files", "dataset_name"))
-    source = next((value for value in given if value not in (None, "none")), None)
-    source = source[0] if isinstance(source, list | tuple) else source
-    return None if source == SAMPLE_DATA else source
-
-
-def _output_dir(overrides: dict) -> Path:
-    source = str(_own_source(overrides) or "")
-    is_folder = bool(source) and not overrides.get("data_files")
-    return Path(overrides.get("output_dir") or f"out/{Path(source).expanduser().name if is_folder else 'mine'}")
-
-
-def _begun(overrides: dict) -> Path | None:
-    """The recipe of the run that `overrides` go on with, or have finished: what was chosen for it stays."""
-    folder = _output_dir(overrides).expanduser()
-    goes_on = overrides.get("resume_from_checkpoint") or (folder / "results.json").exists()
-    replaced = parse_value("overwrite_output_dir", overrides.get("overwrite_output_dir", False), bool)
-    return folder / "recipe.yaml" if goes_on and not replaced and (folder / "recipe.yaml").exists() else None
+    recipe = recipe_for(recipe, overrides, has_dataset)
+    return _open_recipe(overrides) if recipe is None else Recipe.from_dict(merged(recipe, overrides))
 
 
 def _open_recipe(overrides: dict) -> Recipe:
-    given = parse_values(overrides, [*training_fields(), *model_fields()])
-    given["output_dir"] = str(_output_dir(overrides))
+    given = parse_values(current_names(overrides), [*training_fields(), *model_fields()])
+    given["output_dir"] = output_dir(overrides)
     names = {f.name for f in training_fields()}
     return Recipe(config=CANConfig(), given=given, **{name: value for name, value in given.items() if name in names})
 
@@ -398,38 +343,3 @@ def _groups() -> dict[str, list[dataclasses.Field]]:
         group = _FIRST_OF_GROUP.get(f.name, group)
         groups.setdefault(group, []).append(f)
     return groups | {"model": model_fields()}
-
-
-def _presets() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    package = Path(__file__).parents[1]
-    folders = (package / "recipes", package.parent / "model_cards")  # installed, or in a checkout
-    folder = next((folder for folder in folders if folder.is_dir()), package)
-    return {path.parent.name: path for path in sorted(folder.glob("*/recipe.yaml"))}
-
-
-def _find(recipe: str | Path) -> Path:
-    path, presets = Path(recipe).expanduser(), _presets()
-    if path.is_file():
-        return path
-    if str(recipe) in presets:
-        return presets[str(recipe)]
-    near = difflib.get_close_matches(str(recipe), presets, n=1)
-    raise ValueError(
-        f"there is no recipe {recipe}"
-        + (f"; did you mean {near[0]}?" if near else f"; give a YAML file, or one of {', '.join(presets)}")
-    )
-
-
-def _read(path: Path) -> dict:
-    """The keys of a recipe file; `ValueError` for what is no recipe."""
-    values = load_yaml(path)
-    if values is None:  # a copy that failed, more often than a wish for nothing but defaults
-        raise ValueError(f"{path} is empty; write `key: value` lines, as in model_cards/*/recipe.yaml")
-    if not isinstance(values, dict):
-        kind = "a list" if isinstance(values, list) else f"the single value {values!r}"
-        raise ValueError(f"{path}, line 1: this is {kind}; write `key: value` lines instead")
-    for key in values:
-        if not isinstance(key, str):
-            raise ValueError(f"{path}: the key {key!r} is not a word; see --help for the keys")
-    return values

@@ -70,6 +70,8 @@ def finish(run: Run, began: float) -> dict:
         )
         log.close()
     if recipe.probe_dataset_name:
+        if run.is_main:
+            tell("measuring the trained encoder: k-NN and linear probe ...")
         log.probes["CAN, pre-trained"] = run.probing.encoder()
         results["probe"] = log.probes
     whole = run.trained.in_one_piece()

@@ -12,8 +12,9 @@ import yaml
 
 from ..files import new_files
 from ..former_names import current_names
-from ..progress import tell
-from .recipe import LENGTH, Recipe
+from ..progress import quiet, tell
+from .presets import LENGTH
+from .recipe import Recipe
 
 
 __all__ = ["lock", "prepare_folder", "refuse_other_run", "save_model", "unlock"]
@@ -128,7 +129,7 @@ def save_model(folder: Path, *parts):
     for place in places:
         target = folder if place == folder else place / f"{folder.resolve().name}-{os.getpid()}"
         try:
-            with new_files(target) as partial:
+            with new_files(target) as partial, quiet():
                 for save in parts:
                     save(partial)
         except Exception as error:  # safetensors' own is no OSError

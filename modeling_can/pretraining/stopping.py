@@ -14,6 +14,8 @@ __all__ = ["StopSignals", "StoppedWaiting"]
 
 
 _GRACE_SECONDS = 5  # that a batch may still take after a stop signal
+_CAUGHT = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+_HAS_TIMER = hasattr(signal, "setitimer")  # neither it nor SIGUSR1 is on Windows, where a wait for data is not ended
 
 
 class StoppedWaiting(Exception):
@@ -39,9 +41,8 @@ class StopSignals(contextlib.AbstractContextManager):
     def __enter__(self):
         # Python delivers signals to the main thread alone. In another one, of an app or a server, they are not ours.
         is_main = threading.current_thread() is threading.main_thread()
-        caught = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if is_main else ()
-        self.previous = {number: signal.signal(number, self._remember) for number in caught}
-        if is_main:
+        self.previous = {number: signal.signal(number, self._remember) for number in _CAUGHT if is_main}
+        if is_main and _HAS_TIMER:
             self.previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._end_waiting)
         return self
 
@@ -50,14 +51,15 @@ class StopSignals(contextlib.AbstractContextManager):
             # When torch 2.13 drops a gloo group it waits for the group's threads and holds the GIL, which one of them
             # may still need to let go of the last reduction: without time for that, one run in ten hung at its end.
             time.sleep(0.5)
-        if self.received:
+        if self.received and _HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _remember(self, number, frame):
         self.received = signal.Signals(number)
-        signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS, _GRACE_SECONDS)
+        if _HAS_TIMER:
+            signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS, _GRACE_SECONDS)
         if number == signal.SIGINT:
             signal.signal(number, self.previous[number])
 

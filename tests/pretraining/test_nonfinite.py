@@ -99,15 +99,21 @@ def test_images_are_named_where_they_may_be_to_blame(num_processes, reconstructi
     assert ("of the images a.jpg" in sentence) == are_named != ("not to be to blame" in sentence)
 
 
-def test_a_step_that_is_skipped_leaves_weights_and_moments_alone():
+@pytest.mark.parametrize("kernel_looks", [True, False], ids=["", "on mps"])
+def test_a_step_that_is_skipped_leaves_weights_and_moments_alone(kernel_looks, monkeypatch):
+    from modeling_can import optimization
     from modeling_can.optimization import NonFiniteGuard
 
+    if not kernel_looks:
+        monkeypatch.setattr(optimization, "_WITHOUT_FOUND_INF", ("cpu",))
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
     guard = NonFiniteGuard(optimizer)
     for step, gradient in enumerate((1.0, float("nan"), float("inf"))):
         weight.grad = torch.full((3,), gradient)
         guard.check(step, weight.grad.norm(), {"loss": torch.tensor(gradient)}, ["a.jpg"])
+        if not kernel_looks:
+            optimizer.found_inf = None
         optimizer.step()
         if step == 0:
             first = weight.detach().clone()
