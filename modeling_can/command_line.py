@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 from .fields import parse_values, read_flags
-from .files import expand_user, refuse_missing_folder
+from .files import expand_user, refuse_missing_files, refuse_missing_folder, refuse_missing_path
 from .former_names import current_names
 from .keywords import Evaluation, Pretraining
 from .pretraining.presets import merged, output_dir, recipe_for
@@ -86,13 +86,23 @@ def _fields(keywords: type) -> tuple[dataclasses.Field, ...]:
 
 
 def _images(values: dict) -> str:
+    """What they are; raises ValueError for places that are not there."""
     if values.get("data_dir"):
         refuse_missing_folder("data_dir", Path(expand_user(values["data_dir"])))
-    return f"images of {_listed(values.get('dataset_name') or values.get('data_dir') or values.get('data_files'))}"
+    refuse_missing_files(expand_user(_several(values.get("data_files"))))
+    for name in ("dataset_name", "probe_dataset_name", "model_name_or_path"):
+        for value in _several(values.get(name)):
+            refuse_missing_path(name, value)
+    named = values.get("dataset_name") or values.get("data_dir") or values.get("data_files")
+    return f"images of {_listed(named)}"
+
+
+def _several(value: str | tuple[str, ...] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _listed(value: str | tuple[str, ...] | None) -> str:
-    return ", ".join([value] if isinstance(value, str) else value or ["nothing"])
+    return ", ".join(_several(value)) or "nothing"
 
 
 def _say(program: str, start: str, images: str, output_dir: str):

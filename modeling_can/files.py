@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = [
     "check_new_folder", "expand_user", "literal_pattern", "new_file", "new_files", "new_folder", "put_in_place",
-    "refuse_missing_folder", "write",
+    "refuse_missing_files", "refuse_missing_folder", "refuse_missing_path", "write",
 ]  # fmt: skip
 
 
@@ -35,6 +35,20 @@ def refuse_missing_folder(name: str, folder: Path):
     """Raises ValueError unless `folder`, the value of the setting `name`, is one."""
     if not folder.is_dir():
         raise ValueError(f"{name}={folder} is not a folder")
+
+
+def refuse_missing_files(files: list[str]):
+    """Raises ValueError for a local path or pattern of `data_files` that matches no file."""
+    for file in files:
+        if "://" not in file and not glob.glob(literal_pattern(file), recursive=True):
+            where = "" if os.path.isabs(file) else f"; it begins at the working directory, {os.getcwd()}"
+            raise ValueError(f"data_files={file} is no file, and matches none{where}")
+
+
+def refuse_missing_path(name: str, value: str):
+    """Raises ValueError for what can only be a path, and no id on the Hub, where there is nothing."""
+    if value.startswith(("/", "./", "../", "~")) and not os.path.exists(expand_user(value)):
+        raise ValueError(f"{name}={value}: there is no such file or folder")
 
 
 def write(path: Path, text: str):

@@ -36,9 +36,16 @@ def first_second(words: str, environment: dict) -> tuple[str, str]:
     "words, said",
     [
         ("run_pretraining.py", "recipe can-quickstart; images of sample_data; output folder out/can-quickstart"),
-        ("-m modeling_can pretrain --data_dir tests", "recipe can-quickstart; images of tests; output folder"),
+        (
+            "-m modeling_can pretrain --data_dir tests",
+            "chosen for these images; images of tests; output folder out/",
+        ),
+        ("-m modeling_can pretrain can-quickstart --data_dir tests", "recipe can-quickstart; images of tests; output"),
         ("run_eval.py --model_name_or_path a b --dataset_name c", "models a, b; images of c; output folder out/eval"),
-        ("-m modeling_can embed --model_name_or_path a --data_files x --output_dir o", "images of x; output folder o"),
+        (
+            "-m modeling_can embed --model_name_or_path a --data_files *.md --output_dir o",
+            "images of *.md; output folder o",
+        ),
     ],
 )
 def test_what_is_asked_for_is_said_before_pytorch_is_imported(words, said, without_packages):
@@ -58,6 +65,12 @@ def test_what_is_asked_for_is_said_before_pytorch_is_imported(words, said, witho
         ("-m modeling_can pretrain --max_steps many", "max_steps='many' is not of type int"),
         ("run_eval.py --model_nme x", "did you mean 'model_name_or_path'?"),
         ("-m modeling_can embed --data_dir nowhere", "data_dir=nowhere is not a folder"),
+        ("-m modeling_can pretrain --data_files nowhere/*.tar", "data_files=nowhere/*.tar is no file"),
+        (
+            "-m modeling_can pretrain --dataset_name ./nowhere",
+            "dataset_name=./nowhere: there is no such file",
+        ),
+        ("run_eval.py --model_name_or_path ~/nowhere", "model_name_or_path=~/nowhere: there is no such file"),
     ],
 )
 def test_what_cannot_be_is_refused_before_pytorch_is_imported(words, fault, without_packages):

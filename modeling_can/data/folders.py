@@ -21,7 +21,7 @@ from ..files import literal_pattern
 __all__ = [
     "SAMPLE_DATA", "counts", "fingerprint", "hash_of", "image_extensions", "images_below",
     "left_out_of_split", "list_images", "load_arguments", "refuse_braces", "refuse_misread_folders",
-    "refuse_missing", "resolve_name", "split_names", "suffix_of",
+    "resolve_name", "split_names", "suffix_of",
 ]  # fmt: skip
 
 
@@ -70,13 +70,6 @@ def refuse_braces(files: list[str]):
         if re.search(r"[{}]", file) and ("://" in file or not glob.glob(literal_pattern(file))):
             advice = re.sub(r"\{[^{}]*\}?|[^{}]*\}", "*", file)
             raise ValueError(f"data_files={file} has braces, which are not expanded; write *: {advice}")
-
-
-def refuse_missing(files: list[str]):
-    for file in files:
-        if "://" not in file and not glob.glob(literal_pattern(file), recursive=True):
-            where = "" if os.path.isabs(file) else f"; it begins at the working directory, {os.getcwd()}"
-            raise ValueError(f"data_files={file} is no file, and matches none{where}")
 
 
 def suffix_of(file: str) -> str:

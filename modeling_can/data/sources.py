@@ -15,7 +15,7 @@ import pyarrow.parquet
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-from ..files import literal_pattern, refuse_missing_folder
+from ..files import literal_pattern, refuse_missing_files, refuse_missing_folder
 from .faults import (
     is_empty_tar,
     load,
@@ -33,7 +33,6 @@ from .folders import (
     load_arguments,
     refuse_braces,
     refuse_misread_folders,
-    refuse_missing,
     resolve_name,
     split_names,
     suffix_of,
@@ -160,7 +159,7 @@ class ImageSource:
                 raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(_FORMATS)}")
             files = [data_files] if isinstance(data_files, str) else data_files
             refuse_braces(files)
-            refuse_missing(files)
+            refuse_missing_files(files)
             arguments = {"path": _FORMATS[suffix], "data_files": list(map(literal_pattern, files))}
             if str(first).startswith(("http://", "https://")):
                 import aiohttp  # slow, and only this needs it

@@ -99,7 +99,7 @@ def test_results_and_card_state_what_was_left_out(tmp_path, capsys):
     results = run_pretraining.main(argv)
     assert results["left_out"] == {".heic": 1} == json.loads((tmp_path / "p/out/results.json").read_text())["left_out"]
     assert f"data_dir={tmp_path}/p: reads 8 images; left out: 1 .heic\n" in capsys.readouterr().out
-    assert "| files left out | 1 .heic |" in (tmp_path / "p/out/README.md").read_text()
+    assert "| files skipped | 1 .heic |" in (tmp_path / "p/out/README.md").read_text()
     assert ImageSource(data_dir=str(tmp_path / "p")).num_images() == 8  # without the figures of this run
 
 
