@@ -61,37 +61,46 @@ def _all_gather(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Tensor:
     r"""
     InfoNCE (NT-Xent of SimCLR, arXiv 2002.05709, eq. 1), the term C of CAN: for every embedding z_i with positive z_j,
-    the other view of the same image,
+    another view of the same image,
 
-        - log( exp(z_i . z_j / tau) / sum_{k != i} exp(z_i . z_k / tau) ),
+        - log( exp(z_i . z_j / tau) / (exp(z_i . z_j / tau) + sum_k exp(z_i . z_k / tau)) ),
 
-    where k runs over the 2N embeddings of the global batch: 1 positive and 2N - 2 negatives. Averaged over this
-    process's 2B embeddings; the mean over processes is the loss of the joined batch, and so is its gradient.
+    where k runs over the embeddings of the other images of the global batch: with the paper's two views, 1 positive
+    and 2N - 2 negatives. Averaged over this process's B images and the ordered pairs (i, j) of their views; the mean
+    over processes is the loss of the joined batch, and so is its gradient. Of more than two views (not in the paper),
+    those that are neither i nor j are left out of the denominator: an image is not its own negative.
 
     Args:
-        image_embeds (`torch.Tensor` of shape `(batch_size, 2, projection_size)`): Embeddings of unit length.
+        image_embeds (`torch.Tensor` of shape `(batch_size, num_views, projection_size)`): Embeddings of unit length.
         temperature (`float`): tau.
 
     Raises:
-        ValueError: if there are not two views, or fewer than two images in the global batch.
+        ValueError: if there are fewer than two views, or fewer than two images in the global batch.
     """
-    if image_embeds.shape[1] != 2:
+    num_views = image_embeds.shape[1]
+    if num_views < 2:
         raise ValueError(
-            f"the contrastive term compares 2 views of an image, got {image_embeds.shape[1]}; "
-            "give pixel_values of shape (B, 2, C, H, W), or set contrastive_loss_weight=0"
+            "the contrastive term compares the views of an image, got 1; give pixel_values of shape (B, 2, C, H, W), "
+            "or set contrastive_loss_weight=0"
         )
     with full_precision(image_embeds):
-        anchors = image_embeds.float().flatten(0, 1)  # (2B, d): the two views of an image are neighbors
-        keys, offset = _all_gather(anchors)  # (2N, d)
-        if keys.shape[0] < 4:
+        anchors = image_embeds.float().flatten(0, 1)  # (BV, d): the views of an image are neighbors
+        keys, offset = _all_gather(anchors)  # (NV, d)
+        if keys.shape[0] < 2 * num_views:
             raise ValueError(
-                f"the contrastive term needs other images as negatives, got a batch of {keys.shape[0] // 2}; "
+                f"the contrastive term needs other images as negatives, got a batch of {keys.shape[0] // num_views}; "
                 "use at least 2 images a batch, or set contrastive_loss_weight=0"
             )
-        itself = offset + torch.arange(anchors.shape[0], device=anchors.device)
-        logits = anchors @ keys.T / temperature  # (2B, 2N)
-        logits = logits.scatter(1, itself[:, None], float("-inf"))
-        return nn.functional.cross_entropy(logits, itself ^ 1)  # neighbors 2n and 2n + 1 differ in the last bit
+        logits = anchors @ keys.T / temperature  # (BV, NV)
+        rows = torch.arange(anchors.shape[0], device=anchors.device)
+        view, first = rows % num_views, offset + rows - rows % num_views
+        # Where each anchor itself stands among the keys, then the further views of its image, in turn
+        own = torch.stack([first + (view + step) % num_views for step in range(num_views)], dim=1)  # (BV, V)
+        losses = []
+        for step in range(1, num_views):
+            others = torch.cat([own[:, :step], own[:, step + 1 :]], dim=1)
+            losses.append(nn.functional.cross_entropy(logits.scatter(1, others, float("-inf")), own[:, step]))
+        return sum(losses) / len(losses)
 
 
 def normalize_patches(patches: torch.Tensor) -> torch.Tensor:

@@ -643,9 +643,9 @@ class CANForPreTraining(CANPreTrainedModel):
     ) -> CANForPreTrainingOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, 2, num_channels, height, width)`):
-                Two augmented views of each image, normalized; never modified. One view, `(batch_size, 1, ...)`, is
-                accepted when the contrastive weight is 0.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_views, num_channels, height, width)`):
+                Augmented views of each image, normalized; never modified. The paper has two. One view is accepted
+                when the contrastive weight is 0.
             pixel_noise (`torch.Tensor` of the same shape, *optional*): e, drawn from N(0, I) if `None`.
             noise_level (`torch.Tensor` of shape `(batch_size, num_views)`, *optional*):
                 sigma, in units of normalized pixels, drawn from U[0, noise_std_max] if `None`.
@@ -794,8 +794,6 @@ class CANForPreTraining(CANPreTrainedModel):
             )
         if not pixel_values.is_floating_point():  # before noise makes it one
             raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalized pixels, e.g. from the processor")
-        if pixel_values.shape[1] not in (1, 2):
-            raise ValueError(f"pixel_values has {pixel_values.shape[1]} views; give 2, or 1 without contrastive term")
         if pixel_values.shape[1] == 1 and self.config.contrastive_loss_weight > 0:
             raise ValueError(
                 "pixel_values has 1 view, but the contrastive term (contrastive_loss_weight="

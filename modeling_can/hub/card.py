@@ -248,9 +248,7 @@ def _training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images
         f"{results['images_per_second']:.0f} images/s",
         "peak memory": f"{results['peak_memory'] / 1e9:.1f} GB in the main process",
         "compute": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "
-        f"for {'both views' if recipe['num_views'] == 2 else 'the one view'} of an image".replace("e+0", "e").replace(
-            "e+", "e"
-        ),
+        f"for {_counted(recipe['num_views'], 'view')} of an image".replace("e+0", "e").replace("e+", "e"),
         "software": software + (f"; commit {results['git_commit']}" if results["git_commit"] else ""),
         "final losses": ", ".join(losses) or "not finite",
     }

@@ -24,7 +24,7 @@ __all__ = [
 
 def check_pixels(pixel_values: torch.Tensor) -> str | None:
     """
-    Whether normalized pixels `(B, V, C, H, W)` are finite, two views differ, and, of 16 images and more, each
+    Whether normalized pixels `(B, V, C, H, W)` are finite, the views differ, and, of 16 images and more, each
     channel has about mean 0 and standard deviation 1.
     """
     pixels = pixel_values.float()
@@ -36,8 +36,8 @@ def check_pixels(pixel_values: torch.Tensor) -> str | None:
             f"the normalized pixels have mean {_numbers(mean)} and standard deviation {_numbers(std)}, far from 0 "
             "and 1; set image_mean and image_std to those of your images (--measure_mean_std finds them)"
         )
-    if pixels.shape[1] == 2 and torch.equal(pixels[:, 0], pixels[:, 1]):
-        return "the two views of every image are the same; augmentation is off"
+    if pixels.shape[1] > 1 and torch.equal(pixels[:, 0], pixels[:, 1]):
+        return "the views of every image are the same; augmentation is off"
     return None
 
 

@@ -154,7 +154,7 @@ def findings(
     if similarity is not None and similarity > 0.95:
         found["collapse"] = (
             f"the embeddings have collapsed: those of different images have a cosine of {similarity:.3f} and fill "
-            f"{rank:.1f} directions; lower base_learning_rate, or check that the two views are not all alike"
+            f"{rank:.1f} directions; lower base_learning_rate, or check that the views are not all alike"
         )
     dead = {  # with the fraction of the trivial loss above which a term is dead
         "contrastive": ("the contrastive head tells images apart no better than guessing", 0.95),

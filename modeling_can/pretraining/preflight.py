@@ -165,7 +165,7 @@ class Preflight:
             f"  to finish {duration(self.num_steps * seconds)} for {self.num_steps} steps of {images_per_step} "
             "images\n"
             f"  bad       {self.feed.bad.total()} images so far\n"
-            f"  figure    {image}: both views of four images, with noise and mask"
+            f"  figure    {image}: the views of four images, with noise and mask"
         )
         for process, name, text in failures:
             tell(f"  process {process}, {name}: {text}")

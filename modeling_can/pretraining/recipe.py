@@ -76,7 +76,7 @@ class Recipe:
     )
 
     # Views
-    num_views: int = option(2, "random crops of an image; 1 only without contrastive term", choices=(1, 2))
+    num_views: int = option(2, "random crops of an image; 1 only without contrastive term", minimum=1)
     crop_scale: tuple[float, ...] = option(
         (0.2, 1.0),
         "range of the fraction of the image area that a crop covers",
@@ -203,7 +203,7 @@ class Recipe:
 
     def _check_views(self):
         if self.num_views == 1 and self.config.contrastive_loss_weight > 0:
-            raise ValueError("num_views=1 must be 2, or 1 with contrastive_loss_weight=0: two views are contrasted")
+            raise ValueError("num_views=1 must be at least 2, or contrastive_loss_weight 0: views are contrasted")
         if self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
         height, width = self.config.image_shape

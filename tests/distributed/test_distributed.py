@@ -16,7 +16,12 @@ def step(model, batch):
     }
 
 
-OBJECTIVES = {"CAN": {}, "SimCLR": SIMCLR, "MAE": MAE}
+OBJECTIVES = {"CAN": {}, "SimCLR": SIMCLR, "MAE": MAE, "CAN, three views": {}}
+
+
+def batch_of(objective: str, config) -> dict:
+    batch = inputs(config, batch_size=6, num_views=3 if "three" in objective else 2)
+    return batch if config.noise_std_max else without_noise(batch)
 
 
 def half_a_step(rank, world_size):
@@ -25,8 +30,7 @@ def half_a_step(rank, world_size):
     for objective, changes in OBJECTIVES.items():
         model = tiny_model(**changes)
         model.freeze_unused_parameters()
-        batch = inputs(model.config, batch_size=6)
-        batch = batch if model.config.noise_std_max else without_noise(batch)
+        batch = batch_of(objective, model.config)
         share = {name: tensor.chunk(world_size)[rank] for name, tensor in batch.items()}
         loss, gradients = step(torch.nn.parallel.DistributedDataParallel(model), share)
         torch.distributed.all_reduce(loss)
@@ -43,8 +47,7 @@ def two_processes():
 def test_two_processes_give_the_loss_and_gradient_of_one(two_processes, objective):
     model = tiny_model(**OBJECTIVES[objective])
     model.freeze_unused_parameters()
-    batch = inputs(model.config, batch_size=6)
-    loss, gradients = step(model, batch if model.config.noise_std_max else without_noise(batch))
+    loss, gradients = step(model, batch_of(objective, model.config))
     for answers in two_processes:
         other_loss, other_gradients = answers[objective]
         assert other_loss == pytest.approx(loss.item(), abs=1e-5)

@@ -36,6 +36,16 @@ def test_caching_gives_the_loss_and_gradient_of_the_whole_batch(whole, num_parts
         torch.testing.assert_close(value, whole[1][name].detach())
 
 
+def test_caching_is_exact_with_more_views_than_two():
+    model, other = tiny_model(), tiny_model()
+    batch = inputs(model.config, 6, num_views=3)
+    outputs = model(**batch)
+    outputs.loss.backward()
+    results = step(other, cut(batch, 3), caching=True)
+    assert_same(gradients(other), gradients(model))
+    torch.testing.assert_close(results["contrastive_loss"], outputs.contrastive_loss.detach())
+
+
 def test_plain_accumulation_is_exact_for_all_but_the_contrastive_term(whole):
     model = tiny_model()
     results = step(model, cut(inputs(model.config, 8), 2), caching=False)

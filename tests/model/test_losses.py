@@ -10,14 +10,17 @@ from modeling_can.losses import contrastive_loss
 
 
 def info_nce_by_loops(embeds, temperature):
-    """-log(exp(z_i z_j / t) / sum_{k != i} exp(z_i z_k / t)), in double precision."""
-    embeds = embeds.double().flatten(0, 1)
-    total = 0.0
-    for i in range(len(embeds)):
-        positive = i + 1 if i % 2 == 0 else i - 1
-        similarity = [math.exp(float(embeds[i] @ embeds[k]) / temperature) for k in range(len(embeds))]
-        total += -math.log(similarity[positive] / sum(s for k, s in enumerate(similarity) if k != i))
-    return total / len(embeds)
+    """The mean over ordered pairs of views of -log(e_ij / (e_ij + sum of e_ik of other images)), e = exp(z z / t)."""
+    embeds, terms = embeds.double(), []
+    for n, views in enumerate(embeds):
+        for i in range(len(views)):
+            others = [z for m, theirs in enumerate(embeds) if m != n for z in theirs]
+            negatives = sum(math.exp(float(views[i] @ z) / temperature) for z in others)
+            for j in range(len(views)):
+                if j != i:
+                    positive = math.exp(float(views[i] @ views[j]) / temperature)
+                    terms.append(-math.log(positive / (positive + negatives)))
+    return sum(terms) / len(terms)
 
 
 def pixel_losses_by_loops(logits, clean, noise, mask, patch):
@@ -53,6 +56,32 @@ def test_losses_equal_loops_from_the_equations():
     assert outputs.reconstruction_loss.item() == pytest.approx(reconstruction, abs=1e-5)
     assert outputs.denoising_loss.item() == pytest.approx(denoising, abs=1e-5)
     assert outputs.loss.item() == pytest.approx(0.03 * contrastive + 0.67 * reconstruction + 0.3 * denoising, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_views", [2, 3, 5])
+def test_info_nce_of_any_number_of_views_equals_loops(num_views):
+    embeds = torch.nn.functional.normalize(torch.randn(4, num_views, 8), dim=-1)
+    assert contrastive_loss(embeds, 0.2).item() == pytest.approx(info_nce_by_loops(embeds, 0.2), abs=1e-5)
+
+
+def test_two_views_are_simclrs_nt_xent_to_the_last_bit():
+    embeds = torch.nn.functional.normalize(torch.randn(6, 2, 8), dim=-1)
+    rows = embeds.flatten(0, 1)
+    logits = (rows @ rows.T / 0.1).fill_diagonal_(float("-inf"))  # all but itself are in the denominator
+    assert torch.equal(contrastive_loss(embeds, 0.1), torch.nn.functional.cross_entropy(logits, torch.arange(12) ^ 1))
+
+
+def test_further_views_of_an_image_are_not_its_negatives():
+    same = torch.eye(3)[:, None].expand(3, 4, 3)  # all views of an image alike, all images apart
+    assert contrastive_loss(same, 0.05).item() < 1e-6
+    embeds = torch.nn.functional.normalize(torch.randn(3, 4, 8), dim=-1)
+    pairs = [contrastive_loss(embeds[:, [i, j]], 0.1) for i in range(4) for j in range(4) if i < j]
+    assert contrastive_loss(embeds, 0.1) > torch.stack(pairs).mean()  # the views of other images are more negatives
+
+
+def test_one_view_has_no_positive():
+    with pytest.raises(ValueError, match="got 1; give pixel_values of shape"):
+        contrastive_loss(torch.ones(3, 1, 8), 0.1)
 
 
 def test_norm_pix_loss_normalizes_the_reconstruction_target_alone():

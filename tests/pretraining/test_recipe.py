@@ -89,7 +89,7 @@ def test_numbers_are_read_as_their_field_says():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--num_views", "1"], "num_views=1 must be 2, or 1 with contrastive_loss_weight=0"),
+        (["--num_views", "1"], "num_views=1 must be at least 2, or contrastive_loss_weight 0"),
         (["--mask_ration", "0.75"], "unknown key 'mask_ration'; did you mean 'mask_ratio'"),
         (["--batch_size=7"], "unknown key 'batch_size'; did you mean"),
         (["--batch_size=7"], "did you mean 'per_device_train_batch_size'"),
