@@ -27,6 +27,7 @@ from experiments.commands import ROOT  # noqa: E402
 from experiments.keeping import round_weights  # noqa: E402
 from modeling_can import CANForPreTraining  # noqa: E402
 from modeling_can.evaluation.encoders import feature_maps  # noqa: E402
+from modeling_can.former_names import current_names  # noqa: E402
 from modeling_can.hub import write_card  # noqa: E402
 from modeling_can.plots import curves, feature_sheet, reconstruction_sheet, true_colors  # noqa: E402
 from modeling_can.pretraining.recipe import Recipe  # noqa: E402
@@ -38,10 +39,10 @@ TILES = ROOT / "modeling_can" / "data" / "sample_data"
 
 
 def keep(run: Path, folder: Path, data: str):
-    recipe = Recipe.from_dict(yaml.safe_load((run / "recipe.yaml").read_text()))
+    recipe = Recipe.from_dict(current_names(yaml.safe_load((run / "recipe.yaml").read_text())))
     recipe = replace(
         recipe, **HUB, probe_dataset_name=None, probe_every=0, resume_from_checkpoint=None, torch_compile="auto",
-        data_on_device="auto",
+        data_on_device="auto", license="apache-2.0",
         output_dir=f"out/{folder.name}",
     )  # fmt: skip
     results = json.loads((run / "results.json").read_text())
