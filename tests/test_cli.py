@@ -14,7 +14,7 @@ from testing_utils import ROOT, TOY
 import modeling_can
 from modeling_can import cli, keywords
 from modeling_can.evaluation import settings
-from modeling_can.pretraining import recipe
+from modeling_can.pretraining import presets, recipe
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8,
@@ -70,7 +70,7 @@ def test_the_status_tells_how_a_run_ended():
 
 def test_presets_are_found_by_name():
     folders = {path.parent.name for path in (ROOT / "model_cards").glob("*/recipe.yaml")}
-    assert recipe.QUICKSTART in folders
+    assert presets.QUICKSTART in folders
     for name in folders:
         made = recipe.make_recipe(name, {"data_dir": "x", "max_steps": 1})
         assert made.data_dir == "x" and made.dataset_name is None

@@ -45,6 +45,11 @@ RUNS = {
         **COMMON,
         "encoder-48": {"hidden_size": 48, "intermediate_size": 192},
         "encoder-192": {"hidden_size": 192, "intermediate_size": 768},
+        "weight-3-decoder-128": {  # the best ones together
+            "denoising_loss_weight": 3,
+            "decoder_hidden_size": 128,
+            "decoder_intermediate_size": 512,
+        },
     },
     "cifar10": {
         **COMMON,
@@ -55,10 +60,12 @@ RUNS = {
         "sigma-0.25-shared": {**SHARED, "noise_std_max": 0.25},
     },
 }
-ABLATIONS = ("base", "no-noise", "no-loss", "no-level", "shared", "paper")  # with seeds 1 and 2 too
+# With seeds 1 and 2 too
+ABLATIONS = ("base", "no-noise", "no-loss", "no-level", "shared", "paper")
+SEEDED = {"quickstart": (*ABLATIONS, "weight-3", "weight-3-decoder-128"), "cifar10": ABLATIONS}
 
 
 def runs(scale: str) -> dict[str, dict]:
     """Name with seed -> settings."""
-    seeded = [(name, 0) for name in RUNS[scale]] + [(name, seed) for seed in (1, 2) for name in ABLATIONS]
+    seeded = [(name, 0) for name in RUNS[scale]] + [(name, seed) for seed in (1, 2) for name in SEEDED[scale]]
     return {f"{name}-seed-{seed}": {**BASES[scale], **RUNS[scale][name], "seed": seed} for name, seed in seeded}
