@@ -157,6 +157,12 @@ def _escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
 
 
+def _in_all(results: dict) -> str:
+    """`total_seconds` is of the start that finished the run; one that was resumed has trained before."""
+    is_resumed = results["train_seconds"] > results["total_seconds"]
+    return "in several starts" if is_resumed else f"{duration(results['total_seconds'])} in all"
+
+
 def _counted(number: int, noun: str) -> str:
     """`1 layer`, `1,234 processes`."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
@@ -244,7 +250,7 @@ def _training_rows(recipe: dict, config: PreTrainedConfig, results: dict, images
         "frozen, as no loss trains it": ", ".join(results["frozen"]),
         "seed": f"{results['seed']}",
         "hardware": f"{results['machine']}, {_counted(results['num_processes'], 'process')}, {precision}",
-        "time": f"{duration(results['train_seconds'])} of training, {duration(results['total_seconds'])} in all; "
+        "time": f"{duration(results['train_seconds'])} of training, {_in_all(results)}; "
         f"{results['images_per_second']:.0f} images/s",
         "peak memory": f"{results['peak_memory'] / 1e9:.1f} GB in the main process",
         "compute": f"{results['train_flops']:.1e} FLOPs of forward and backward, {results['flops_per_image']:.1e} "

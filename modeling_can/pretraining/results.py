@@ -184,9 +184,9 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
     figures = [f"{name}.png" for name in ("curves", "features", "reconstructions")]
     figures = [name for name in figures if (output_dir / "figures" / name).exists()]
     tell(
-        f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s "
+        f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s of training "
         f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "
-        f"{results['total_seconds']:.0f} s in all. Model, card and figures: {output_dir}\n\n"
+        f"{results['total_seconds']:.0f} s since the start. Model, card and figures: {output_dir}\n\n"
         "Next:\n"
         f"  look at it              {output_dir}/figures/{', '.join(figures)}"
         f"{f'; modeling-can demo --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"

@@ -91,7 +91,7 @@ RUNS = {  # recipe, results
     "resumed, steps left out": (
         {"data_files": ["a-*.parquet", "b.parquet"], "on_nonfinite": "skip"},
         {"command": ["run_pretraining.py", "--resume_from_checkpoint", "latest"], "nonfinite_steps": 3}
-        | {"final_losses": {}},
+        | {"final_losses": {}, "total_seconds": 600.0},
     ),
     "SimCLR": ({"data_dir": "x", **SIMCLR}, {"frozen": ["decoder"], "num_images": None}),
     "gray MAE": (
@@ -178,6 +178,13 @@ def test_local_names_are_not_taken_for_names_on_the_hub(tmp_path, monkeypatch):
     card, _, _ = made(tmp_path / "mine", {"dataset_name": "pictures", "model_name_or_path": "weights"}, {})
     assert card.data.datasets is None and card.data.base_model is None
     assert "`pictures`" in card.text and "the weights of `weights`" in card.text
+
+
+def test_the_time_of_a_resumed_run_is_not_that_of_its_last_start(tmp_path):
+    card, *_ = made(tmp_path / "a", *RUNS["resumed, steps left out"])
+    assert "3 h 50 min of training, in several starts" in card.text and "10 min in all" not in card.text
+    card, *_ = made(tmp_path / "b", *RUNS["a folder, one layer"])
+    assert "3 h 50 min of training, 5 h 25 min in all" in card.text
 
 
 def test_every_figure_in_the_tables_is_one_of_the_results_or_the_recipe(tmp_path):
