@@ -2,7 +2,7 @@
 Pre-trains CAN on images, from a checkout: what `modeling-can pretrain` does once the package is installed.
 
     python run_pretraining.py                                             # the quickstart, minutes on two CPU cores
-    python run_pretraining.py --data_dir ~/photos --output_dir out/mine   # its recipe on your own images
+    python run_pretraining.py --data_dir ~/photos --output_dir out/mine   # settings chosen for your images
     accelerate launch run_pretraining.py model_cards/can-vit-base-patch16-224/recipe.yaml --output_dir out
 """
 

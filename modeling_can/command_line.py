@@ -86,14 +86,16 @@ def _fields(keywords: type) -> tuple[dataclasses.Field, ...]:
 
 
 def _images(values: dict) -> str:
-    """What they are; raises ValueError for places that are not there."""
+    """What they are; raises ValueError for places that are not there, unless a run goes on, which may be finished."""
+    named = values.get("dataset_name") or values.get("data_dir") or values.get("data_files")
+    if values.get("resume_from_checkpoint"):
+        return f"images of {_listed(named)}"
     if values.get("data_dir"):
         refuse_missing_folder("data_dir", Path(expand_user(values["data_dir"])))
     refuse_missing_files(expand_user(_several(values.get("data_files"))))
     for name in ("dataset_name", "probe_dataset_name", "model_name_or_path"):
         for value in _several(values.get(name)):
             refuse_missing_path(name, value)
-    named = values.get("dataset_name") or values.get("data_dir") or values.get("data_files")
     return f"images of {_listed(named)}"
 
 

@@ -47,8 +47,11 @@ def measured_batch_size(recipe: Recipe, accelerator: Accelerator, num_images: in
     on a CPU the largest step.
     """
     device = accelerator.device
-    most = largest_step(num_images or LARGEST_BATCH["cuda"] * 4, device.type) // accelerator.num_processes or 1
+    parts = accelerator.num_processes * recipe.gradient_accumulation_steps
+    most = largest_step(num_images or LARGEST_BATCH["cuda"] * 4, device.type) // parts or 1
     if device.type != "cuda":
+        if accelerator.is_main_process:
+            tell(f"per_device_train_batch_size auto: {most}, as only a GPU of CUDA is measured")
         return most
     found = largest_that_fits(lambda size: _fits(recipe, accelerator, size), most)
     found = int(accelerator.gather(torch.tensor([found], device=device)).min())

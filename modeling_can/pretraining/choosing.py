@@ -8,7 +8,7 @@ import io
 import os
 import statistics
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from .plan import Plan
 from .recipe import LENGTH, Recipe, model_fields
 
 
-__all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at"]
+__all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at", "tell_time"]
 
 _NUM_LOOKED_AT = 64  # images
 _COLOR_DIFFERENCE = 4  # of 255: what the channels of a gray JPEG may differ by
@@ -46,6 +46,12 @@ _PATCHES = {32: 4, 64: 8, 128: 8, 224: 16}  # image size -> patch size
 _ON_GPU = (("ViT-base", 1_000_000, 16), ("ViT-small", 100_000, 8), ("ViT-tiny", 0, 0))
 # Images seen, and the most epochs, on a CPU and on a GPU; a GPU does at least _MIN_EPOCHS
 _NUM_SEEN, _MAX_EPOCHS, _MIN_EPOCHS = {"cpu": 1_000_000, "cuda": 5_000_000}, {"cpu": 400, "cuda": 800}, 100
+# Learning rate by the width of the encoder, up to
+_RATES = (
+    (128, 2e-3, "the best in the search of the CIFAR-10 study, for this width"),
+    (767, 5e-4, "as for ViT-tiny in the CIFAR-10 study"),
+    (10**9, 2.5e-4, "the paper's authors', for ViT-base"),
+)
 _UNKNOWN_NUMBER = 100_000  # what a source counts as that does not tell how many images it has
 _MOST_WORKERS = 8
 
@@ -61,12 +67,15 @@ class Images:
 
 @dataclass(frozen=True)
 class Machine:
-    """Device (`"cpu"` or `"cuda"`), processes, CPU cores and GPU memory in GB of each."""
+    """Whose row of the table (`"cpu"` or `"cuda"`), processes, CPU cores and GPU memory in GB of each."""
 
     device: str
     num_processes: int = 1
     num_cores: int = 1
     memory: float = 0.0
+
+
+_GPUS = (Machine("cuda", num_cores=8, memory=24.0), Machine("cuda", num_cores=8, memory=6.0))  # that users have
 
 
 class Choice(NamedTuple):
@@ -76,29 +85,37 @@ class Choice(NamedTuple):
 
 def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Recipe:
     """
-    The recipe with all that the user left open; called by all processes. What is chosen, why, how long it takes and
-    how to change it is printed, and stands at the top of `recipe.yaml`.
+    The recipe with all that the user left open; called by all processes. What is chosen, and why, is printed, and
+    stands at the top of `recipe.yaml`.
 
     Raises:
         ValueError: if what the user set does not go with what is chosen; it names the fields.
     """
-    answer = [None]
+    answer, given = [None], recipe.given
     if accelerator.is_main_process:
         images, machine = look_at(source), _machine(accelerator)
-        answer = [(images, machine, choices(images, machine, recipe.given))]
+        answer = [(images, machine, choices(images, machine, given))]
     images, machine, found = broadcast_object_list(answer)[0]
-    head = f"no recipe is named; chosen for {_described(images)} from {source.name}, on {_device(machine)}:"
+    place = _described_device(accelerator.device.type, machine)
+    head = f"no recipe is named; chosen for {_described(images)} from {source.name}, on {place}:"
     recipe = filled(recipe, found, head)
     if accelerator.is_main_process:
         tell("\n  ".join(recipe.chosen))
-        tell(_how_long(recipe, images, machine, accelerator))
+        if accelerator.device.type == "cpu":
+            tell(_on_a_gpu(images, given))
     return recipe
 
 
 def check_open(recipe: Recipe):
     """Raises ValueError for what the user set that goes with no choice, before the images are looked at."""
-    if not recipe.given.get("model_name_or_path"):
-        filled(recipe, choices(Images(10_000, 224, False), Machine("cpu"), recipe.given))
+    errors = []
+    for machine, side, is_gray in product((Machine("cpu"), *_GPUS), (32, 224), (False, True)):
+        try:
+            filled(recipe, choices(Images(10**6, side, is_gray), machine, recipe.given))
+            return
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def filled(recipe: Recipe, found: list[Choice], head: str = "") -> Recipe:
@@ -143,13 +160,17 @@ def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:
     """
     on_gpu, number = machine.device == "cuda", images.number or _UNKNOWN_NUMBER
     start = given.get("model_name_or_path")
+    if start and not Path(start).is_file():
+        found = [_encoder_of(start)]
+    else:
+        found = [_encoder(images, machine, given), _image_size(images, on_gpu, given)]
+    values = {**{name: value for choice in found for name, value in choice.values.items()}, **given}
     return [
-        _encoder(images, machine, given) if not start or Path(start).is_file() else _encoder_of(start),
-        *([] if start and not Path(start).is_file() else [_image_size(images, on_gpu, given)]),
-        *_views(images, given),
+        *found,
+        *_views(images, values),
         _objective(on_gpu),
-        _batch(number, machine),
-        _learning_rate(images, machine),
+        _batch(number, machine, given),
+        _learning_rate(values["hidden_size"]),
         _length(images, machine),
         _workers(machine),
     ]
@@ -210,15 +231,16 @@ def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
     return Choice({"image_size": size, "patch_size": _PATCHES[size]}, reason)
 
 
-def _views(images: Images, given: dict) -> list[Choice]:
-    found = []
+def _views(images: Images, values: dict) -> list[Choice]:
+    """Of the values so far, the user's among them."""
+    found, size = [], values["image_size"]
     if images.is_gray:
         gray = {"color_jitter": (0.4, 0.4, 0.0, 0.0), "grayscale_probability": 0.0, "measure_mean_std": True}
-        if "image_mean" in given or "image_std" in given or given.get("model_name_or_path"):
+        if "image_mean" in values or "image_std" in values:
             del gray["measure_mean_std"]
         found.append(Choice(gray, "the images are gray; they stay RGB, as all tools take it"))
-    if images.side < 128:
-        found.append(Choice({"blur_probability": 0.0, "resample": "bicubic"}, "small images bear no blur"))
+    if (min(size) if isinstance(size, tuple) else size) <= 64:
+        found.append(Choice({"blur_probability": 0.0, "resample": "bicubic"}, "views this small bear no blur"))
     return found
 
 
@@ -235,19 +257,18 @@ def _objective(on_gpu: bool) -> Choice:
     return Choice(values, "as the model that was trained on CIFAR-10 (can-toy-patch4-32-cifar10)")
 
 
-def _batch(number: int, machine: Machine) -> Choice:
+def _batch(number: int, machine: Machine, given: dict) -> Choice:
     largest = largest_step(number, machine.device)
     if machine.device == "cuda":
         reason = f"what fits into the GPU's memory, at most {largest} images a step"
         return Choice({"per_device_train_batch_size": "auto"}, reason)
-    return Choice({"per_device_train_batch_size": largest // machine.num_processes or 1}, f"{largest} images a step")
+    parts = machine.num_processes * given.get("gradient_accumulation_steps", 1)
+    return Choice({"per_device_train_batch_size": largest // parts or 1}, f"{largest} images a step")
 
 
-def _learning_rate(images: Images, machine: Machine) -> Choice:
-    name = _encoder_name(images, machine)
-    rate = {"a small ViT": 2e-3, "ViT-base": 2.5e-4}.get(name, 5e-4)
-    reason = "the paper's authors'" if name == "ViT-base" else "as in the CIFAR-10 study"
-    return Choice({"base_learning_rate": rate, "warmup_ratio": 0.1, "max_grad_norm": 3.0}, f"{reason}, for {name}")
+def _learning_rate(width: int) -> Choice:
+    rate, reason = next((rate, reason) for most, rate, reason in _RATES if width <= most)
+    return Choice({"base_learning_rate": rate, "warmup_ratio": 0.1, "max_grad_norm": 3.0}, reason)
 
 
 def _length(images: Images, machine: Machine) -> Choice:
@@ -303,25 +324,34 @@ def _described(images: Images) -> str:
     return f"{number} {'gray ' if images.is_gray else ''}images, {images.side} pixels on the shorter side (median),"
 
 
-def _device(machine: Machine) -> str:
+def _described_device(device_type: str, machine: Machine) -> str:
     if machine.device == "cuda":
         return f"{machine.num_processes} GPU(s) of {machine.memory:.0f} GB"
-    return f"a CPU, {machine.num_processes} process(es) of {machine.num_cores} cores"
+    name = "a CPU" if device_type == "cpu" else f"{device_type} (with the choices of a CPU)"
+    return f"{name}, {machine.num_processes} process(es) of {machine.num_cores} cores"
 
 
-def _how_long(recipe: Recipe, images: Images, machine: Machine, accelerator: Accelerator) -> str:
-    """Measured on some random images; and what a GPU would bring."""
-    batch_size = recipe.per_device_train_batch_size
-    if batch_size == "auto":
-        batch_size = max(1, largest_step(images.number or _UNKNOWN_NUMBER, machine.device) // machine.num_processes)
-    plan = Plan.of(replace(recipe, per_device_train_batch_size=batch_size), images.number, machine.num_processes)
-    num_timed = 64 if machine.device == "cuda" else 16
-    num_steps = plan.max_steps * plan.global_batch_size / machine.num_processes / num_timed
-    seconds = num_steps * step_seconds(recipe, accelerator, num_timed)
-    text = f"this takes about {duration(seconds)} here. A flag changes a choice; recipe.yaml will hold all of them"
-    if machine.device == "cpu":
-        on_gpu = choices(images, Machine("cuda", num_cores=8, memory=24.0), {})
-        shown = ("hidden_size", "num_hidden_layers", "image_size", *LENGTH)
-        values = {name: value for choice in on_gpu for name, value in choice.values.items() if name in shown}
-        text += f"\non a GPU the same command trains {_in_words(values)}"
-    return text
+def _on_a_gpu(images: Images, given: dict) -> str:
+    shown = ("hidden_size", "num_hidden_layers", "image_size", *LENGTH)
+    found = choices(images, _GPUS[0], given)
+    values = {**{name: v for choice in found for name, v in _left(choice, given).items()}, **given}
+    return f"on a GPU the same command trains {_in_words({name: values[name] for name in shown if name in values})}"
+
+
+def tell_time(recipe: Recipe, source: ImageSource, accelerator: Accelerator):
+    """How long a run with chosen settings takes, measured on some random images; and how to change them."""
+    if not accelerator.is_main_process:
+        return
+    plan = Plan.of(recipe, source.num_images(), accelerator.num_processes)
+    num_timed = min(16 if accelerator.device.type == "cpu" else 64, recipe.per_device_train_batch_size)
+    text = "a flag changes a choice; recipe.yaml will hold all of them"
+    try:
+        num_steps = plan.max_steps * plan.global_batch_size / accelerator.num_processes / num_timed
+        seconds = num_steps * step_seconds(recipe, accelerator, num_timed)
+        text = f"this takes about {duration(seconds)} here; {text}"
+    except torch.OutOfMemoryError:  # which training may do without
+        pass
+    finally:
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+    tell(text)

@@ -62,8 +62,8 @@ def step_seconds(recipe: Recipe, accelerator: Accelerator, batch_size: int) -> f
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - began)
     return min(seconds)
 

@@ -54,7 +54,7 @@ def effective_rank(embeds: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def embedding_health(image_embeds: torch.Tensor) -> dict[str, float]:
     """
-    Measures of unit-length embeddings `(B, 2, d)`, B at least 2, without labels.
+    Measures of unit-length embeddings `(B, V, d)`, B and V at least 2, without labels.
 
     Returns:
         `effective_rank`; `alignment`, the mean squared distance of positives, and `uniformity`, the logarithm of the
@@ -64,7 +64,8 @@ def embedding_health(image_embeds: torch.Tensor) -> dict[str, float]:
     """
     embeds = image_embeds.float()
     cosines = torch.einsum("ivd,jwd->ijvw", embeds, embeds)
-    positive = cosines.diagonal()[0, 1].mean()  # (2, 2, B) -> ()
+    others = ~torch.eye(embeds.shape[1], dtype=torch.bool, device=embeds.device)
+    positive = cosines.diagonal()[others].mean()  # (V, V, B) -> ()
 
     def mean_of_different(values):
         number = values.numel() - values.diagonal().numel()
@@ -86,17 +87,18 @@ def trivial_losses(config: CANConfig, pixel_values: torch.Tensor, num_contrasted
     What each term of the objective costs a model that has learned nothing, by the term's name.
 
     Args:
-        pixel_values (`torch.Tensor` of shape `(B, 2, C, H, W)`): A batch as the model gets it.
+        pixel_values (`torch.Tensor` of shape `(B, V, C, H, W)`): A batch as the model gets it.
         num_contrasted (`int`): N.
 
     Returns:
-        `contrastive`: guessing, ln(2N - 1). `reconstruction`: the mean of each channel over the batch everywhere, or
+        `contrastive`: guessing among a positive and the views of the other images, ln(V (N - 1) + 1), which is
+        ln(2N - 1) for two views. `reconstruction`: the mean of each channel over the batch everywhere, or
         zero where targets are normalized per patch. `denoising`: zero noise, the mean of sigma^2 over
         U[0, sigma_max], which is sigma_max^2 / 3.
     """
     losses = {}
     if config.contrastive_loss_weight > 0:
-        losses["contrastive"] = math.log(2 * num_contrasted - 1)
+        losses["contrastive"] = math.log(pixel_values.shape[1] * (num_contrasted - 1) + 1)
     if config.reconstruction_loss_weight > 0:
         pixels = pixel_values.float()
         if config.norm_pix_loss:

@@ -29,11 +29,11 @@ from .builders import (
     view_maker,
 )
 from .checkpoints import Checkpoints, changed_fields, restore, whole_state
-from .choosing import check_open, choose
+from .choosing import check_open, choose, tell_time
 from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
-from .presets import SOURCE
+from .presets import SOURCE, begun
 from .probing import Probing
 from .recipe import Recipe
 from .run import Run
@@ -149,15 +149,18 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
 
 def _settled(recipe: Recipe, source: ImageSource, accelerator: Accelerator, checkpoint: Path | None) -> Recipe:
     """The recipe with what only images and device can tell: open choices, the batch size, mean and deviation."""
-    if recipe.given is not None:
+    given = recipe.given
+    if given is not None:
         recipe = choose(recipe, source, accelerator)
     if recipe.per_device_train_batch_size == "auto":
-        known = Path(recipe.output_dir) / "recipe.yaml"
-        if checkpoint and known.exists():  # a run that goes on keeps its own
+        known = checkpoint and begun(recipe.resume_from_checkpoint, recipe.output_dir)
+        if known:  # a run that goes on keeps its own
             size = yaml.safe_load(known.read_text())["per_device_train_batch_size"]
         else:
             size = measured_batch_size(recipe, accelerator, source.num_images())
         recipe = replace(recipe, per_device_train_batch_size=size)
+    if given is not None:
+        tell_time(recipe, source, accelerator)
     if recipe.measure_mean_std:
         _tell(accelerator.is_main_process and "measuring mean and standard deviation of the pixels ...")
         mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))

@@ -7,7 +7,7 @@ from ..fields import load_yaml, parse_value
 from ..former_names import current_names
 
 
-__all__ = ["LENGTH", "QUICKSTART", "SOURCE", "merged", "output_dir", "presets", "recipe_for"]
+__all__ = ["LENGTH", "QUICKSTART", "SOURCE", "begun", "merged", "output_dir", "presets", "recipe_for"]
 
 QUICKSTART = "can-quickstart"
 
@@ -27,22 +27,47 @@ def recipe_for(
         return recipe
     if not has_dataset and not _own_source(overrides):
         return QUICKSTART
-    known = Path(output_dir(overrides)).expanduser() / "recipe.yaml"
-    goes_on = overrides.get("resume_from_checkpoint") or known.with_name("results.json").exists()
+    known = begun(overrides.get("resume_from_checkpoint"), output_dir(overrides))
+    finished = Path(output_dir(overrides)).expanduser() / "recipe.yaml"
     is_replaced = parse_value("overwrite_output_dir", overrides.get("overwrite_output_dir", False), bool)
-    return known if goes_on and known.exists() and not is_replaced else None
+    if not known and not is_replaced and finished.exists() and finished.with_name("results.json").exists():
+        known = finished
+    if known and not overrides.get("output_dir"):
+        _refuse_other_source(known, overrides)
+    return known
+
+
+def begun(resume_from_checkpoint: str | Path | None, output_dir: str | Path) -> Path | None:
+    """The `recipe.yaml` of the run that goes on from a checkpoint; `None` where there is no such checkpoint yet."""
+    if resume_from_checkpoint in (None, "none"):
+        return None
+    folder = Path(output_dir).expanduser()
+    if resume_from_checkpoint != "latest":
+        checkpoint = Path(resume_from_checkpoint).expanduser().resolve()
+        folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    elif not any(folder.glob("checkpoints/step-*")):
+        return None
+    return folder / "recipe.yaml" if (folder / "recipe.yaml").exists() else None
 
 
 def output_dir(overrides: dict) -> str:
     """Where the settings are to be chosen: the user's, or one that is called like the folder or set of images."""
-    name = "mine" if overrides.get("data_files") else Path(_own_source(overrides) or "mine").expanduser().name
+    source = Path(_own_source(overrides) or "mine").expanduser()
+    name = "mine" if overrides.get("data_files") else (source.resolve() if source.exists() else source).name
     return str(overrides.get("output_dir") or f"out/{name or 'mine'}")
+
+
+def _refuse_other_source(known: Path, overrides: dict):
+    """An output folder that nobody named may be that of another set of images with the same last name."""
+    before, now = _own_source(_read(known)), _own_source(overrides)
+    if before and now and Path(before).expanduser().resolve() != Path(now).expanduser().resolve():
+        raise ValueError(f"output_dir={known.parent} holds a run on {before}, not on {now}; give another --output_dir")
 
 
 def _own_source(overrides: dict) -> str | None:
     """The user's own images; the bundled ones are the quickstart's."""
     given = (overrides.get(key) for key in ("data_dir", "data_files", "dataset_name"))
-    source = next((value for value in given if value not in (None, "none")), None)
+    source = next((value for value in given if value not in (None, "none", [], ())), None)
     source = source[0] if isinstance(source, list | tuple) else source
     return None if source in (None, _read(_find(QUICKSTART))["dataset_name"]) else str(source)
 

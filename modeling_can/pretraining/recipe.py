@@ -263,6 +263,9 @@ class Recipe:
         once = ("overwrite_output_dir", "resume_from_checkpoint", "preflight", "push_to_hub", "hub_model_id",
                 "hub_private", "hub_strategy")  # fmt: skip
         values = {f.name: getattr(self, f.name) for f in training_fields() if f.name not in once}
+        if self.model_name_or_path and Path(self.model_name_or_path).exists():
+            # An evaluation in another place would take a relative path for a repository on the Hub
+            values["model_name_or_path"] = str(Path(self.model_name_or_path).absolute())
         values |= {f.name: getattr(self.config, f.name) for f in model_fields()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 

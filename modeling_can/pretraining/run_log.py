@@ -1,6 +1,7 @@
 """What a run tells of itself: averages, metrics.jsonl, bar or lines, trackers, images, findings, and the clock."""
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -70,7 +71,11 @@ class RunLog:
 
     def open_files(self):
         if self.is_main:
-            write(self.output_dir / "recipe.yaml", self.recipe.to_yaml())
+            path, text = self.output_dir / "recipe.yaml", self.recipe.to_yaml()
+            if path.exists() and not self.recipe.chosen:  # a run that goes on: the reasons of its choices stay
+                lines = path.read_text().splitlines(keepends=True)
+                text = "".join(itertools.takewhile(lambda line: line.startswith("#"), lines)) + text
+            write(path, text)
             self._file = open(self.output_dir / "metrics.jsonl", "w")
             self._file.writelines(json.dumps(line) + "\n" for line in self.lines)
 

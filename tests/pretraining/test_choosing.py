@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
@@ -13,12 +12,14 @@ from testing_utils import image_file, noise_file, tiny_model
 import modeling_can
 from modeling_can.data import ImageSource
 from modeling_can.pretraining.batch_size import largest_step, largest_that_fits, measured_batch_size
-from modeling_can.pretraining.choosing import Images, Machine, choices, filled, look_at
+from modeling_can.pretraining.choosing import Images, Machine, check_open, choices, filled, look_at
 from modeling_can.pretraining.recipe import make_recipe
 
 
 CPU, GPU = Machine("cpu", num_cores=8), Machine("cuda", num_cores=16, memory=80)
 SMALL_GPU = Machine("cuda", num_cores=2, memory=6)
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+         "log_with": "none"}  # fmt: skip
 SHOWN = ("hidden_size", "num_hidden_layers", "decoder_hidden_size", "image_size", "patch_size",
          "per_device_train_batch_size", "base_learning_rate", "num_train_epochs",
          "dataloader_num_workers")  # fmt: skip
@@ -74,6 +75,16 @@ def test_what_the_user_sets_stays_and_the_rest_follows_it():
     assert made.max_steps == 10 and made.num_train_epochs is None
     text = " ".join(made.chosen)
     assert "image_size" not in text and "epochs" not in text and "patch_size 8" in text  # only what was chosen
+
+
+def test_the_learning_rate_is_that_of_the_encoder_and_the_batch_that_of_a_step():
+    images = Images(5000, 400, False)
+    assert chosen(images, CPU, hidden_size=768)["base_learning_rate"] == 2.5e-4
+    assert chosen(images, GPU, hidden_size=128)["base_learning_rate"] == 2e-3
+    assert chosen(images, CPU, gradient_accumulation_steps=8)["per_device_train_batch_size"] == 32
+    assert chosen(images, Machine("cpu", 4))["per_device_train_batch_size"] == 64
+    recipe = make_recipe("can-quickstart", {"per_device_train_batch_size": "auto", "gradient_accumulation_steps": 4})
+    assert measured_batch_size(recipe, Accelerator(cpu=True), 5000) == 64
 
 
 def test_gray_images_keep_three_channels_and_get_their_own_normalization():
@@ -142,24 +153,64 @@ def folder(tmp_path):
 
 
 def test_a_run_tells_what_it_chose_and_goes_on_with_it(folder, capfd):
-    settings = {
-        "data_dir": str(folder / "photos"), "output_dir": str(folder / "out"), "log_with": "none",
-        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
-    }  # fmt: skip
+    settings = {**SMALL, "data_dir": str(folder / "photos"), "output_dir": str(folder / "out")}
     results = modeling_can.pretrain(**settings, max_steps=2)
     told = capfd.readouterr().out
     assert "no recipe is named; chosen for 40 images, 50 pixels" in told and "image_size 32, patch_size 4:" in told
-    assert "this takes about" in told and "on a GPU the same command trains hidden_size 192" in told
+    assert "this takes about" in told
+    assert "on a GPU the same command trains hidden_size 32, num_hidden_layers 1, image_size 32, max_steps 2" in told
     text = (folder / "out" / "recipe.yaml").read_text()
     assert text.startswith("# no recipe is named; chosen for 40 images") and "# image_size 32, patch_size 4" in text
     assert results["num_steps"] == 2 and results["global_batch_size"] == 16
     again = modeling_can.pretrain(**settings, max_steps=2, resume_from_checkpoint="latest")
     assert again == json.loads((folder / "out" / "results.json").read_text())
-    for number in range(40, 200):  # more images would want another batch; a run keeps what it began with
-        (folder / "photos" / f"{number}.png").write_bytes(noise_file(number, size=(70, 70)))
-    torch.manual_seed(0)
-    longer = modeling_can.pretrain(**settings, max_steps=3, overwrite_output_dir=True)
-    assert longer["global_batch_size"] == 32  # a new one chooses anew
+
+
+def test_a_run_that_goes_on_keeps_what_was_chosen(folder, capfd):
+    """Also where there are more images by now, which would want larger batches and views."""
+    for batch_size, expected in ((None, 16), ("auto", 16)):
+        chosen_size = {"per_device_train_batch_size": batch_size} if batch_size else {}
+        settings = {**SMALL, **chosen_size, "data_dir": str(folder / "photos")}
+        settings["output_dir"] = str(folder / f"out-{batch_size}")
+        modeling_can.pretrain(**settings, max_steps=2, save_steps=1)
+        for number in range(40, 120):
+            (folder / "photos" / f"{number}.png").write_bytes(noise_file(number, size=(170, 170)))
+        resume = {"save_steps": 1, "resume_from_checkpoint": "latest"}
+        longer = modeling_can.pretrain(**settings, max_steps=3, **resume)
+        assert longer["num_steps"] == 3 and longer["global_batch_size"] == expected
+        text = (folder / f"out-{batch_size}" / "recipe.yaml").read_text()
+        assert text.startswith("# no recipe is named; chosen for 40 images") and "image_size: 32\n" in text
+        elsewhere = {**settings, "output_dir": str(folder / f"other-{batch_size}")}
+        checkpoint = folder / f"out-{batch_size}" / "checkpoints" / "step-2"
+        branch = modeling_can.pretrain(**elsewhere, max_steps=3, resume_from_checkpoint=str(checkpoint))
+        assert branch["global_batch_size"] == expected
+        new = modeling_can.pretrain(**settings, max_steps=1, overwrite_output_dir=True)
+        assert (
+            new["global_batch_size"] == 16
+            and "image_size: 64\n" in (folder / f"out-{batch_size}/recipe.yaml").read_text()
+        )
+        for number in range(40, 120):
+            (folder / "photos" / f"{number}.png").unlink()
+
+
+def test_what_a_checkpoint_is_not_yet_there_for_is_chosen_anew(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "recipe.yaml").write_text("max_steps: 3\ndata_dir: other\n")  # of a run that saved nothing
+    given = {"data_dir": "photos", "output_dir": str(folder / "out"), "resume_from_checkpoint": "latest"}
+    assert make_recipe(None, given).given is not None
+
+
+def test_folders_of_one_name_do_not_share_a_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for name in ("a/train", "b/train", "out/train"):
+        (folder / name).mkdir(parents=True)
+    (folder / "out" / "train" / "recipe.yaml").write_text("max_steps: 3\ndata_dir: a/train\n")
+    (folder / "out" / "train" / "results.json").write_text("{}")
+    assert make_recipe(None, {"data_dir": "a/train"}).max_steps == 3
+    with pytest.raises(ValueError, match="holds a run on a/train, not on b/train; give another --output_dir"):
+        make_recipe(None, {"data_dir": "b/train"})
+    monkeypatch.chdir(folder / "a" / "train")
+    assert make_recipe(None, {"data_dir": "../.."}).output_dir == f"out/{folder.name}"
 
 
 def test_wrong_settings_are_refused_before_the_images_are_read():
@@ -167,6 +218,18 @@ def test_wrong_settings_are_refused_before_the_images_are_read():
         modeling_can.pretrain(data_dir="there/is/none", mask_ratio=2)
     with pytest.raises(ValueError, match="there/is/none is not a folder"):
         modeling_can.pretrain(data_dir="there/is/none")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"num_attention_heads": 12}, {"patch_size": 14}, {"num_channels": 1}, {"decoder_num_attention_heads": 12}],
+)
+def test_what_some_machine_could_do_is_not_refused_beforehand(given):
+    check_open(make_recipe(None, {"data_dir": "photos", **given}))
+
+
+def test_no_files_are_no_source():
+    assert make_recipe(None, {"data_files": []}).given is None
 
 
 def test_the_bundled_images_are_the_quickstarts():
