@@ -45,14 +45,14 @@ def test_effective_rank_counts_directions():
     assert effective_rank(torch.diag(torch.tensor([1.0, 1.0, 1e-9]))) == pytest.approx(2, abs=1e-3)
 
 
-def test_embedding_health_is_what_wang_and_isola_define():
-    embeds = unit(5, 2, 8)
-    health = embedding_health(embeds)
-    pairs = [
-        (embeds[i, v], embeds[j, w]) for i in range(5) for j in range(5) if i != j for v in (0, 1) for w in (0, 1)
-    ]
+@pytest.mark.parametrize("num_views", [2, 3])
+def test_embedding_health_is_what_wang_and_isola_define(num_views):
+    embeds = unit(5, num_views, 8)
+    health, views = embedding_health(embeds), range(num_views)
+    pairs = [(embeds[i, v], embeds[j, w]) for i in range(5) for j in range(5) if i != j for v in views for w in views]
     squares = torch.stack([(a - b).square().sum() for a, b in pairs])
-    assert health["alignment"] == pytest.approx((embeds[:, 0] - embeds[:, 1]).square().sum(-1).mean().item(), abs=1e-5)
+    positives = torch.stack([embeds[:, v] - embeds[:, w] for v in views for w in views if v != w])
+    assert health["alignment"] == pytest.approx(positives.square().sum(-1).mean().item(), abs=1e-5)
     assert health["uniformity"] == pytest.approx((-2 * squares).exp().mean().log().item(), abs=1e-5)
     cosines = torch.stack([a @ b for a, b in pairs])
     assert health["negative_similarity"] == pytest.approx(cosines.mean().item(), abs=1e-5)
@@ -62,12 +62,12 @@ def test_embedding_health_is_what_wang_and_isola_define():
     )
 
 
-@pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_trivial_losses_are_those_of_trivial_models(norm_pix_loss):
+@pytest.mark.parametrize(("norm_pix_loss", "num_views"), [(False, 2), (True, 2), (False, 4)])
+def test_trivial_losses_are_those_of_trivial_models(norm_pix_loss, num_views):
     config = tiny_config(norm_pix_loss=norm_pix_loss, noise_std_max=0.5)
-    pixels = torch.randn(6, 2, 3, 32, 48) * 2 + torch.tensor([1.0, -2.0, 0.5])[:, None, None]
+    pixels = torch.randn(6, num_views, 3, 32, 48) * 2 + torch.tensor([1.0, -2.0, 0.5])[:, None, None]
     trivial = trivial_losses(config, pixels, num_contrasted=6)
-    same = unit(1, 1, 8).expand(6, 2, 8)
+    same = unit(1, 1, 8).expand(6, num_views, 8)
     assert trivial["contrastive"] == pytest.approx(contrastive_loss(same, 0.1).item(), abs=1e-4)
     if norm_pix_loss:
         target = normalize_patches(modeling_can.patchify(pixels, config.patch_shape))
