@@ -108,7 +108,9 @@ def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Rec
 
 def check_open(recipe: Recipe):
     """Raises ValueError for what the user set that goes with no choice, before the images are looked at."""
-    errors = []
+    errors, start = [], recipe.given.get("model_name_or_path")
+    if start and not Path(start).is_file():
+        _encoder_of(start)  # before the processes meet: not all of them look at it later
     for machine, side, is_gray in product((Machine("cpu"), *_GPUS), (32, 224), (False, True)):
         try:
             filled(recipe, choices(Images(10**6, side, is_gray), machine, recipe.given))
