@@ -65,7 +65,7 @@ def test_what_is_asked_for_is_said_before_pytorch_is_imported(words, said, witho
         ("-m modeling_can pretrain --max_steps many", "max_steps='many' is not of type int"),
         ("run_eval.py --model_nme x", "did you mean 'model_name_or_path'?"),
         ("-m modeling_can embed --data_dir nowhere", "data_dir=nowhere is not a folder"),
-        ("-m modeling_can pretrain --data_files nowhere/*.tar", "data_files=nowhere/*.tar is no file"),
+        ("-m modeling_can pretrain --data_files nowhere/*.tar --output_dir o", "data_files=nowhere/*.tar is no file"),
         (
             "-m modeling_can pretrain --dataset_name ./nowhere",
             "dataset_name=./nowhere: there is no such file",
