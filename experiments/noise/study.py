@@ -14,8 +14,8 @@ what differs from it. Stages:
 train       pre-trains, --jobs at a time; --weights gets a folder for each run that is done: metrics, and the weights
             in bfloat16. After --minutes what still runs is given up, and a second call does what is missing.
 evaluate    a JSON for each run in experiments/noise/results: by how many dB the noise gets weaker on test images, at
-            sigma_max, at half of it and over sigma ~ U[0, sigma_max]; k-NN and linear probe; on CIFAR-10 also the
-            probe under the noise group of the common corruptions, of a fifth of the test images
+            sigma_max, at half of it and over sigma ~ U[0, sigma_max]; k-NN and linear probe; the probe under the
+            noise group of the common corruptions, on CIFAR-10 of a fifth of the test images
 report      the tables in experiments/noise/README.md
 """
 
@@ -50,17 +50,22 @@ from modeling_can.plots import reconstruct  # noqa: E402
 __all__ = ["TILES", "gains"]
 
 TILES = ROOT / "modeling_can" / "data" / "sample_data"
-NOISE = "--corruptions noise --test_split test[:20%]".split()
 
 
 def path_of(name: str, arguments) -> Path:
-    """Of the JSON of a run: what has one is not done again."""
+    """Of the JSON of a run."""
     return RESULTS / f"{arguments.scale}-{name}.json"
+
+
+def is_done(name: str, arguments) -> bool:
+    """Whether all is measured of a run; an earlier version measured no noise on the tiles."""
+    path = path_of(name, arguments)
+    return path.exists() and "noise" in json.loads(path.read_text())
 
 
 def train(name: str, settings: dict, arguments):
     folder = Path(arguments.output_dir) / name
-    if (folder / "results.json").exists() or path_of(name, arguments).exists():
+    if (folder / "results.json").exists() or is_done(name, arguments):
         return
     flags = [*as_flags(settings), "--log_with", "none", "--save_steps", "100000"]
     flags += ["--output_dir", str(folder), "--overwrite_output_dir", "true"]
@@ -103,7 +108,7 @@ def gains(folder: Path, images: list) -> dict[str, float]:
 
 def evaluate(name: str, settings: dict, arguments):
     path, folder = path_of(name, arguments), Path(arguments.weights) / name
-    if path.exists() or not (folder / "results.json").exists():
+    if is_done(name, arguments) or not (folder / "results.json").exists():
         return
     RESULTS.mkdir(exist_ok=True)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -119,10 +124,12 @@ def evaluate(name: str, settings: dict, arguments):
     if settings["denoising_loss_weight"] > 0:
         data, split = (str(TILES), "test") if is_quickstart else (arguments.data, "test[:2000]")
         result["gain"] = gains(folder, load_dataset(data, split=split)["image"])
+    place = Path(arguments.output_dir) / folder.name
+    flags = ["--dataset_name", "sample_data"] if is_quickstart else data_flags(arguments)
     if not is_quickstart:
-        place, flags = Path(arguments.output_dir) / folder.name, data_flags(arguments)
         result["features"] = run_eval(folder, place, ("knn", "linear_probe"), flags, arguments.threads)
-        result["noise"] = run_eval(folder, place, ("robustness",), [*flags, *NOISE], arguments.threads)
+        flags += ["--test_split", "test[:20%]"]
+    result["noise"] = run_eval(folder, place, ("robustness",), [*flags, "--corruptions", "noise"], arguments.threads)
     write(path, without_paths(json.dumps(result, indent=1), places(arguments)) + "\n")
     print(name, flush=True)
 
