@@ -35,7 +35,7 @@ def mean_and_spread(values: list[float]) -> str:
 def measured(scale: str, method: str, fact: str) -> float | None:
     """Images a second, peak memory: medians from the stage, or of the scale, that has the machine to itself."""
     if scale == "toy":
-        same_cost = ("CAN, paper's weights", "CAN, noise learned")  # as CAN's: the form of a loss costs nothing
+        same_cost = ("CAN, paper's weights", "CAN, own noise head")  # as CAN's: the form of a loss costs nothing
         runs = results(scale, "rate").get("CAN" if method in same_cost else method)
     else:  # at the speed after compiling
         runs = [{"pretraining": {**run["pretraining"], **run}} for run in results(scale, "main").get(method, [])]

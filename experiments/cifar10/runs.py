@@ -179,7 +179,7 @@ def rows() -> dict[str, dict]:
 
 
 # The form of the noise term that new models have, where the rows above have the paper's
-NOISE_LEARNED = {"noise_head": "own", "norm_noise_loss": True, **NOISE}
+OWN_NOISE_HEAD = {"noise_head": "own", "norm_noise_loss": True, **NOISE}
 
 
 def main_rows() -> list[Run]:
@@ -190,8 +190,8 @@ def main_rows() -> list[Run]:
         for method, more in rows().items()
         if method in (*METHODS, "CAN, mask 0.25") or seed == 0
     ]
-    learned = {**rows()["CAN"], **NOISE_LEARNED}
-    return [*runs, *(Run("main", "CAN, noise learned", learned, seed, tasks) for seed in SEEDS)]
+    own = {**rows()["CAN"], **OWN_NOISE_HEAD}
+    return [*runs, *(Run("main", "CAN, own noise head", own, seed, tasks) for seed in SEEDS)]
 
 
 def rate() -> list[Run]:
@@ -254,7 +254,7 @@ def scaling() -> list[Run]:
 
 
 def downstream() -> list[Run]:
-    rows = [run for run in main_rows() if run.method != "CAN, noise learned"]
+    rows = [run for run in main_rows() if run.method != "CAN, own noise head"]
     return [Run("downstream", run.method, run.settings, run.seed) for run in rows]
 
 

@@ -13,7 +13,7 @@ augmentation and number of epochs. Stages of the scale `toy`, in this order:
 search      each method's learning rate, MAE's mask ratio and CAN's contrastive weight, at a shorter schedule; judged
             by a linear probe on a fifth of the training images, so that the test images have no say. The learning
             rate is searched on until the best is not the smallest or largest one tried.
-main        CAN, SimCLR and MAE as searched, CAN with fewer patches masked and CAN with a noise term that learns, three
+main        CAN, SimCLR and MAE as searched, CAN with fewer patches masked and CAN with a noise head of its own, three
             seeds; CAN with the paper's weights and MAE with one view, one seed
 rate        images a second and peak memory of the methods, nothing beside them, in turns
 ablations   CAN without each term, noise without its loss, without the noise-level embedding, mask ratios, normalized
