@@ -136,7 +136,7 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         source=source,
         images=images,
         layers=_counted(config.num_hidden_layers, "layer"),
-        start=f", from the weights of `{recipe['model_name_or_path']}`," if recipe["model_name_or_path"] else "",
+        start=f", from the weights of `{_start(recipe)}`," if recipe["model_name_or_path"] else "",
         probe_name=short_name(recipe["probe_dataset_name"]) if is_probed else None,
         probe_rows=_probe_rows(results) if is_probed else None,
         evaluation=_EVALUATION,
@@ -155,6 +155,12 @@ def short_name(name: str) -> str:
 def _escaped(text: str) -> str:
     """Any text as Markdown shows it as it is, in one line."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+
+
+def _start(recipe: dict) -> str:
+    """A Hub id, or the last part of a path: the rest is of the machine."""
+    path = Path(recipe["model_name_or_path"])
+    return path.name if path.is_absolute() else str(path)
 
 
 def _in_all(results: dict) -> str:

@@ -322,6 +322,7 @@ def accelerate_gather(items: list) -> list:
     return gather_object(items)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(pretrained, tmp_path):
     name = pretrained("CAN")
     (one,) = (both_tasks(0, 1, name, tmp_path / "tuned"),)

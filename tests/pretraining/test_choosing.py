@@ -166,31 +166,24 @@ def test_a_run_tells_what_it_chose_and_goes_on_with_it(folder, capfd):
     assert again == json.loads((folder / "out" / "results.json").read_text())
 
 
-def test_a_run_that_goes_on_keeps_what_was_chosen(folder, capfd):
-    """Also where there are more images by now, which would want larger batches and views."""
-    for batch_size, expected in ((None, 16), ("auto", 16)):
-        chosen_size = {"per_device_train_batch_size": batch_size} if batch_size else {}
-        settings = {**SMALL, **chosen_size, "data_dir": str(folder / "photos")}
-        settings["output_dir"] = str(folder / f"out-{batch_size}")
-        modeling_can.pretrain(**settings, max_steps=2, save_steps=1)
-        for number in range(40, 120):
-            (folder / "photos" / f"{number}.png").write_bytes(noise_file(number, size=(170, 170)))
-        resume = {"save_steps": 1, "resume_from_checkpoint": "latest"}
-        longer = modeling_can.pretrain(**settings, max_steps=3, **resume)
-        assert longer["num_steps"] == 3 and longer["global_batch_size"] == expected
-        text = (folder / f"out-{batch_size}" / "recipe.yaml").read_text()
-        assert text.startswith("# no recipe is named; chosen for 40 images") and "image_size: 32\n" in text
-        elsewhere = {**settings, "output_dir": str(folder / f"other-{batch_size}")}
-        checkpoint = folder / f"out-{batch_size}" / "checkpoints" / "step-2"
-        branch = modeling_can.pretrain(**elsewhere, max_steps=3, resume_from_checkpoint=str(checkpoint))
-        assert branch["global_batch_size"] == expected
-        new = modeling_can.pretrain(**settings, max_steps=1, overwrite_output_dir=True)
-        assert (
-            new["global_batch_size"] == 16
-            and "image_size: 64\n" in (folder / f"out-{batch_size}/recipe.yaml").read_text()
-        )
-        for number in range(40, 120):
-            (folder / "photos" / f"{number}.png").unlink()
+@pytest.mark.parametrize("batch_size", [None, pytest.param("auto", marks=pytest.mark.slow)])
+def test_a_run_that_goes_on_keeps_what_was_chosen(folder, batch_size):
+    """Also where there are more and larger images by now, for which a new run chooses otherwise."""
+    out = folder / "out"
+    settings = {**SMALL, "data_dir": str(folder / "photos"), "save_steps": 1}
+    settings |= {"per_device_train_batch_size": batch_size} if batch_size else {}
+    modeling_can.pretrain(**settings, output_dir=str(out), max_steps=2)
+    for number in range(40, 200):
+        (folder / "photos" / f"{number}.png").write_bytes(noise_file(number, size=(170, 170)))
+    longer = modeling_can.pretrain(**settings, output_dir=str(out), max_steps=3, resume_from_checkpoint="latest")
+    assert longer["num_steps"] == 3 and longer["global_batch_size"] == 16
+    text = (out / "recipe.yaml").read_text()
+    assert text.startswith("# no recipe is named; chosen for 40 images") and "image_size: 32\n" in text
+    checkpoint = {"resume_from_checkpoint": str(out / "checkpoints" / "step-2")}
+    branch = modeling_can.pretrain(**settings, output_dir=str(folder / "branch"), max_steps=3, **checkpoint)
+    assert branch["global_batch_size"] == 16
+    new = modeling_can.pretrain(**settings, output_dir=str(out), max_steps=1, overwrite_output_dir=True)
+    assert new["global_batch_size"] == 32 and "image_size: 64\n" in (out / "recipe.yaml").read_text()
 
 
 def test_what_a_checkpoint_is_not_yet_there_for_is_chosen_anew(folder):
