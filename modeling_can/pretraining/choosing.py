@@ -31,7 +31,7 @@ from .recipe import LENGTH, Recipe, model_fields
 
 __all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at", "tell_time"]
 
-_NUM_LOOKED_AT = 64  # images
+_NUM_LOOKED_AT = 32  # images
 _COLOR_DIFFERENCE = 4  # of 255: what the channels of a gray JPEG may differ by
 
 # Width, layers and heads of encoder and decoder
@@ -138,8 +138,8 @@ def filled(recipe: Recipe, found: list[Choice], head: str = "") -> Recipe:
 def look_at(source: ImageSource) -> Images:
     """Reads the first `_NUM_LOOKED_AT` images; those that cannot be read count later, in training."""
     sides, is_gray = [], True
-    rows = next(source.blocks(source.dataset, block_size=_NUM_LOOKED_AT), ({}, None))[0]
-    for row in islice(source.images(rows) if rows else (), _NUM_LOOKED_AT):
+    blocks = source.blocks(source.dataset, block_size=8)  # small ones: a stream may be slow
+    for row in islice((row for block, _ in blocks for row in source.images(block)), _NUM_LOOKED_AT):
         try:
             image = Image.open(io.BytesIO(source.fetch(row)))
             sides.append(min(image.size))
