@@ -1,5 +1,5 @@
 """
-Takes the README's picture of the demo, demo/screenshot.png, with Chromium and its driver (`pip install selenium`):
+Takes the README's figure of the demo, demo/screenshot.png, with Chromium and its driver (`pip install selenium`):
 
     python demo/screenshot.py --model_name_or_path out/can-quickstart
 """
@@ -66,10 +66,10 @@ def chromium(width: int, height: int) -> Iterator[webdriver.Chrome]:
         browser.quit()
 
 
-def wait_for_pictures(browser: webdriver.Chrome):
-    """Until every picture on the page is there."""
-    loaded = "return [...document.querySelectorAll('.picture img')].filter(x => x.naturalWidth).length"
-    num = len(browser.find_elements(By.CSS_SELECTOR, ".picture"))
+def wait_for_images(browser: webdriver.Chrome):
+    """Until every image on the page is there."""
+    loaded = "return [...document.querySelectorAll('.image-shown img')].filter(x => x.naturalWidth).length"
+    num = len(browser.find_elements(By.CSS_SELECTOR, ".image-shown"))
     WebDriverWait(browser, 60).until(lambda browser: num and browser.execute_script(loaded) == num)
 
 
@@ -82,8 +82,8 @@ def main():
     args = parser.parse_args()
     with running_app(args.model_name_or_path) as address, chromium(args.width, args.height) as browser:
         browser.get(address)
-        WebDriverWait(browser, 60).until(lambda browser: browser.find_elements(By.CSS_SELECTOR, ".picture"))
-        wait_for_pictures(browser)
+        WebDriverWait(browser, 60).until(lambda browser: browser.find_elements(By.CSS_SELECTOR, ".image-shown"))
+        wait_for_images(browser)
         time.sleep(1)  # for the last of the page to find its place
         browser.save_screenshot(args.output)
 

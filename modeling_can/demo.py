@@ -45,7 +45,7 @@ heads; white is most.
 _CSS = """
 .gradio-container { max-width: 1280px !important; padding-top: 0.5rem !important; }
 .above label[data-testid="block-label"] { position: static; border: none; box-shadow: none; width: 100%; }
-.picture img { width: 100%; height: auto; image-rendering: pixelated;
+.image-shown img { width: 100%; height: auto; image-rendering: pixelated;
   background: repeating-linear-gradient(45deg, #8884 0 6px, #8882 6px 12px); }
 #examples img { image-rendering: pixelated; }
 #examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); padding: 0; }
@@ -130,7 +130,7 @@ class Demo:
                 amplified_noise(values, self.config.noise_std_max) if "noise" in name
                 else true_colors(values, mean, std), ~values.isnan()
             )
-            for name, values in {"picture": pixels, **made}.items()
+            for name, values in {"image": pixels, **made}.items()
         }  # fmt: skip
         return shown, self.words(errors_of(made, pixels, std, self.config), noise_level)
 
@@ -177,9 +177,9 @@ def _decibels(signal: float, error: float) -> float:
     return 10 * math.log10(signal / max(error, 1e-20))
 
 
-def enlarged(picture: torch.Tensor, visible: torch.Tensor) -> np.ndarray:
+def enlarged(image: torch.Tensor, visible: torch.Tensor) -> np.ndarray:
     """Values in [0, 1] and where they count, `(1, C, H, W)` both -> RGBA, enlarged by nearest neighbors."""
-    rgba = torch.cat([picture.expand(-1, 3, -1, -1), visible[:, :1].float()], dim=1)[0]
+    rgba = torch.cat([image.expand(-1, 3, -1, -1), visible[:, :1].float()], dim=1)[0]
     scale = math.ceil(_SHOWN / max(rgba.shape[-2:]))
     rgba = rgba.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
     return (255 * rgba).round().byte().permute(1, 2, 0).numpy()
@@ -202,7 +202,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
     gr, config = _gradio(), demo.config
     sigma_max = config.noise_std_max
     titles = {
-        "picture": "Image, as the model gets it",
+        "image": "Image, as the model gets it",
         "input": "1. What the encoder sees",
         "reconstruction": "2. Reconstruction",
         "noise": "3. Noise in it, amplified",
@@ -215,8 +215,8 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
         seed = seed or 0  # of a field that is empty, while a number is typed
         if not 0 <= seed < 2**32:
             raise gr.Error(f"The seed is {seed}; give a whole number from 0 to {2**32 - 1}.", print_exception=False)
-        pictures, words = demo(encoded, mask_ratio, noise_level, seed)
-        return [pictures[name] for name in titles] + [words]
+        images, words = demo(encoded, mask_ratio, noise_level, seed)
+        return [images[name] for name in titles] + [words]
 
     def show_features(encoded):
         return list(demo.features(encoded).values())
@@ -259,7 +259,7 @@ def build(demo: Demo, examples: list[tuple[str, str]]):
                 def image(name, label):
                     return gr.Image(
                         label=label, format="png", min_width=150, buttons=[], interactive=False,
-                        visible=visible.get(name, True), elem_id=name, elem_classes="picture above",
+                        visible=visible.get(name, True), elem_id=name, elem_classes="image-shown above",
                     )  # fmt: skip
 
                 with gr.Row():

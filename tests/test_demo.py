@@ -1,4 +1,4 @@
-"""The demo: its pictures and words against the model, odd pictures, refusals; and the page, in a real browser."""
+"""The demo: its images and words against the model, odd images, refusals; and the page, in a real browser."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 from testing_utils import ROOT, tiny_model
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from demo.screenshot import chromium, running_app, wait_for_pictures
+from demo.screenshot import chromium, running_app, wait_for_images
 from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
 from modeling_can.data.decoding import BadImage
 from modeling_can.demo import QUICKSTART, Demo, build, enlarged, main, write_examples
@@ -38,7 +38,7 @@ def save(folder: Path, model, **processor) -> str:
 
 
 def encoded_image(width: int = 60, height: int = 50, mode: str = "RGB", suffix: str = "PNG", **options) -> bytes:
-    """A picture without any symmetry."""
+    """An image without any symmetry."""
     rng, buffer = np.random.default_rng(0), io.BytesIO()
     small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     small.resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(buffer, suffix, **options)
@@ -51,7 +51,7 @@ def bomb() -> bytes:
     return encoded_image()[:12] + header + struct.pack(">I", zlib.crc32(header)) + encoded_image()[33:]
 
 
-def hidden_share(shown: np.ndarray) -> float:
+def masked_fraction(shown: np.ndarray) -> float:
     return 1 - (shown[..., 3] == 255).mean()
 
 
@@ -67,7 +67,7 @@ def demo(folder) -> Demo:
     return Demo(folder)
 
 
-def test_pictures_and_words_are_those_of_reconstruct(demo):
+def test_images_and_words_are_those_of_reconstruct(demo):
     shown, words = demo(encoded_image(), 0.5, 0.03, seed=7)
     pixels, generator = demo.pixel_values(encoded_image()), torch.Generator().manual_seed(7)
     noise = torch.randn(1, 3, 32, 48, generator=generator)
@@ -103,14 +103,14 @@ def test_features_are_those_of_the_whole_image(demo):
     assert demo.model.config._attn_implementation == "sdpa"  # as before
 
 
-def test_same_seed_same_pictures_whatever_was_shown_between(demo):
+def test_same_seed_same_images_whatever_was_shown_between(demo):
     first, words = demo(encoded_image(), 0.5, 0.05, seed=1)
     other, _ = demo(encoded_image(), 0.5, 0.05, seed=2)
     again, words_again = demo(encoded_image(), 0.5, 0.05, seed=1)
     assert words == words_again
     for name, values in first.items():
         np.testing.assert_array_equal(values, again[name])
-        assert (name == "picture") == np.array_equal(values, other[name]), name
+        assert (name == "image") == np.array_equal(values, other[name]), name
 
 
 def test_noise_level_scales_one_pattern_under_one_mask(demo):
@@ -127,7 +127,7 @@ def test_without_noise_none_is_shown(demo):
     shown, words = demo(encoded_image(), 0.5, 0.0, seed=3)
     assert set(np.unique(shown["noise"][..., :3])) == {128} and "**Noise:** none." in words  # mid-gray
     seen = shown["input"][..., 3] == 255
-    np.testing.assert_array_equal(shown["input"][seen], shown["picture"][seen])
+    np.testing.assert_array_equal(shown["input"][seen], shown["image"][seen])
 
 
 def test_mask_ratio_hides_that_share_and_more_hides_more(demo):
@@ -135,8 +135,8 @@ def test_mask_ratio_hides_that_share_and_more_hides_more(demo):
     for ratio in (0, 0.25, 0.5, 0.95):
         shown, words = demo(encoded_image(), ratio, 0.05, seed=0)
         for name in ("input", "noise", "predicted_noise"):
-            assert hidden_share(shown[name]) == pytest.approx(1 - num_visible_patches(24, ratio) / 24)
-        assert hidden_share(shown["picture"]) == hidden_share(shown["reconstruction"]) == 0
+            assert masked_fraction(shown[name]) == pytest.approx(1 - num_visible_patches(24, ratio) / 24)
+        assert masked_fraction(shown["image"]) == masked_fraction(shown["reconstruction"]) == 0
         assert ("**Masked patches:** none." in words) == (ratio == 0)
         hidden = shown["input"][..., 3] == 0
         assert before is None or (hidden >= before).all()
@@ -171,16 +171,16 @@ def test_every_kind_of_model_is_shown(changes, said, tmp_path):
         assert blocks[name].preprocess(blocks[name].value) == value  # gradio refuses what is out of a slider's range
 
 
-def test_odd_pictures_are_shown_as_what_they_are(demo):
-    plain = demo(encoded_image(), 0.5, 0.05, 0)[0]["picture"]
-    np.testing.assert_array_equal(demo(encoded_image(mode="RGBA"), 0.5, 0.05, 0)[0]["picture"], plain)
-    palette = demo(encoded_image(mode="P"), 0.5, 0.05, 0)[0]["picture"].astype(float)
+def test_odd_images_are_shown_as_what_they_are(demo):
+    plain = demo(encoded_image(), 0.5, 0.05, 0)[0]["image"]
+    np.testing.assert_array_equal(demo(encoded_image(mode="RGBA"), 0.5, 0.05, 0)[0]["image"], plain)
+    palette = demo(encoded_image(mode="P"), 0.5, 0.05, 0)[0]["image"].astype(float)
     assert np.abs(palette - plain).mean() < 25
     turned = Image.open(io.BytesIO(encoded_image())).transpose(Image.Transpose.ROTATE_90)
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     turned.save(buffer, "PNG", exif=exif)
-    np.testing.assert_array_equal(demo(buffer.getvalue(), 0.5, 0.05, 0)[0]["picture"], plain)
+    np.testing.assert_array_equal(demo(buffer.getvalue(), 0.5, 0.05, 0)[0]["image"], plain)
     for size in ((8, 8), (8, 1500), (1200, 900)):
         shown, words = demo(encoded_image(*size), 0.5, 0.05, 0)
         assert shown["reconstruction"].shape == (224, 336, 4) and "dB" in words
@@ -196,7 +196,7 @@ def test_odd_pictures_are_shown_as_what_they_are(demo):
     ],
     ids=["text", "tiny", "cut off", "bomb"],
 )
-def test_what_is_no_picture_is_told_in_words(demo, encoded, said):
+def test_what_is_no_image_is_told_in_words(demo, encoded, said):
     with pytest.raises(BadImage, match=said):
         demo(encoded, 0.5, 0.05, 0)
 
@@ -264,7 +264,7 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
             return browser.find_element(By.CSS_SELECTOR, selector)
 
         def sources():
-            images = "[...document.querySelectorAll('.picture')].map(x => [x.id, x.querySelector('img')?.src])"
+            images = "[...document.querySelectorAll('.image-shown')].map(x => [x.id, x.querySelector('img')?.src])"
             return dict(browser.execute_script(f"return {images}"))
 
         def fits(encoded, mask_ratio, noise_level, seed):
@@ -287,33 +287,33 @@ def test_the_page_in_a_browser(folder, demo, tmp_path, monkeypatch):
             return {name for name in before if before[name] != after[name]}
 
         browser.get(address)
-        WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".picture"))
-        wait_for_pictures(browser)
-        everything = {"picture", "input", "reconstruction", "noise", "predicted_noise"}
+        WebDriverWait(browser, 60).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".image-shown"))
+        wait_for_images(browser)
+        everything = {"image", "input", "reconstruction", "noise", "predicted_noise"}
         shown = expect(tiles[0], 0.5, 0.05, 0)
         assert set(shown) == everything | {"tokens", "attention"}
 
         browser.find_elements(By.CSS_SELECTOR, "#examples button.thumbnail-item")[2].click()
         last, shown = shown, expect(tiles[2], 0.5, 0.05, 0)
-        assert {"picture", "input", "reconstruction", "predicted_noise"} <= changed(last, shown)
+        assert {"image", "input", "reconstruction", "predicted_noise"} <= changed(last, shown)
 
         find("input[type=file]").send_keys(str(tmp_path / "mine.png"))
         last, shown = shown, expect(encoded_image(), 0.5, 0.05, 0)
-        assert {"picture", "tokens", "attention"} <= changed(last, shown)
+        assert {"image", "tokens", "attention"} <= changed(last, shown)
 
         find("#mask_ratio input[type=range]").send_keys(Keys.ARROW_LEFT * 5)
         last, shown = shown, expect(encoded_image(), 0.25, 0.05, 0)
-        assert changed(last, shown) == everything - {"picture"}
+        assert changed(last, shown) == everything - {"image"}
 
         find("#noise_level input[type=range]").send_keys(Keys.ARROW_LEFT * 10)
         last, shown = shown, expect(encoded_image(), 0.25, 0.04, 0)
-        assert changed(last, shown) == everything - {"picture"}
+        assert changed(last, shown) == everything - {"image"}
 
         find("#again").click()
         last, shown = shown, expect(encoded_image(), 0.25, 0.04, 1)
-        assert changed(last, shown) == everything - {"picture"}
+        assert changed(last, shown) == everything - {"image"}
 
-        # A file that is no picture: told in words, and the page goes on with the picture that was there.
+        # A file that is no image: told in words, and the page goes on with the image that was there.
         find("input[type=file]").send_keys(str(tmp_path / "words.png"))
         toast = WebDriverWait(browser, 20).until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".toast-body"))
         assert "This file cannot be used: no image in its 10 bytes: text, 'just words'." in toast[0].text

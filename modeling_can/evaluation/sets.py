@@ -101,7 +101,7 @@ def load_split(
     except ValueError as error:
         advice = ""
         if "split" in str(error).lower():
-            advice = " Set train_split and test_split to others; with run_eval.py test_size=0.2 holds out a share"
+            advice = " Set train_split and test_split to others; with run_eval.py test_size=0.2 holds out a fraction"
         if "config" in str(error).lower():
             advice = " Set dataset_config_name"
         raise ValueError(f"{name}: {error}{advice}") from error

@@ -131,7 +131,7 @@ def filled(recipe: Recipe, found: list[Choice], head: str = "") -> Recipe:
         config=CANConfig(**{name: value for name, value in values.items() if name in in_model}),
         given=None,
         chosen=(head, *lines),
-        **{name: value for name, value in values.items() if name not in in_model | {"output_dir"}},
+        **{name: value for name, value in values.items() if name not in in_model},
     )
 
 

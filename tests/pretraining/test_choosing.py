@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from PIL import Image
-from testing_utils import image_file, noise_file, tiny_model
+from testing_utils import identity, image_file, noise_file, read, tiny_model
 
 import modeling_can
-from modeling_can.data import ImageSource
+from modeling_can.data import ImageSource, ViewStream
 from modeling_can.pretraining.batch_size import largest_step, largest_that_fits, measured_batch_size
 from modeling_can.pretraining.choosing import Images, Machine, check_open, choices, filled, look_at
 from modeling_can.pretraining.recipe import make_recipe
@@ -107,6 +107,29 @@ def test_images_are_looked_at(tmp_path):
     assert look_at(ImageSource(data_dir=str(tmp_path))) == Images(21, 50, False)
     gray = [{"bytes": image_file(Image.effect_noise((80, 90), 60), "JPEG"), "path": None} for _ in range(3)]
     assert look_at(ImageSource(dataset=Dataset.from_dict({"image": gray}))) == Images(3, 80, True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "generator"])
+def test_looking_takes_nothing_away_from_training(tmp_path, kind):
+    """The order of the images is that of a source at which nobody looked."""
+    files = [noise_file(number) for number in range(70)]
+    if kind == "folder":
+        for number, file in enumerate(files):
+            (tmp_path / f"{number}.png").write_bytes(file)
+    rows = Dataset.from_dict({"image": [{"bytes": file, "path": None} for file in files]})
+    if kind == "parquet":
+        rows.to_parquet(tmp_path / "0.parquet")
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+
+    def order(is_looked_at: bool) -> list[int]:
+        given = {"folder": {"data_dir": str(tmp_path)}, "parquet": {"data_files": str(tmp_path / "*.parquet")},
+                 "generator": {"dataset": stream}}[kind]  # fmt: skip
+        source = ImageSource(**given)
+        if is_looked_at:
+            look_at(source)
+        return read(ViewStream(source, identity, block_size=16), 140)
+
+    assert order(True) == order(False) and len(set(order(True))) == 70
 
 
 # --- Batch size ------------------------------------------------------------------------------------------------------
