@@ -92,14 +92,16 @@ def contrastive_loss(image_embeds: torch.Tensor, temperature: float) -> torch.Te
                 "use at least 2 images a batch, or set contrastive_loss_weight=0"
             )
         logits = anchors @ keys.T / temperature  # (BV, NV)
-        rows = torch.arange(anchors.shape[0], device=anchors.device)
-        view, first = rows % num_views, offset + rows - rows % num_views
-        # Where each anchor itself stands among the keys, then the further views of its image, in turn
-        own = torch.stack([first + (view + step) % num_views for step in range(num_views)], dim=1)  # (BV, V)
+        itself = offset + torch.arange(anchors.shape[0], device=anchors.device)
+        view = itself % num_views
+        views = [itself, *(itself - view + (view + step) % num_views for step in range(1, num_views))]  # of its image
         losses = []
-        for step in range(1, num_views):
-            others = torch.cat([own[:, :step], own[:, step + 1 :]], dim=1)
-            losses.append(nn.functional.cross_entropy(logits.scatter(1, others, float("-inf")), own[:, step]))
+        for positive in views[1:]:
+            masked = logits
+            for other in views:
+                if other is not positive:
+                    masked = masked.scatter(1, other[:, None], float("-inf"))
+            losses.append(nn.functional.cross_entropy(masked, positive))
         return sum(losses) / len(losses)
 
 
