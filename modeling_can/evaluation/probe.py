@@ -23,7 +23,7 @@ class Probe:
         dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labeled` takes.
         preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
             measured.
-        device (`torch.device`): That looks for the nearest neighbors.
+        device (`torch.device`): That looks for the nearest neighbors and fits the linear probe.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Probe:
         labels, num_classes = self.set.train.labels, len(self.set.class_names)
         predictions = {"knn": knn_predictions(train, labels, test, num_classes, ks=(20,), device=self.device)[20]}
         if linear:
-            predictions["linear_probe"] = linear_probe(train, labels, num_classes).predict(test)
+            predictions["linear_probe"] = linear_probe(train, labels, num_classes, device=self.device).predict(test)
         figures = {"num_test": len(self.set.test)}
         for name, predicted in predictions.items():
             right = predicted == self.set.test.labels
