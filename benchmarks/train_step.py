@@ -164,7 +164,7 @@ def stepper(model, batch, device, **optimizer_options):
             optimizer=accelerator.prepare(optimizer),
             accelerator=accelerator,
             config=model.config,
-            learning_rate=lambda step: 1e-4,
+            learning_rate=lambda step, first_step: 1e-4,
         )
         return lambda: step(0, [lambda: {"pixel_values": batch}], [])
     options = optimizer_options or ({} if isinstance(model, StraightforwardCAN) else {"fused": True})

@@ -49,6 +49,8 @@ class Pretraining(TypedDict, total=False):
     num_train_epochs: float | None
     num_train_samples: int | None
     model_name_or_path: str | None
+    layer_decay: float
+    frozen_encoder_ratio: float
     per_device_train_batch_size: int | str
     gradient_accumulation_steps: int
     gradient_caching: bool

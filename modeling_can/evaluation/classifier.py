@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import logging
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,13 @@ from torch import nn
 
 from ..files import new_folder
 from ..modeling_can import resize_positions
-from ..optimization import decays
 from ..progress import INSTALL
 from .encoders import Preprocessor, classifier_class, load_config, load_model
 from .features import Extractor, Images
 from .sets import Split
 
 
-__all__ = ["at_size", "class_predictions", "freeze_unused", "layer_groups", "new_classifier", "save", "with_adapters"]
+__all__ = ["at_size", "class_predictions", "freeze_unused", "new_classifier", "save", "with_adapters"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,33 +91,6 @@ def freeze_unused(model: nn.Module, pixel_values: torch.Tensor):
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
-
-
-def layer_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """
-    The trainable parameters for AdamW, each with the factor `lr_scale` of its learning rate: of L layers, layer i
-    (0-based) learns at layer_decay ** (L - i) of the rate of what comes after the last one, and what comes before the
-    first, the embeddings, at layer_decay ** (L + 1) (BEiT, arXiv 2106.08254). Matrices decay.
-
-    Raises:
-        ValueError: if layer_decay is below 1 and the layers do not tell their number.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    found = {name: re.match(r"(.*?\b(?:layer|layers))\.(\d+)\.", name) for name in names}
-    numbered = {name: int(match[2]) for name, match in found.items() if match}
-    if layer_decay < 1 and len({match[1] for match in found.values() if match}) != 1:
-        raise ValueError(
-            f"layer_decay={layer_decay} needs layers that are numbered from first to last, and a "
-            f"{type(model).__name__} has none; use layer_decay=1"
-        )
-    depth, seen, groups = 1 + max(numbered.values(), default=0), False, {}
-    for name, parameter in model.named_parameters():
-        seen |= name in numbered
-        layer = numbered[name] + 1 if name in numbered else depth + 1 if seen else 0
-        if parameter.requires_grad:
-            decay = weight_decay if decays(name, parameter) else 0.0
-            groups.setdefault((layer_decay ** (depth + 1 - layer), decay), []).append(parameter)
-    return [{"params": params, "lr_scale": s, "weight_decay": decay} for (s, decay), params in groups.items()]
 
 
 def with_adapters(model: nn.Module, rank: int) -> nn.Module:

@@ -18,10 +18,10 @@ from transformers.utils import is_peft_available
 from ..averages import MetricAverage
 from ..fields import check, option
 from ..files import check_new_folder
-from ..optimization import NonFiniteGuard, learning_rate, peak_learning_rate
+from ..optimization import NonFiniteGuard, layer_groups, learning_rate, peak_learning_rate
 from ..progress import INSTALL, progress_bar
 from ..random_state import interlude
-from .classifier import class_predictions, freeze_unused, layer_groups, new_classifier, save, with_adapters
+from .classifier import class_predictions, freeze_unused, new_classifier, save, with_adapters
 from .encoders import Preprocessor
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 from .sets import Split

@@ -20,7 +20,7 @@ from ..evaluation.encoders import Preprocessor
 from ..evaluation.probe import Probe
 from ..evaluation.processes import check_processes, forget_settings
 from ..modeling_can import CANForPreTraining
-from ..optimization import mixed_precision, parameter_groups
+from ..optimization import layer_groups, mixed_precision, parameter_groups
 from ..progress import quiet, tell
 from ..random_state import interlude
 from ..rendezvous import INIT_METHOD
@@ -241,8 +241,12 @@ def trained_model(recipe: Recipe, plan: Plan, accelerator: Accelerator, compiled
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if compiled:
         compile_model(model, compiled)
+    if recipe.layer_decay < 1 or plan.frozen_steps:
+        groups = layer_groups(model, recipe.weight_decay, recipe.layer_decay, "can.", plan.frozen_steps)
+    else:
+        groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.weight_decay),
+        groups,
         lr=plan.peak_learning_rate,
         betas=(recipe.adam_beta1, recipe.adam_beta2),
         fused=True,

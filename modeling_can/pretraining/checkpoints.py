@@ -173,13 +173,12 @@ def whole_state(model, optimizer=None) -> tuple[dict, dict | None]:
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict, optimizer_state: dict):
-    """Called by all processes. Weight decay and betas stay those of the recipe."""
+    """Called by all processes. The groups of the optimizer and their settings stay those of the recipe."""
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, weights, options=options)
-    of_recipe = [{name: group[name] for name in ("weight_decay", "betas")} for group in optimizer.param_groups]
-    set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
-    for group, own in zip(optimizer.param_groups, of_recipe, strict=True):
-        group.update(own)
+    names = {parameter: name for name, parameter in getattr(model, "module", model).named_parameters()}
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    set_optimizer_state_dict(model, optimizer, {**optimizer_state, "param_groups": groups}, options=options)
 
 
 def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[str]:

@@ -19,14 +19,13 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from ..configuration_can import CANConfig
-from ..conversion import can_config, normalization
-from ..conversion.names import ENCODER_FIELDS
 from ..data import ImageSource
 from ..progress import duration, tell
 from .batch_size import largest_step
 from .cost import step_seconds
 from .plan import Plan
 from .recipe import LENGTH, Recipe, model_fields
+from .sizes import sizes_of, sizes_of_start
 
 
 __all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at", "tell_time"]
@@ -34,13 +33,6 @@ __all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "fi
 _NUM_LOOKED_AT = 32  # images
 _COLOR_DIFFERENCE = 4  # of 255: what the channels of a gray JPEG may differ by
 
-# Width, layers and heads of encoder and decoder
-_ENCODERS = {
-    "a small ViT": ((128, 4, 4), (64, 2, 4)),
-    "ViT-tiny": ((192, 12, 3), (192, 4, 6)),
-    "ViT-small": ((384, 12, 6), (256, 4, 8)),
-    "ViT-base": ((768, 12, 12), (512, 8, 16)),
-}
 _PATCHES = {32: 4, 64: 8, 128: 8, 224: 16}  # image size -> patch size
 # The encoder on a GPU: from so many images and so many GB of memory on
 _ON_GPU = (("ViT-base", 1_000_000, 16), ("ViT-small", 100_000, 8), ("ViT-tiny", 0, 0))
@@ -188,35 +180,15 @@ def _encoder_name(images: Images, machine: Machine) -> str:
     return next(name for name, least, memory in _ON_GPU if number >= least and machine.memory >= memory)
 
 
-def _sizes(name: str, given: dict) -> dict:
-    values = {}
-    for prefix, (width, layers, heads) in zip(("", "decoder_"), _ENCODERS[name], strict=True):
-        width = given.get(f"{prefix}hidden_size", width)  # what depends on it follows it
-        values |= {
-            f"{prefix}hidden_size": width,
-            f"{prefix}num_hidden_layers": layers,
-            f"{prefix}num_attention_heads": next(number for number in range(heads, 0, -1) if width % number == 0),
-            f"{prefix}intermediate_size": 4 * width,
-        }
-    return values
-
-
 def _encoder(images: Images, machine: Machine, given: dict) -> Choice:
     name = _encoder_name(images, machine)
     if machine.device != "cuda":
-        return Choice(_sizes(name, given), f"{name}, which a CPU trains within hours")
-    return Choice(_sizes(name, given), f"{name}: larger ones want more images or more memory")
+        return Choice(sizes_of(name, given), f"{name}, which a CPU trains within hours")
+    return Choice(sizes_of(name, given), f"{name}: larger ones want more images or more memory")
 
 
 def _encoder_of(start: str) -> Choice:
-    config = can_config(start)
-    values = {name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")}
-    width = config.hidden_size
-    near = min(_ENCODERS, key=lambda name: abs(_ENCODERS[name][0][0] - width))
-    values |= {name: value for name, value in _sizes(near, {}).items() if name.startswith("decoder")}
-    if theirs := normalization(start):
-        values |= {"image_mean": tuple(theirs[0]), "image_std": tuple(theirs[1])}
-    return Choice(values, f"those of {start}")
+    return Choice(sizes_of_start(start), f"those of {start}")
 
 
 def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:

@@ -123,7 +123,7 @@ def reachable_gain(config: CANConfig) -> float:
 
 
 def findings(
-    lines: list[dict], warmup_steps: int, max_steps: int, untrained_knn: float | None = None
+    lines: list[dict], warmup_steps: int, max_steps: int, before: tuple[str, float] | None = None
 ) -> dict[str, str]:
     """
     What is wrong with a run, in plain sentences with the fix in them, by a short name; empty if nothing is.
@@ -135,7 +135,7 @@ def findings(
         warmup_steps, max_steps (`int`):
             What the model learns is judged after the warm-up, a tenth of the steps and 100 steps: before, every model
             looks dead.
-        untrained_knn (`float`, *optional*): k-NN accuracy before training.
+        before (`(str, float)`, *optional*): With what the run began, in words, and its k-NN accuracy.
     """
     last = lines[-1]
 
@@ -185,17 +185,20 @@ def findings(
         (best_step, best), (_, newest) = max(probes, key=lambda probe: probe[1]), probes[-1]
         if newest < best - 0.03:
             found["falling"] = f"the features grow worse: k-NN {newest:.1%}, after {best:.1%} at step {best_step}"
-        if untrained_knn is not None and newest < untrained_knn:
+        if before and newest < before[1]:
+            name, accuracy = before
             found["no_better"] = (
-                f"the features are worse than those of the untrained encoder: k-NN {newest:.1%} against "
-                f"{untrained_knn:.1%}"
+                f"the features are worse than before training: k-NN {newest:.1%}, {name} {accuracy:.1%}; lower "
+                "base_learning_rate, or train longer"
             )
     return found
 
 
-def verdict(lines: list[dict], warmup_steps: int, max_steps: int, untrained_knn: float | None = None) -> list[str]:
+def verdict(
+    lines: list[dict], warmup_steps: int, max_steps: int, before: tuple[str, float] | None = None
+) -> list[str]:
     """The sentences on a run so far: what is wrong (`findings`), or in one sentence that nothing seems to be."""
-    found = list(findings(lines, warmup_steps, max_steps, untrained_knn).values())
+    found = list(findings(lines, warmup_steps, max_steps, before).values())
     last = lines[-1]
     if found:
         return found

@@ -119,7 +119,7 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
         train_step=train_step,
         checkpoints=checkpoints,
         log=RunLog(recipe=recipe, plan=plan, accelerator=accelerator, guard=train_step.guard, progress=progress),
-        probing=Probing(probe, trained, accelerator),
+        probing=Probing(probe, trained, accelerator, is_warm=bool(recipe.model_name_or_path)),
         processor=image_processor(recipe),
         stop=StopSignals(_sum_over(accelerator), accelerator.device),
         push=push,

@@ -19,6 +19,7 @@ class Plan:
         caching (`bool`): Whether micro-batches are contrasted with each other (gradient caching).
         num_contrasted (`int`): Images that are contrasted with each other.
         max_steps, warmup_steps (`int`)
+        frozen_steps (`int`): At first, in which the encoder stays as it is.
         peak_learning_rate (`float`): After the warm-up: the base rate times global_batch_size / 256.
     """
 
@@ -29,6 +30,7 @@ class Plan:
     num_contrasted: int
     max_steps: int
     warmup_steps: int
+    frozen_steps: int
     peak_learning_rate: float
 
     @classmethod
@@ -45,12 +47,13 @@ class Plan:
             num_contrasted=global_batch_size if caching else global_batch_size // num_micro_batches,
             max_steps=max_steps,
             warmup_steps=round(recipe.warmup_ratio * max_steps),
+            frozen_steps=round(recipe.frozen_encoder_ratio * max_steps),
             peak_learning_rate=peak_learning_rate(recipe.base_learning_rate, global_batch_size),
         )
 
-    def learning_rate(self, step: int) -> float:
-        """Of a step, 0-based."""
-        return learning_rate(step, self.max_steps, self.warmup_steps, self.peak_learning_rate)
+    def learning_rate(self, step: int, first_step: int = 0) -> float:
+        """Of a step, 0-based; of what is frozen before `first_step`."""
+        return learning_rate(step, self.max_steps, self.warmup_steps, self.peak_learning_rate, first_step)
 
 
 def _number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | None) -> int:

@@ -10,22 +10,27 @@ from ..random_state import interlude
 from .builders import Trained
 
 
-__all__ = ["Probing"]
+__all__ = ["START", "TRAINED", "UNTRAINED", "Probing"]
+
+# What a run begins with, which is new weights or those of another model; and what it ends with
+UNTRAINED, START, TRAINED = "untrained encoder", "the start", "CAN, pre-trained"
 
 
 class Probing:
     """
     Args:
         probe (`Probe`, *optional*): On the main process.
+        is_warm (`bool`): Whether the run began from the weights of another model.
     """
 
-    def __init__(self, probe: Probe | None, trained: Trained, accelerator: Accelerator):
-        self.probe, self.trained, self.accelerator = probe, trained, accelerator
+    def __init__(self, probe: Probe | None, trained: Trained, accelerator: Accelerator, is_warm: bool):
+        self.probe, self.trained, self.accelerator, self.is_warm = probe, trained, accelerator, is_warm
 
     def baselines(self) -> dict[str, dict | None]:
         """What training is compared with, by name; on the main process, called by all."""
         found = {}
-        for name, measure in {"raw pixels": self._raw_pixels, "untrained encoder": self.encoder}.items():
+        measures = {"raw pixels": self._raw_pixels, START if self.is_warm else UNTRAINED: self.encoder}
+        for name, measure in measures.items():
             if self.accelerator.is_main_process:
                 tell(f"measuring {name}, to compare with: k-NN and linear probe ...")
             found[name] = measure()

@@ -13,10 +13,12 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..configuration_can import CANConfig
+from ..conversion.names import ENCODER_FIELDS
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, option, parse_values, read_flags
 from ..former_names import current_names
 from .presets import LENGTH, merged, output_dir, presets, recipe_for
+from .sizes import sizes_of_start
 
 
 __all__ = ["Recipe", "make_recipe", "model_fields", "parse_arguments", "training_fields"]
@@ -116,6 +118,12 @@ class Recipe:
     # Start
     model_name_or_path: str | None = option(
         None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, timm, .pth", path=True
+    )
+    layer_decay: float = option(
+        1.0, "learning rate of an encoder block by that of the next; below 1 early ones stay near", above=0, maximum=1
+    )
+    frozen_encoder_ratio: float = option(
+        0.0, "fraction of the steps, the first, in which only decoder and heads learn", minimum=0, below=1
     )
 
     # Optimization
@@ -323,13 +331,19 @@ def parse_arguments(
 def make_recipe(recipe: str | Path | dict | None, overrides: dict, has_dataset: bool = False) -> Recipe:
     """
     What `presets.merged` gives, checked; where the settings are to be chosen (`presets.recipe_for`), a recipe in which
-    they are open.
+    they are open. A recipe that begins with weights and says nothing of the encoder gets the encoder of the weights.
 
     Raises:
         ValueError: as `Recipe.from_dict` and `presets.merged`.
     """
     recipe = recipe_for(recipe, overrides, has_dataset)
-    return _open_recipe(overrides) if recipe is None else Recipe.from_dict(merged(recipe, overrides))
+    if recipe is None:
+        return _open_recipe(overrides)
+    values = merged(recipe, overrides)
+    start = values.get("model_name_or_path")
+    if start not in (None, "none") and not any(name in merged(recipe, {}) for name in ENCODER_FIELDS):
+        values = {**sizes_of_start(str(Path(start).expanduser())), **values}
+    return Recipe.from_dict(values)
 
 
 def _open_recipe(overrides: dict) -> Recipe:

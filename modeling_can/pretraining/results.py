@@ -16,6 +16,7 @@ from .checkpoints import whole_state
 from .cost import peak_memory, training_flops
 from .feed import reasons
 from .health import reachable_gain
+from .probing import TRAINED
 from .recipe import Recipe
 from .run import Run
 from .run_folder import save_model
@@ -72,7 +73,7 @@ def finish(run: Run, began: float) -> dict:
     if recipe.probe_dataset_name:
         if run.is_main:
             tell("measuring the trained encoder: k-NN and linear probe ...")
-        log.probes["CAN, pre-trained"] = run.probing.encoder()
+        log.probes[TRAINED] = run.probing.encoder()
         results["probe"] = log.probes
     whole = run.trained.in_one_piece()
     if run.is_main:

@@ -26,6 +26,7 @@ from ..random_state import interlude
 from .feed import Feed
 from .health import TERMS, embedding_health, findings, trivial_losses, verdict
 from .plan import Plan
+from .probing import START, TRAINED, UNTRAINED
 from .recipe import Recipe
 from .step import StepOutput, step_metrics
 
@@ -150,7 +151,7 @@ class RunLog:
 
     def _tell(self, line: dict, bad: Counter, sentences: list[str] | None):
         step, max_steps = line["step"], self.plan.max_steps
-        text = _progress_text(line, bad)
+        text = _progress_text(line, bad, self.probes.get(START))
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             seconds_left = (max_steps - step) * self.plan.global_batch_size / line["images_per_second"]
@@ -184,8 +185,11 @@ class RunLog:
         return self._judge(verdict)
 
     def _judge(self, judge):
-        untrained = (self.probes.get("untrained encoder") or {}).get("knn")
-        return judge(self.lines, self.plan.warmup_steps, self.plan.max_steps, untrained)
+        before = [(name, self.probes[name]["knn"]) for name in (UNTRAINED, START) if self.probes.get(name)]
+        lines, after = self.lines, self.probes.get(TRAINED)
+        if after:
+            lines = [*lines[:-1], {**lines[-1], "knn": after["knn"]}]
+        return judge(lines, self.plan.warmup_steps, self.plan.max_steps, *before)
 
     @property
     def best(self) -> dict | None:
@@ -256,8 +260,9 @@ def refuse_non_finite(step: int, averages: dict[str, float], on_nonfinite: str):
         )
 
 
-def _progress_text(line: dict, bad: Counter) -> str:
+def _progress_text(line: dict, bad: Counter, start: dict | None) -> str:
     terms = [f"{short} {line[f'{term}_loss']:.4g}" for term, short in TERMS.items() if f"{term}_loss" in line]
     text = f"{' '.join(terms)}, {line['images_per_second']:.0f} images/s, {line['data_wait']:.0%} waiting for data"
-    text += f", k-NN {100 * line['knn']:.1f} %" if "knn" in line else ""
+    if "knn" in line:
+        text += f", k-NN {100 * line['knn']:.1f} %" + (f" (the start: {100 * start['knn']:.1f} %)" if start else "")
     return text + "".join(f", {count} {reason}" for reason, count in bad.most_common())

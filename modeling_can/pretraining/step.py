@@ -39,7 +39,9 @@ class TrainStep:
         optimizer (`AcceleratedOptimizer`): A fused one, as accelerate has prepared it.
         accelerator (`Accelerator`): Of this process.
         config (`CANConfig`): The model's.
-        learning_rate (callable): Of a step, 0-based.
+        learning_rate (callable):
+            Of a step, 0-based, and of what is frozen before `first_step`, as the optimizer's groups may say
+            (`layer_groups`), and by what it is multiplied.
         caching (`bool`): Whether several micro-batches are contrasted as one batch.
         max_grad_norm (`float`): That gradients are clipped to; 0 does not clip.
     """
@@ -50,7 +52,7 @@ class TrainStep:
         optimizer,
         accelerator: Accelerator,
         config: CANConfig,
-        learning_rate: Callable[[int], float],
+        learning_rate: Callable[..., float],
         caching: bool = False,
         max_grad_norm: float = 0.0,
     ):
@@ -68,7 +70,8 @@ class TrainStep:
             images (`list[str]`): The names of their images, for messages.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            rate = self.learning_rate(step, first_step=group.get("first_step", 0))
+            group["lr"] = group.get("lr_scale", 1.0) * rate
         terms = self.backward(micro_batches)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = total_norm([p.grad for p in parameters])

@@ -99,12 +99,13 @@ def lines(num=20, **last):
     ({"data_wait": 0.6}, "starving", "waits for data 60% of the time; raise dataloader_num_workers"),
     ({"grad_norm": 30.0}, "gradient", "ten times and more its median of 1"),
     ({"grad_norm": 0.0}, "no_gradient", "nothing is learned"),
-    ({"knn": 0.4}, "no_better", "k-NN 40.0% against 50.0%"),
+    ({"knn": 0.4}, "no_better", "before training: k-NN 40.0%, untrained encoder 50.0%"),
 ])  # fmt: skip
 def test_every_fault_has_its_sentence_and_no_other(changes, name, words):
-    found = findings(lines(**changes), 100, 1000, untrained_knn=0.5)
+    before = ("untrained encoder", 0.5)
+    found = findings(lines(**changes), 100, 1000, before)
     assert found.keys() == {name} and words in found[name]
-    assert verdict(lines(**changes), 100, 1000, 0.5) == [found[name]]
+    assert verdict(lines(**changes), 100, 1000, before) == [found[name]]
 
 
 def test_a_good_run_is_called_healthy_and_a_young_one_young():

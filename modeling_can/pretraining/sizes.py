@@ -1,0 +1,60 @@
+"""The sizes of encoder and decoder: from a table, or of the weights that a run begins with."""
+
+from ..conversion import can_config, normalization
+from ..conversion.names import ENCODER_FIELDS
+
+
+__all__ = ["ENCODERS", "sizes_of", "sizes_of_start"]
+
+# Width, layers and heads of encoder and decoder
+ENCODERS = {
+    "a small ViT": ((128, 4, 4), (64, 2, 4)),
+    "ViT-tiny": ((192, 12, 3), (192, 4, 6)),
+    "ViT-small": ((384, 12, 6), (256, 4, 8)),
+    "ViT-base": ((768, 12, 12), (512, 8, 16)),
+}
+# What of a CAN says how its decoder and heads are built
+_HEADS = (
+    "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size",
+    "projection_hidden_size", "projection_size", "noise_head", "norm_noise_loss", "noise_std_max",
+    "noise_level_embedding", "norm_pix_loss",
+)  # fmt: skip
+
+
+def sizes_of(name: str, given: dict) -> dict:
+    """
+    Of one of `ENCODERS`, by field of `CANConfig`.
+
+    Args:
+        given (`dict`): What the user set: what depends on a width follows it.
+    """
+    values = {}
+    for prefix, (width, layers, heads) in zip(("", "decoder_"), ENCODERS[name], strict=True):
+        width = given.get(f"{prefix}hidden_size", width)
+        values |= {
+            f"{prefix}hidden_size": width,
+            f"{prefix}num_hidden_layers": layers,
+            f"{prefix}num_attention_heads": next(number for number in range(heads, 0, -1) if width % number == 0),
+            f"{prefix}intermediate_size": 4 * width,
+        }
+    return values
+
+
+def sizes_of_start(name_or_path: str) -> dict:
+    """
+    The encoder of these weights, its image size and its normalization, by key of a recipe; with the decoder and the
+    heads that they have too, or a decoder for an encoder of about that width.
+
+    Raises:
+        ValueError: for what is no encoder that CAN can have.
+    """
+    config = can_config(name_or_path)
+    values = {name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")}
+    if "CANForPreTraining" in (config.architectures or ()):
+        values |= {name: getattr(config, name) for name in _HEADS}
+    else:
+        near = min(ENCODERS, key=lambda name: abs(ENCODERS[name][0][0] - config.hidden_size))
+        values |= {name: value for name, value in sizes_of(near, {}).items() if name.startswith("decoder")}
+    if theirs := normalization(name_or_path):
+        values |= {"image_mean": tuple(theirs[0]), "image_std": tuple(theirs[1])}
+    return values
