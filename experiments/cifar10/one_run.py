@@ -17,7 +17,6 @@ from modeling_can.files import new_folder, write
 __all__ = ["judge", "of_the_log", "pretrain_and_judge", "pretrain_and_keep", "probe_data"]
 
 # MAE's recipe is made for large images and a hundred epochs: without mixing and erasing, for five
-# MAE's recipe is made for large images and a hundred epochs: without mixing and erasing, for five
 FINE_TUNING = (
     "--finetune_num_epochs 5 --finetune_batch_size 256 --finetune_base_learning_rate 1e-3 --finetune_layer_decay 0.75 "
     "--finetune_mixup_alpha 0 --finetune_cutmix_alpha 0 --finetune_randaugment_magnitude 0 "
