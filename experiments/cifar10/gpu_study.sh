@@ -1,7 +1,7 @@
 #!/bin/bash
 # One run of the study on a GPU: one method, one seed.
 #
-#     GIT_COMMIT=... bash experiments/cifar10/gpu_study.sh --out FOLDER --data CIFAR10_FOLDER main-can-0 --seconds 340
+#     GIT_COMMIT=... bash experiments/cifar10/gpu_study.sh --out FOLDER --data CIFAR10_FOLDER main-can-0 --epochs 250
 #     GIT_COMMIT=... bash experiments/cifar10/gpu_study.sh --out FOLDER --data CIFAR10_FOLDER main-mae-0 --epochs 230
 #     GIT_COMMIT=... bash experiments/cifar10/gpu_study.sh --out FOLDER --data CIFAR10_FOLDER 'trial-can-*' --epochs 20
 #     bash experiments/cifar10/gpu_study.sh --out FOLDER --toy main-can-0        # toy size on a CPU: does the script run?

@@ -3,7 +3,7 @@ The claims of the paper at a scale that runs here: CAN, SimCLR and MAE as three 
 
     python experiments/cifar10/study.py --data CIFAR10_FOLDER --stage search main  # hours on two CPU cores
     python experiments/cifar10/study.py --stage report                             # tables and figures from the JSONs
-    bash experiments/cifar10/gpu_study.sh --out FOLDER --data CIFAR10_FOLDER main-can-0 --seconds 340    # on a GPU
+    bash experiments/cifar10/gpu_study.sh --out FOLDER --data CIFAR10_FOLDER main-can-0 --epochs 250    # on a GPU
     python experiments/cifar10/study.py --data CIFAR10_FOLDER --scale tiny --stage evaluate report --weights FOLDER
 
 --data is a folder of parquet shards with train and test splits (columns image and label), or a Hub id
