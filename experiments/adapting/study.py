@@ -3,9 +3,9 @@ Is it worth it to go on from a model on one's own images, and how? The model tha
 
     python experiments/adapting/study.py --data PHOTOS        # a folder of parquet shards: columns image and label
 
-It takes 1,000 photographs about an hour on two CPU cores. All runs see all images without their labels; k-NN and linear
-probe learn from the labels of one half and are tested on the other. A run whose JSON is in experiments/adapting/results
-is not done again. README.md gets the table.
+It takes 1,000 photographs about an hour on two CPU cores. All runs see all images without their labels; k-NN and
+linear probe learn from the labels of one half and are tested on the other. A run whose JSON is in
+experiments/adapting/results is not done again. README.md gets the table.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def do(row: str, seed: int, arguments):
 
 
 def of_half(model: Path, place: Path, arguments) -> dict:
-    flags = ["--dataset_name", arguments.data, "--test_size", "0.5", "--overwrite_output_dir", "true"]
+    flags = ["--dataset_name", arguments.data, "--test_size", "0.5"]
     return evaluate(model, place / model.name, ("knn", "linear_probe"), flags, arguments.threads)
 
 
