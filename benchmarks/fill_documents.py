@@ -282,6 +282,7 @@ FIGURES = {
     "results": partial(cifar10.table, "toy", "main", ("seeds", "linear probe", "k-NN", "TFLOP in all", "images/s")),
     "claims_tiny": partial(claims, "main", "tiny"),
     "order": partial(claims, "order"),
+    "views": partial(claims, "views"),
     "downstream": partial(cifar10.downstream_table, "toy"),
     "scaling": partial(claims, "scaling"),
 }

@@ -185,7 +185,7 @@ def report(scale: str):
         parts.append(f"## Which is first\n\n{reached(scale)}")
     if results(scale, "downstream"):
         parts.append(f"## Downstream\n\n{downstream_table(scale)}")
-    for stage in ("order", "ablations", "scaling"):
+    for stage in ("order", "ablations", "views", "scaling"):
         if results(scale, stage):
             parts.append(f"## {stage.capitalize()}\n\n{table(scale, stage)}")
     if results(scale, "search"):

@@ -195,10 +195,11 @@ def main_rows() -> list[Run]:
 
 
 def rate() -> list[Run]:
+    more_views = {f"CAN, {number} views": {**found()["CAN"], **of_views(number)} for number in (2, 3, 4)}
     return [
         Run("rate", method, {**more, "max_steps": 60}, seed, ())
         for seed in SEEDS
-        for method, more in rows().items()
+        for method, more in {**rows(), **more_views}.items()
         if method != "CAN, paper's weights"
     ]
 
@@ -242,6 +243,26 @@ def order() -> list[Run]:
     ]
 
 
+def of_views(number: int) -> dict:
+    """Equal FLOPs in equal steps: the more views, the fewer images a step. The peak of the learning rate stays."""
+    if number == 2:
+        return {}
+    return {
+        "num_views": number,
+        "per_device_train_batch_size": round(2 * 256 / number),
+        "num_train_epochs": round(2 * EPOCHS["short"] / number, 3),
+        "base_learning_rate": found()["CAN"]["base_learning_rate"] * number / 2,
+    }
+
+
+def views() -> list[Run]:
+    return [
+        replace(short("CAN", f"{number} views", **of_views(number)), seed=seed)
+        for seed in SEEDS
+        for number in (2, 3, 4)
+    ]
+
+
 def scaling() -> list[Run]:
     epochs = EPOCHS["short"]
     changes = {
@@ -259,8 +280,8 @@ def downstream() -> list[Run]:
 
 
 TOY_STAGES = {
-    "search": search, "main": main_rows, "rate": rate, "ablations": ablations, "order": order, "scaling": scaling,
-    "downstream": downstream,
+    "search": search, "main": main_rows, "rate": rate, "ablations": ablations, "order": order, "views": views,
+    "scaling": scaling, "downstream": downstream,
 }  # fmt: skip
 
 

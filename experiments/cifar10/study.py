@@ -20,6 +20,7 @@ ablations   CAN without each term, noise without its loss, without the noise-lev
             targets; a shorter schedule
 order       what may decide between CAN and SimCLR: mask, temperature, crops, batch, number of patches at a shorter
             schedule; a longer one
+views       three and four views of fewer images, at equal FLOPs; a shorter schedule, three seeds
 scaling     10 %, 30 %, 100 % of the images with equal steps, and a larger encoder; a shorter schedule
 downstream  of the main rows' weights, pre-trained again where they are gone: fine-tuning, common corruptions (of a
             fifth of the test images), and the labels of --further_data
