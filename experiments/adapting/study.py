@@ -32,13 +32,11 @@ NEW = {"base_learning_rate": 2e-3, "layer_decay": 1, "frozen_encoder_ratio": 0} 
 ROWS = {
     "can-adapt": ("model", {}, 3),
     "from scratch": ("new", NEW, 3),
-    "from scratch, 200 epochs": ("new", {**NEW, "num_train_epochs": 200}, 1),
     "as if it were new": ("model", NEW, 3),
-    "the same rate for all blocks": ("model", {"layer_decay": 1}, 1),
-    "a fifth of the rate": ("model", {"base_learning_rate": 1e-4}, 1),
-    "200 epochs": ("model", {"num_train_epochs": 200}, 1),
     "its encoder alone": ("encoder", {}, 3),
     "its encoder alone, nothing frozen": ("encoder", {"frozen_encoder_ratio": 0}, 3),
+    "the same rate for all blocks": ("model", {"layer_decay": 1}, 1),
+    "a fifth of the rate": ("model", {"base_learning_rate": 1e-4}, 1),
 }  # fmt: skip
 
 
