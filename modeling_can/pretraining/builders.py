@@ -242,7 +242,9 @@ def trained_model(recipe: Recipe, plan: Plan, accelerator: Accelerator, compiled
     if compiled:
         compile_model(model, compiled)
     if recipe.layer_decay < 1 or plan.frozen_steps:
-        groups = layer_groups(model, recipe.weight_decay, recipe.layer_decay, "can.", plan.frozen_steps)
+        groups = layer_groups(
+            model, recipe.weight_decay, recipe.layer_decay, encoder="can.", frozen_steps=plan.frozen_steps
+        )
     else:
         groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(

@@ -53,7 +53,8 @@ class Plan:
 
     def learning_rate(self, step: int, first_step: int = 0) -> float:
         """Of a step, 0-based; of what is frozen before `first_step`."""
-        return learning_rate(step, self.max_steps, self.warmup_steps, self.peak_learning_rate, first_step)
+        peak = self.peak_learning_rate
+        return learning_rate(step, self.max_steps, self.warmup_steps, peak=peak, first_step=first_step)
 
 
 def _number_of_steps(recipe: Recipe, global_batch_size: int, num_images: int | None) -> int:

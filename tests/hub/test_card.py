@@ -31,7 +31,7 @@ from modeling_can.progress import duration
 
 
 CARDS = sorted(path.parent for path in ROOT.glob("model_cards/*/recipe.yaml"))
-UNTRAINED = [folder for folder in CARDS if not (folder / "results.json").exists()]
+UNTRAINED = [folder for folder in CARDS if folder.name.startswith("can-vit")]
 
 
 def probed(knn: float, linear_probe: float) -> dict:
