@@ -1,6 +1,7 @@
 """Any vision encoder that transformers can load, as a function from encoded images to pooled features."""
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -112,8 +113,13 @@ class Preprocessor:
 
     def shown(self, encoded: bytes) -> torch.Tensor:
         """An encoded image to be looked at, uint8 `(channels, height, width)` of the model's size."""
-        if self.in_two_steps:
-            return self.decode(encoded)
+        return self.decode(encoded) if self.in_two_steps else self.whole(encoded)
+
+    def whole(self, encoded: bytes) -> torch.Tensor:
+        """
+        The whole of an encoded image, squeezed into the model's size where the processor would crop it, uint8
+        `(channels, height, width)`, bilinear; for `normalize`, if `in_two_steps`.
+        """
         pixels = torch.from_numpy(decode(encoded, self.num_channels, **self.decoding)).permute(2, 0, 1)
         return interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
 
@@ -217,6 +223,23 @@ class Encoder(nn.Module):
         pooled = {"mean": state[:, num_others:].mean(dim=1)}
         return pooled | ({"cls": state[:, 0]} if num_others else {})
 
+    def patch_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        The patch tokens of the last hidden state in their places, `(B, d, h, w)`; raises ValueError if the model does
+        not tell where its tokens lie in the image.
+        """
+        options = self.options | _image_order(self.model, pixel_values)
+        state = self.model(pixel_values=pixel_values, **options).last_hidden_state
+        return _in_places(self.model, state, pixel_values)[0]
+
+    @functools.cached_property
+    def token_shape(self) -> tuple[int, int, int]:
+        """`(d, h, w)` of `patch_tokens`, and raises what it raises."""
+        size, device = self.preprocessor.image_size, next(self.parameters()).device
+        with torch.no_grad():
+            tokens = self.patch_tokens(torch.zeros(1, self.preprocessor.num_channels, *size, device=device))
+        return tuple(tokens.shape[1:])
+
     def digest(self) -> str:
         """SHA-256 of architecture and weights."""
         passing = (
@@ -270,22 +293,27 @@ def feature_maps(model: nn.Module, pixel_values: torch.Tensor, **options) -> tup
 
 def _feature_map(model: nn.Module, image: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     output = model(pixel_values=image, output_attentions=True, **options, **_image_order(model, image))
-    state = output.last_hidden_state
+    tokens, num_others = _in_places(model, output.last_hidden_state, image)
+    attention = None
+    if num_others and output.get("attentions"):
+        attention = output.attentions[-1][:, :, 0, num_others:].mean(dim=1).unflatten(1, tokens.shape[-2:])
+    return tokens, attention
+
+
+def _in_places(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The patch tokens of a last hidden state as a map `(B, d, h, w)`, and how many other tokens come before them."""
     if state.ndim == 4:
-        return state, None
-    height, width = _patch_grid(model, image)
+        return state, 0
+    height, width = _patch_grid(model, pixel_values)
     num_others = max(0, state.shape[1] - height * width)
     merged = math.isqrt(height * width // (state.shape[1] - num_others))  # patches a side that share a token
     grid = (height // merged, width // merged)
     if grid[0] * grid[1] != state.shape[1] - num_others:
         raise ValueError(
             f"a {type(model).__name__} does not tell where its {state.shape[1]} tokens lie in an image of "
-            f"{height} x {width} patches; leave it out of the features task"
+            f"{height} x {width} patches; leave it out of the tasks features and segmentation"
         )
-    attention = None
-    if num_others and output.get("attentions"):
-        attention = output.attentions[-1][:, :, 0, num_others:].mean(dim=1).unflatten(1, grid)
-    return state[:, num_others:].mT.unflatten(2, grid), attention
+    return state[:, num_others:].mT.unflatten(2, grid), num_others
 
 
 def _patch_grid(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:

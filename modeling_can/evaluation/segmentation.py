@@ -1,0 +1,267 @@
+"""
+Linear segmentation: a linear classifier of the frozen encoder's patch tokens, its logits upsampled to the pixels of
+the mask (as DINOv2, arXiv 2304.07193, sec. 7.4).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from ..plots import segmentation_sheet
+from ..progress import tell
+from .encoders import Preprocessor
+from .features import Images
+from .linear import held_out_scores, mean_and_std, torch_logistic_regression
+from .masks import MaskedSplit
+from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
+from .scores import bootstrap_interval_of
+from .sets import hold_out
+
+
+__all__ = [
+    "INVERSE_PENALTIES", "PatchClassifier", "Segmentation", "class_fractions", "iou", "mean_iou", "patch_classifier",
+    "pixel_counts", "upsampled_classes",
+]  # fmt: skip
+
+INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C, the strongest penalty first
+_MAX_BYTES = 2**32  # of patch tokens and class fractions; above, some of the training images are drawn
+_MAX_LOGITS = 2**26  # upsampled at a time
+_NUM_DRAWN = 6  # rows of the sheet
+
+
+class PatchClassifier(NamedTuple):
+    """
+    Logits = tokens @ weight.T + bias.
+
+    Args:
+        weight (`np.ndarray` of shape `(num_classes, d)`), bias (`np.ndarray` of shape `(num_classes,)`): On tokens as
+            they are.
+        inverse_penalty (`float`): C, which was chosen.
+        held_out_mean_iou (`float`, *optional*): What it was chosen by, in [0, 1].
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    inverse_penalty: float
+    held_out_mean_iou: float | None
+
+
+def patch_classifier(
+    tokens: np.ndarray, fractions: np.ndarray, num_fit: int, device: str | torch.device = "cpu"
+) -> PatchClassifier:
+    """
+    Multinomial logistic regression on standardized patch tokens. The target of a patch is the fraction that each class
+    has of its pixels, so that no pixel is needed but once: the problem is convex and small, and its solution the same
+    each time. That of the pixels, through upsampled logits, gives the same mIoU (a test compares them). The penalty is
+    |W|^2 / 2C beside the sum over images of their mean loss. C is chosen by the mIoU on the images held out, counted
+    in patches; then all images are fitted. If none is held out, C is 1.
+
+    Args:
+        tokens (`np.ndarray` of shape `(N, L, d)`): Of the patches; standardized in place, as a copy may not fit.
+        fractions (`np.ndarray` of shape `(N, L, num_classes)`): As of `class_fractions`.
+        num_fit (`int`): How many images are not held out, the first ones.
+    """
+    num_images, num_patches, _ = tokens.shape
+    tokens, fractions = tokens.reshape(-1, tokens.shape[2]), fractions.reshape(-1, fractions.shape[2])
+    mean, std = mean_and_std(tokens)
+    tokens -= mean
+    tokens /= std
+    end = num_fit * num_patches
+    fit = torch_logistic_regression(fractions.shape[1], device)
+
+    def score(inverse_penalty: float) -> float:
+        weights = fit(tokens[:end], fractions[:end], inverse_penalty / num_patches)
+        predicted, held_out = (tokens[end:] @ weights[:-1] + weights[-1]).argmax(axis=1), fractions[end:]
+        count = partial(np.bincount, predicted, minlength=held_out.shape[1])
+        right = count(held_out[np.arange(len(held_out)), predicted])
+        return float(mean_iou(np.stack([right, held_out.sum(axis=0, dtype=np.float64), count(held_out.sum(axis=1))])))
+
+    scores = held_out_scores(score, INVERSE_PENALTIES if num_fit < num_images else ())
+    best = max(scores, key=scores.get, default=1.0)  # the strongest of equals
+    weights = fit(tokens, fractions, best / num_patches)
+    weight = (weights[:-1] / std[:, None]).T
+    return PatchClassifier(weight, weights[-1] - weight @ mean, best, scores.get(best))
+
+
+def class_fractions(mask: np.ndarray, grid: tuple[int, int], num_classes: int) -> np.ndarray:
+    """
+    The fractions of a patch's pixels that are of each class, float32 `(h * w, num_classes)`, by the pixels' centers. A
+    pixel that does not count, -1, is of none.
+    """
+    (height, width), (rows, columns) = mask.shape, grid
+    row, column = ((2 * np.arange(n) + 1) * parts // (2 * n) for n, parts in ((height, rows), (width, columns)))
+    places = (row[:, None] * columns + column) * num_classes + mask
+    counts = np.bincount(places[mask >= 0], minlength=rows * columns * num_classes)
+    return (counts.reshape(-1, num_classes) * (rows * columns / mask.size)).astype(np.float32)
+
+
+def upsampled_classes(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Logits `(num_classes, h, w)` -> the class of each pixel `(height, width)` after bilinear upsampling."""
+    best = classes = None
+    step = max(1, _MAX_LOGITS // (size[0] * size[1]))
+    for first, part in zip(range(0, len(logits), step), logits.split(step), strict=True):
+        value, index = interpolate(part[None], size, mode="bilinear")[0].max(dim=0)
+        if best is None:
+            best, classes = value, index
+        else:
+            best, classes = torch.maximum(best, value), torch.where(value > best, index + first, classes)
+    return classes
+
+
+def pixel_counts(predicted: torch.Tensor, mask: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """
+    How many pixels `(3, num_classes)` are predicted rightly, have and are predicted to have each class: diagonal, row
+    and column sums of the confusion matrix. Pixels of the mask that do not count, -1, are in none.
+    """
+    counting = mask >= 0
+    predicted, mask = predicted[counting], mask[counting]
+    parts = (mask[predicted == mask], mask, predicted)
+    return torch.stack([torch.bincount(part, minlength=num_classes) for part in parts])
+
+
+def iou(counts: np.ndarray) -> np.ndarray:
+    """Counts `(..., 3, num_classes)` -> intersection over union of each class, NaN of those that do not occur."""
+    right, true, predicted = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
+    return np.divide(right, true + predicted - right, out=np.full(right.shape, np.nan), where=true > 0)
+
+
+def mean_iou(counts: np.ndarray) -> np.ndarray:
+    """Counts `(..., 3, num_classes)` -> the mean over the classes that occur, `(...)`; NaN if none does."""
+    of_class = iou(counts)
+    occurs = ~np.isnan(of_class)
+    number = occurs.sum(axis=-1)
+    total = np.where(occurs, of_class, 0).sum(axis=-1)
+    return np.divide(total, number, out=np.full(total.shape, np.nan), where=number > 0)
+
+
+def _pixel_accuracy(counts: np.ndarray) -> np.ndarray:
+    right, true = counts[..., 0, :].sum(axis=-1), counts[..., 1, :].sum(axis=-1)
+    return np.divide(right, true, out=np.full(true.shape, np.nan), where=true > 0)
+
+
+class Segmentation(Protocol):
+    """mIoU over the test images. It needs masks instead of labels, so that it stands alone."""
+
+    name, for_baselines, for_reference, rank = "segmentation", True, True, 0
+
+    def check(self, setup: Setup, entry: Entry):
+        if not entry.preprocessor.in_two_steps:
+            kind = type(entry.preprocessor.processor).__name__
+            raise ValueError(
+                "the segmentation task needs an image processor that resizes, crops, rescales and normalizes, so that "
+                f"masks fit the images; the {kind} of {entry.name} does something else: --processor_name_or_path"
+            )
+        _token_shape(setup, entry)
+
+    def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
+        data, seed = setup.data, setup.settings.seed
+        width, *grid = _token_shape(setup, entry)
+        num_used = max(2, _MAX_BYTES // (4 * grid[0] * grid[1] * (width + setup.num_classes)))
+        used = np.random.default_rng(seed).permutation(len(data.train))[:num_used]
+        held_out, fit = hold_out(np.zeros(len(used)), 0.2, seed)
+        if len(used) < len(data.train) and setup.is_main:
+            tell(f"{entry.name}: segmentation learns from {len(used):,} training images, whose patches fit in 4 GiB")
+        made = self._tokens(setup, entry, data.train.select(used[np.concatenate([fit, held_out])]), grid)
+        head = patch_classifier(made["tokens"], made["fractions"], len(fit), setup.device) if setup.is_main else None
+        (head, *_) = setup.processes.gather([head])
+        counts = self._counts(setup, entry, head)
+        if not setup.is_main:
+            return None
+        of_class, interval = iou(counts.sum(axis=0)), partial(bootstrap_interval_of, counts=counts, seed=seed)
+        figures = {
+            "mean_iou": float(mean_iou(counts.sum(axis=0))),
+            "interval": interval(mean_iou),
+            "pixel_accuracy": float(_pixel_accuracy(counts.sum(axis=0))),
+            "pixel_accuracy_interval": interval(_pixel_accuracy),
+            "iou": {
+                name: None if np.isnan(value) else float(value)
+                for name, value in zip(data.class_names, of_class, strict=True)
+            },
+            "C": head.inverse_penalty,
+            "held_out_mean_iou": head.held_out_mean_iou,
+            "num_train": len(used),
+            "patches": grid,
+        }
+        return figures | ({"figure": self._draw(setup, entry, head)} if entry.kind == "model" else {})
+
+    @staticmethod
+    def _tokens(setup: Setup, entry: Entry, split: MaskedSplit, grid: list[int]) -> dict[str, np.ndarray] | None:
+        """Patch tokens and class fractions of all images; on the first process, elsewhere `None`."""
+
+        def encode(batch):
+            images, rows = batch
+            masks = (split.mask(row) for row in rows.tolist())
+            fractions = np.stack([class_fractions(mask, grid, setup.num_classes) for mask in masks])
+            tokens = entry.patch_tokens(images).flatten(2).mT
+            return {"tokens": tokens, "fractions": torch.from_numpy(fractions)}
+
+        images = Images(split, partial(_with_index, entry.preprocessor))
+        made = setup.extractor(encode, images, f"{entry.name}: patches of {split.name}")
+        if made and not np.isfinite(made["tokens"]).all():
+            raise ValueError(f"{entry.name} gives patch tokens that are not finite; try --mixed_precision no")
+        return made
+
+    def _counts(self, setup: Setup, entry: Entry, head: PatchClassifier) -> np.ndarray | None:
+        """`pixel_counts` of every test image, `(N, 3, num_classes)`; on the first process, elsewhere `None`."""
+        test = setup.data.test
+
+        def encode(batch):
+            images, rows = batch
+            masks = [torch.from_numpy(test.mask(row)).to(setup.device) for row in rows.tolist()]
+            predicted = _predicted(setup, entry, head, images, [mask.shape for mask in masks])
+            counts = [pixel_counts(*pair, setup.num_classes) for pair in zip(predicted, masks, strict=True)]
+            return {"counts": torch.stack(counts)}
+
+        images = Images(test, partial(_with_index, entry.preprocessor))
+        made = setup.extractor(encode, images, f"{entry.name}: segmentation")
+        return made and made["counts"].astype(np.float64)
+
+    @staticmethod
+    def _draw(setup: Setup, entry: Entry, head: PatchClassifier) -> str:
+        test = setup.data.test
+        rows = np.random.default_rng(setup.settings.seed).permutation(len(test))[:_NUM_DRAWN]
+        images = torch.stack([entry.preprocessor.whole(test.read(row)) for row in rows])
+        masks = [torch.from_numpy(test.mask(row)) for row in rows]
+        with torch.no_grad():
+            predicted = _predicted(setup, entry, head, images, [mask.shape for mask in masks])
+        path = setup.output_dir / "figures" / f"segmentation-{file_name(entry.name)}.png"
+        segmentation_sheet(images=images / 255, masks=masks, predictions=predicted, path=path)
+        return str(path)
+
+    def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:
+        kind = "image-segmentation"
+        return {
+            "linear segmentation, mIoU": Measure(
+                figures["mean_iou"], figures["interval"], metric="mean_iou", task_type=kind
+            ),
+            "linear segmentation, pixels": Measure(
+                figures["pixel_accuracy"],
+                figures["pixel_accuracy_interval"],
+                metric="pixel_accuracy",
+                task_type=kind,
+            ),
+        }
+
+
+def _with_index(preprocessor: Preprocessor, encoded: bytes, index: int) -> tuple[torch.Tensor, int]:
+    return preprocessor.whole(encoded), index
+
+
+def _token_shape(setup: Setup, entry: Entry) -> tuple[int, int, int]:
+    """`(d, h, w)` of the patch tokens of an image."""
+    size, channels = entry.preprocessor.image_size, entry.preprocessor.num_channels
+    with torch.no_grad():
+        return tuple(entry.patch_tokens(torch.zeros(1, channels, *size, dtype=torch.uint8)).shape[1:])
+
+
+def _predicted(
+    setup: Setup, entry: Entry, head: PatchClassifier, images: torch.Tensor, sizes: list[tuple[int, int]]
+) -> list[torch.Tensor]:
+    """The class of each pixel of prepared images, at these sizes."""
+    weight, bias = (torch.from_numpy(part).to(setup.device) for part in (head.weight, head.bias))
+    tokens = entry.patch_tokens(images).to(setup.device).float()
+    logits = torch.einsum("bdhw,kd->bkhw", tokens, weight) + bias[:, None, None]
+    return [upsampled_classes(*pair) for pair in zip(logits, sizes, strict=True)]
