@@ -20,7 +20,6 @@ __all__ = [
     "held_out_scores",
     "linear_probe",
     "mean_and_std",
-    "torch_logistic_regression",
 ]
 
 INVERSE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # C of the linear probe, the strongest penalty first
@@ -112,7 +111,7 @@ def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.n
     ended.
     """
     if torch.device(device).type != "cpu":
-        return torch_logistic_regression(num_classes, device)
+        return _torch_logistic_regression(num_classes, device)
     from sklearn.exceptions import ConvergenceWarning  # slow to import, and only this needs it
     from sklearn.linear_model import LogisticRegression
 
@@ -135,11 +134,7 @@ def _logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.n
     return fit
 
 
-def torch_logistic_regression(num_classes: int, device) -> Callable[[np.ndarray, np.ndarray, float], np.ndarray]:
-    """
-    As `_logistic_regression`, by torch's L-BFGS. The labels may be fractions of the classes, float32
-    `(N, num_classes)`; a row that sums to less than one counts less.
-    """
+def _torch_logistic_regression(num_classes: int, device):
     weights = None
 
     def fit(features, labels, inverse_penalty):

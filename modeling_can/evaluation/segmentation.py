@@ -3,18 +3,19 @@ Linear segmentation: a linear classifier of the frozen encoder's patch tokens, i
 the mask (as DINOv2, arXiv 2304.07193, sec. 7.4).
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import cross_entropy, interpolate
 
 from ..plots import segmentation_sheet
 from ..progress import tell
 from .encoders import Preprocessor
 from .features import Images
-from .linear import held_out_scores, mean_and_std, torch_logistic_regression
+from .linear import held_out_scores, mean_and_std
 from .masks import MaskedSplit
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 from .scores import bootstrap_interval_of
@@ -22,13 +23,15 @@ from .sets import hold_out
 
 
 __all__ = [
-    "INVERSE_PENALTIES", "PatchClassifier", "Segmentation", "class_fractions", "iou", "mean_iou", "patch_classifier",
-    "pixel_counts", "upsampled_classes",
+    "INVERSE_PENALTIES", "PatchClassifier", "SAMPLED", "Segmentation", "iou", "mean_iou", "patch_classifier",
+    "pixel_counts", "sampled", "upsampled_classes",
 ]  # fmt: skip
 
-INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # C, the strongest penalty first
-_MAX_BYTES = 2**32  # of patch tokens and class fractions; above, some of the training images are drawn
-_MAX_LOGITS = 2**26  # upsampled at a time
+INVERSE_PENALTIES = (1e-2, 1e-1, 1.0, 10.0, 100.0)  # C, the strongest penalty first
+SAMPLED = 4  # pixels of a mask to learn from, along each side of a patch
+_MAX_ITERATIONS = 100  # for each penalty, from where the one before ended
+_MAX_BYTES = 2**32  # of patch tokens and sampled pixels; above, some of the training images are drawn
+_MAX_LOGITS = 2**25  # upsampled at a time
 _NUM_DRAWN = 6  # rows of the sheet
 
 
@@ -50,52 +53,80 @@ class PatchClassifier(NamedTuple):
 
 
 def patch_classifier(
-    tokens: np.ndarray, fractions: np.ndarray, num_fit: int, device: str | torch.device = "cpu"
+    tokens: np.ndarray, labels: np.ndarray, num_classes: int, num_fit: int, device: str | torch.device = "cpu"
 ) -> PatchClassifier:
     """
-    Multinomial logistic regression on standardized patch tokens. The target of a patch is the fraction that each class
-    has of its pixels, so that no pixel is needed but once: the problem is convex and small, and its solution the same
-    each time. That of the pixels, through upsampled logits, gives the same mIoU (a test compares them). The penalty is
-    |W|^2 / 2C beside the sum over images of their mean loss. C is chosen by the mIoU on the images held out, counted
-    in patches; then all images are fitted. If none is held out, C is 1.
+    Multinomial logistic regression on standardized patch tokens, by L-BFGS on all of them: the problem is convex, and
+    its solution the same each time. The loss is that of the upsampled logits at `SAMPLED` x `SAMPLED` pixels of every
+    patch, which a test compares with that at all pixels; the fractions of the classes in a patch would be a cheaper
+    target, but leave the borders of objects blunt. The penalty is |W|^2 / 2C beside the sum over images of their mean
+    loss. C is chosen by the mIoU on the images held out; then all images are fitted. If none is held out, C is 1.
 
     Args:
-        tokens (`np.ndarray` of shape `(N, L, d)`): Of the patches; standardized in place, as a copy may not fit.
-        fractions (`np.ndarray` of shape `(N, L, num_classes)`): As of `class_fractions`.
+        tokens (`np.ndarray` of shape `(N, h, w, d)`): Of the patches; standardized in place, as a copy may not fit.
+        labels (`np.ndarray` of shape `(N, SAMPLED * h, SAMPLED * w)`): As of `sampled`.
         num_fit (`int`): How many images are not held out, the first ones.
     """
-    num_images, num_patches, _ = tokens.shape
-    tokens, fractions = tokens.reshape(-1, tokens.shape[2]), fractions.reshape(-1, fractions.shape[2])
-    mean, std = mean_and_std(tokens)
-    tokens -= mean
-    tokens /= std
-    end = num_fit * num_patches
-    fit = torch_logistic_regression(fractions.shape[1], device)
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    mean, std = mean_and_std(flat)
+    flat -= mean
+    flat /= std
+    tokens, labels = torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device).long()
+    weights = torch.zeros(len(mean) + 1, num_classes, device=device, requires_grad=True)  # each fit begins at the last
 
     def score(inverse_penalty: float) -> float:
-        weights = fit(tokens[:end], fractions[:end], inverse_penalty / num_patches)
-        predicted, held_out = (tokens[end:] @ weights[:-1] + weights[-1]).argmax(axis=1), fractions[end:]
-        count = partial(np.bincount, predicted, minlength=held_out.shape[1])
-        right = count(held_out[np.arange(len(held_out)), predicted])
-        return float(mean_iou(np.stack([right, held_out.sum(axis=0, dtype=np.float64), count(held_out.sum(axis=1))])))
+        _fit(weights, tokens[:num_fit], labels[:num_fit], inverse_penalty)
+        with torch.no_grad():
+            parts = _upsampled(weights, tokens[num_fit:], labels[num_fit:])
+            counts = sum(pixel_counts(logits.argmax(dim=1), part, num_classes) for logits, part in parts)
+        return float(mean_iou(counts.cpu().numpy()))
 
-    scores = held_out_scores(score, INVERSE_PENALTIES if num_fit < num_images else ())
+    scores = held_out_scores(score, INVERSE_PENALTIES if num_fit < len(tokens) else ())
     best = max(scores, key=scores.get, default=1.0)  # the strongest of equals
-    weights = fit(tokens, fractions, best / num_patches)
-    weight = (weights[:-1] / std[:, None]).T
-    return PatchClassifier(weight, weights[-1] - weight @ mean, best, scores.get(best))
+    _fit(weights, tokens, labels, best)
+    fitted = weights.detach().cpu().numpy()
+    weight = (fitted[:-1] / std[:, None]).T
+    return PatchClassifier(weight, fitted[-1] - weight @ mean, best, scores.get(best))
 
 
-def class_fractions(mask: np.ndarray, grid: tuple[int, int], num_classes: int) -> np.ndarray:
+def _fit(weights: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, inverse_penalty: float):
+    """Changes the weights `(d + 1, num_classes)`, bias last."""
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=_MAX_ITERATIONS, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weights[:-1].square().sum() / (2 * inverse_penalty * len(tokens))
+        loss.backward()
+        for logits, part in _upsampled(weights, tokens, labels):
+            of_part = cross_entropy(logits, part, ignore_index=-1, reduction="sum") / labels.numel()
+            of_part.backward()  # one after the other, which bounds the memory
+            loss = loss.detach() + of_part.detach()
+        return loss
+
+    optimizer.step(closure)
+
+
+def _upsampled(weights: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple]:
     """
-    The fractions of a patch's pixels that are of each class, float32 `(h * w, num_classes)`, by the pixels' centers. A
-    pixel that does not count, -1, is of none.
+    Some images at a time, the logits `(n, num_classes)` of their sampled pixels, and the labels `(n,)`. Products of
+    matrices upsample, as the gradient of `interpolate` is not the same each time on a GPU.
     """
-    (height, width), (rows, columns) = mask.shape, grid
-    row, column = ((2 * np.arange(n) + 1) * parts // (2 * n) for n, parts in ((height, rows), (width, columns)))
-    places = (row[:, None] * columns + column) * num_classes + mask
-    counts = np.bincount(places[mask >= 0], minlength=rows * columns * num_classes)
-    return (counts.reshape(-1, num_classes) * (rows * columns / mask.size)).astype(np.float32)
+    down, across = (
+        interpolate(torch.eye(n, device=tokens.device)[None], SAMPLED * n, mode="linear")[0] for n in tokens.shape[1:3]
+    )
+    size = max(1, _MAX_LOGITS // (labels[0].numel() * weights.shape[1]))
+    for few, part in zip(tokens.split(size), labels.split(size), strict=True):
+        logits = few @ weights[:-1] + weights[-1]
+        logits = torch.einsum("bhwk,hi,wj->bijk", logits, down, across)
+        yield logits.flatten(0, 2), part.flatten()
+
+
+def sampled(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask `(height, width)` at another size: the pixels that are nearest to the centers of the new ones."""
+    row, column = ((2 * np.arange(n) + 1) * old // (2 * n) for n, old in zip(size, mask.shape, strict=True))
+    return mask[row[:, None], column]
 
 
 def upsampled_classes(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -159,13 +190,15 @@ class Segmentation(Protocol):
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
         data, seed = setup.data, setup.settings.seed
         width, *grid = _token_shape(setup, entry)
-        num_used = max(2, _MAX_BYTES // (4 * grid[0] * grid[1] * (width + setup.num_classes)))
+        num_used = max(2, _MAX_BYTES // (4 * grid[0] * grid[1] * (width + SAMPLED**2)))
         used = np.random.default_rng(seed).permutation(len(data.train))[:num_used]
         held_out, fit = hold_out(np.zeros(len(used)), 0.2, seed)
         if len(used) < len(data.train) and setup.is_main:
             tell(f"{entry.name}: segmentation learns from {len(used):,} training images, whose patches fit in 4 GiB")
         made = self._tokens(setup, entry, data.train.select(used[np.concatenate([fit, held_out])]), grid)
-        head = patch_classifier(made["tokens"], made["fractions"], len(fit), setup.device) if setup.is_main else None
+        head = None
+        if setup.is_main:
+            head = patch_classifier(**made, num_classes=setup.num_classes, num_fit=len(fit), device=setup.device)
         (head, *_) = setup.processes.gather([head])
         counts = self._counts(setup, entry, head)
         if not setup.is_main:
@@ -189,14 +222,13 @@ class Segmentation(Protocol):
 
     @staticmethod
     def _tokens(setup: Setup, entry: Entry, split: MaskedSplit, grid: list[int]) -> dict[str, np.ndarray] | None:
-        """Patch tokens and class fractions of all images; on the first process, elsewhere `None`."""
+        """Patch tokens and sampled pixels of all images; on the first process, elsewhere `None`."""
+        size = [SAMPLED * number for number in grid]
 
         def encode(batch):
             images, rows = batch
-            masks = (split.mask(row) for row in rows.tolist())
-            fractions = np.stack([class_fractions(mask, grid, setup.num_classes) for mask in masks])
-            tokens = entry.patch_tokens(images).flatten(2).mT
-            return {"tokens": tokens, "fractions": torch.from_numpy(fractions)}
+            labels = np.stack([sampled(split.mask(row), size) for row in rows.tolist()])
+            return {"tokens": entry.patch_tokens(images).movedim(1, -1), "labels": torch.from_numpy(labels)}
 
         images = Images(split, partial(_with_index, entry.preprocessor))
         made = setup.extractor(encode, images, f"{entry.name}: patches of {split.name}")
