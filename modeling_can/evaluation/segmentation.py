@@ -194,7 +194,10 @@ class Segmentation(Protocol):
         used = np.random.default_rng(seed).permutation(len(data.train))[:num_used]
         held_out, fit = hold_out(np.zeros(len(used)), 0.2, seed)
         if len(used) < len(data.train) and setup.is_main:
-            tell(f"{entry.name}: segmentation learns from {len(used):,} training images, whose patches fit in 4 GiB")
+            tell(
+                f"{entry.name}: segmentation learns from {len(used):,} of {len(data.train):,} training images, drawn "
+                f"with seed={seed}, whose patches fit in {_MAX_BYTES / 2**30:.0f} GiB"
+            )
         made = self._tokens(setup, entry, data.train.select(used[np.concatenate([fit, held_out])]), grid)
         head = None
         if setup.is_main:
