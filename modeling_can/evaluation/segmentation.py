@@ -231,7 +231,10 @@ class Segmentation(Protocol):
         def encode(batch):
             images, rows = batch
             labels = np.stack([sampled(split.mask(row), size) for row in rows.tolist()])
-            return {"tokens": entry.patch_tokens(images).movedim(1, -1), "labels": torch.from_numpy(labels)}
+            return {
+                "tokens": entry.patch_tokens(images.to(setup.device)).movedim(1, -1),
+                "labels": torch.from_numpy(labels),
+            }
 
         images = Images(split, partial(_with_index, entry.preprocessor))
         made = setup.extractor(encode, images, f"{entry.name}: patches of {split.name}")
@@ -246,7 +249,7 @@ class Segmentation(Protocol):
         def encode(batch):
             images, rows = batch
             masks = [torch.from_numpy(test.mask(row)).to(setup.device) for row in rows.tolist()]
-            predicted = _predicted(setup, entry, head, images, [mask.shape for mask in masks])
+            predicted = _predicted(entry, head, images.to(setup.device), [mask.shape for mask in masks])
             counts = [pixel_counts(*pair, setup.num_classes) for pair in zip(predicted, masks, strict=True)]
             return {"counts": torch.stack(counts)}
 
@@ -261,7 +264,7 @@ class Segmentation(Protocol):
         images = torch.stack([entry.preprocessor.whole(test.read(row)) for row in rows])
         masks = [torch.from_numpy(test.mask(row)) for row in rows]
         with torch.no_grad():
-            predicted = _predicted(setup, entry, head, images, [mask.shape for mask in masks])
+            predicted = _predicted(entry, head, images.to(setup.device), [mask.shape for mask in masks])
         path = setup.output_dir / "figures" / f"segmentation-{file_name(entry.name)}.png"
         segmentation_sheet(images=images / 255, masks=masks, predictions=predicted, path=path)
         return str(path)
@@ -289,14 +292,14 @@ def _token_shape(setup: Setup, entry: Entry) -> tuple[int, int, int]:
     """`(d, h, w)` of the patch tokens of an image."""
     size, channels = entry.preprocessor.image_size, entry.preprocessor.num_channels
     with torch.no_grad():
-        return tuple(entry.patch_tokens(torch.zeros(1, channels, *size, dtype=torch.uint8)).shape[1:])
+        images = torch.zeros(1, channels, *size, dtype=torch.uint8, device=setup.device)
+        return tuple(entry.patch_tokens(images).shape[1:])
 
 
 def _predicted(
-    setup: Setup, entry: Entry, head: PatchClassifier, images: torch.Tensor, sizes: list[tuple[int, int]]
+    entry: Entry, head: PatchClassifier, images: torch.Tensor, sizes: list[tuple[int, int]]
 ) -> list[torch.Tensor]:
     """The class of each pixel of prepared images, at these sizes."""
-    weight, bias = (torch.from_numpy(part).to(setup.device) for part in (head.weight, head.bias))
-    tokens = entry.patch_tokens(images).to(setup.device).float()
-    logits = torch.einsum("bdhw,kd->bkhw", tokens, weight) + bias[:, None, None]
+    weight, bias = (torch.from_numpy(part).to(images.device) for part in (head.weight, head.bias))
+    logits = torch.einsum("bdhw,kd->bkhw", entry.patch_tokens(images).float(), weight) + bias[:, None, None]
     return [upsampled_classes(*pair) for pair in zip(logits, sizes, strict=True)]
