@@ -109,7 +109,12 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
             "seed": settings.seed,
         }
         if has_masks:
-            data = load_masked(**columns, mask_column=settings.mask_column, ignore_index=settings.ignore_index)
+            data = load_masked(
+                **columns,
+                mask_column=settings.mask_column,
+                ignore_index=settings.ignore_index,
+                is_shown=accelerator.is_main_process,
+            )
         else:
             data = load_labeled(**columns, label_column=settings.label_column or "label")
     if data.test_size and settings.test_size is None and accelerator.is_main_process:

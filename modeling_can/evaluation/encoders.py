@@ -138,7 +138,7 @@ class Preprocessor:
             pixels = (pixels - mean) / std
         return pixels
 
-    @property
+    @functools.cached_property
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model gets of a square image."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
@@ -218,8 +218,7 @@ class Encoder(nn.Module):
     def _pool(self, state: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         if state.ndim == 4:  # (B, d, h, w)
             return {"mean": state.mean(dim=(2, 3))}
-        height, width = _patch_grid(self.model, pixel_values)
-        num_others = max(0, state.shape[1] - height * width)  # class token, registers; fewer tokens where merged
+        num_others = _num_others(self.model, state, pixel_values)
         pooled = {"mean": state[:, num_others:].mean(dim=1)}
         return pooled | ({"cls": state[:, 0]} if num_others else {})
 
@@ -304,8 +303,7 @@ def _in_places(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor
     """The patch tokens of a last hidden state as a map `(B, d, h, w)`, and how many other tokens come before them."""
     if state.ndim == 4:
         return state, 0
-    height, width = _patch_grid(model, pixel_values)
-    num_others = max(0, state.shape[1] - height * width)
+    (height, width), num_others = _patch_grid(model, pixel_values), _num_others(model, state, pixel_values)
     merged = math.isqrt(height * width // (state.shape[1] - num_others))  # patches a side that share a token
     grid = (height // merged, width // merged)
     if grid[0] * grid[1] != state.shape[1] - num_others:
@@ -314,6 +312,12 @@ def _in_places(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor
             f"{height} x {width} patches; leave it out of the tasks features and segmentation"
         )
     return state[:, num_others:].mT.unflatten(2, grid), num_others
+
+
+def _num_others(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor) -> int:
+    """How many tokens come before those of the patches: class token, registers."""
+    height, width = _patch_grid(model, pixel_values)
+    return max(0, state.shape[1] - height * width)  # fewer tokens where patches are merged
 
 
 def _patch_grid(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:

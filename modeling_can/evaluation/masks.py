@@ -112,6 +112,7 @@ def load_masked(
     test_size: float | None = 0.0,
     ignore_index: int = 255,
     seed: int = 0,
+    is_shown: bool = True,
 ) -> LabeledSet:
     """
     A set of images and masks, each of one size, with a part to learn from and one to be tested on, both `MaskedSplit`.
@@ -126,6 +127,7 @@ def load_masked(
             The fraction of the training images to be tested on, where there is no test split. `None` is `HELD_OUT`
             where train is the only split.
         ignore_index (`int`): Value of the pixels that do not count; -1 for none.
+        is_shown (`bool`): Whether a bar is, while all masks are read once.
 
     Raises:
         ValueError: if it cannot be found or read; if a mask is missing, is no map of classes, has not its image's size
@@ -142,7 +144,7 @@ def load_masked(
     train, splits = load(train_split)
     if test_size is None:
         test_size = HELD_OUT if splits == {"train"} and test_split == "test" else 0.0
-    occurring = _occurring(train)
+    occurring = _occurring(train, is_shown)
     if test_size:
         held_out, rest = hold_out(np.zeros(len(train)), test_size, seed)
         if not len(held_out):
@@ -151,14 +153,14 @@ def load_masked(
         occurring, tested = ([occurring[index] for index in part] for part in (rest, held_out))
     else:
         test, _ = load(test_split)
-        tested = _occurring(test)
+        tested = _occurring(test, is_shown)
     train.values = test.values = _classes(train, occurring, ignore_index)
     _refuse_unknown(test, tested, is_held_out=bool(test_size))
     return LabeledSet(train, test, [str(value) for value in train.values], test_size)
 
 
-def _occurring(split: MaskedSplit) -> list[np.ndarray]:
-    rows = progress_bar(range(len(split)), f"{split.name}: masks", unit="masks", lines=True)
+def _occurring(split: MaskedSplit, is_shown: bool) -> list[np.ndarray]:
+    rows = progress_bar(range(len(split)), f"{split.name}: masks", unit="masks", is_shown=is_shown, lines=True)
     return [split.occurring(index) for index in rows]
 
 

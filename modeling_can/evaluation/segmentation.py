@@ -67,10 +67,9 @@ def patch_classifier(
         labels (`np.ndarray` of shape `(N, SAMPLED * h, SAMPLED * w)`): As of `sampled`.
         num_fit (`int`): How many images are not held out, the first ones.
     """
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    mean, std = mean_and_std(flat)
-    flat -= mean
-    flat /= std
+    mean, std = mean_and_std(tokens.reshape(-1, tokens.shape[-1]))
+    tokens -= mean
+    tokens /= std
     tokens, labels = torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device).long()
     weights = torch.zeros(len(mean) + 1, num_classes, device=device, requires_grad=True)  # each fit begins at the last
 
@@ -248,9 +247,10 @@ class Segmentation(Protocol):
 
         def encode(batch):
             images, rows = batch
-            masks = [torch.from_numpy(test.mask(row)).to(setup.device) for row in rows.tolist()]
-            predicted = _predicted(entry, head, images.to(setup.device), [mask.shape for mask in masks])
-            counts = [pixel_counts(*pair, setup.num_classes) for pair in zip(predicted, masks, strict=True)]
+            counts = []
+            for row, logits in zip(rows.tolist(), _logits(entry, head, images.to(setup.device)), strict=True):
+                mask = torch.from_numpy(test.mask(row)).to(setup.device)
+                counts.append(pixel_counts(upsampled_classes(logits, mask.shape), mask, setup.num_classes))
             return {"counts": torch.stack(counts)}
 
         images = Images(test, partial(_with_index, entry.preprocessor))
@@ -264,7 +264,8 @@ class Segmentation(Protocol):
         images = torch.stack([entry.preprocessor.whole(test.read(row)) for row in rows])
         masks = [torch.from_numpy(test.mask(row)) for row in rows]
         with torch.no_grad():
-            predicted = _predicted(entry, head, images.to(setup.device), [mask.shape for mask in masks])
+            logits = _logits(entry, head, images.to(setup.device))
+            predicted = [upsampled_classes(part, mask.shape) for part, mask in zip(logits, masks, strict=True)]
         path = setup.output_dir / "figures" / f"segmentation-{file_name(entry.name)}.png"
         segmentation_sheet(images=images / 255, masks=masks, predictions=predicted, path=path)
         return str(path)
@@ -296,10 +297,7 @@ def _token_shape(setup: Setup, entry: Entry) -> tuple[int, int, int]:
         return tuple(entry.patch_tokens(images).shape[1:])
 
 
-def _predicted(
-    entry: Entry, head: PatchClassifier, images: torch.Tensor, sizes: list[tuple[int, int]]
-) -> list[torch.Tensor]:
-    """The class of each pixel of prepared images, at these sizes."""
+def _logits(entry: Entry, head: PatchClassifier, images: torch.Tensor) -> torch.Tensor:
+    """Of the patches of prepared images, `(B, num_classes, h, w)`."""
     weight, bias = (torch.from_numpy(part).to(images.device) for part in (head.weight, head.bias))
-    logits = torch.einsum("bdhw,kd->bkhw", entry.patch_tokens(images).float(), weight) + bias[:, None, None]
-    return [upsampled_classes(*pair) for pair in zip(logits, sizes, strict=True)]
+    return torch.einsum("bdhw,kd->bkhw", entry.patch_tokens(images).float(), weight) + bias[:, None, None]
