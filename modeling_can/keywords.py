@@ -124,6 +124,8 @@ class Evaluation(TypedDict, total=False):
     test_size: float | None
     image_column: str
     label_column: str | None
+    mask_column: str
+    ignore_index: int
     processor_name_or_path: str | None
     image_size: tuple[int, ...] | None
     transparent_background: str | None

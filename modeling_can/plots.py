@@ -17,7 +17,7 @@ from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 __all__ = [
     "amplified_noise", "curves", "errors_of", "feature_columns", "feature_sheet", "plain", "principal_components",
-    "reconstruct", "reconstruction_sheet", "save_figure", "true_colors",
+    "reconstruct", "reconstruction_sheet", "save_figure", "segmentation_sheet", "true_colors",
 ]  # fmt: skip
 
 
@@ -197,6 +197,32 @@ def feature_sheet(images: torch.Tensor, tokens: torch.Tensor, attentions: torch.
     """
     columns, size = {"image": images, **feature_columns(tokens, attentions)}, images.shape[-2:]
     _save_sheet({name: nn.functional.interpolate(column, size) for name, column in columns.items()}, path)
+
+
+def segmentation_sheet(
+    images: torch.Tensor, masks: list[torch.Tensor], predictions: list[torch.Tensor], path: Path
+) -> None:
+    """
+    Saves a sheet with a row an image: image, mask and prediction, in which every class has a color (PASCAL VOC's) and
+    pixels that do not count are white.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`): In [0, 1].
+        masks, predictions (`list[torch.Tensor]`): Of each image, class indices `(h, w)`; -1 does not count.
+    """
+    size = images.shape[-2:]
+
+    def colored(classes: torch.Tensor) -> torch.Tensor:
+        classes, colors = classes.cpu(), []
+        for channel in range(3):  # every third bit of the index, the lowest one first, from the highest of the color
+            bits = [((classes >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(8)]
+            colors.append(torch.where(classes < 0, 255, sum(bits)))
+        return nn.functional.interpolate(torch.stack(colors)[None] / 255, size)[0]
+
+    columns = {"image": images}
+    for title, maps in (("mask", masks), ("prediction", predictions)):
+        columns[title] = torch.stack([colored(classes) for classes in maps])
+    _save_sheet(columns, path)
 
 
 def _save_sheet(columns: dict[str, torch.Tensor], path: Path):

@@ -80,6 +80,13 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
 @pytest.mark.parametrize("command", EVALUATIONS)
 def test_every_evaluation_runs_at_toy_size(command, tmp_path, models, colors):  # noqa: F811
     command = re.sub("out/(can-quickstart|base)", models["can"], command)
+    if "MASKED_FOLDER" in command:
+        command = command.replace("MASKED_FOLDER", str(tmp_path / "masked"))
+        for kind, image in (("images", Image.effect_noise((60, 50), 60)), ("masks", Image.new("L", (60, 50)))):
+            (tmp_path / "masked" / kind).mkdir(parents=True)
+            image.paste(1, (0, 0, 30, 50))
+            for index in range(10):
+                image.save(tmp_path / "masked" / kind / f"{index}.png")
     command = command.replace("FOLDER", colors).replace("shards/*", f"{colors}/train-*")
     said = run(f"{command} {TOY_EVALUATION} --feature_cache none --output_dir {tmp_path / 'out'}")
     assert "results.json" in said

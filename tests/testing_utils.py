@@ -3,10 +3,12 @@
 import contextlib
 import io
 import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tarfile
 import time
 import traceback
@@ -183,6 +185,25 @@ def options(models, colors, out, *names, **flags) -> list[str]:
     paths = [models[name] for name in names]
     flags = {"dataset_name": colors, "output_dir": out, "feature_cache": Path(out) / "cache", **flags}
     return ["--model_name_or_path", *paths, *(f"--{name}={value}" for name, value in flags.items())]
+
+
+def launch_evaluation(argv: list[str], num_processes: int) -> dict:
+    """The results of `run_eval.py` in processes of its own."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
+               "--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no",
+               "--main_process_port", str(free_port())]  # fmt: skip
+    if num_processes == 1:
+        command = [sys.executable]
+    answer = subprocess.run(
+        [*command, str(ROOT / "run_eval.py"), *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr[-3000:]
+    (out,) = [word.split("=")[1] for word in argv if word.startswith("--output_dir")]
+    return json.loads((Path(out) / "results.json").read_text())
 
 
 TOY = ["can-quickstart", "--max_steps", "3", "--per_device_train_batch_size", "8", "--logging_steps", "2",

@@ -11,7 +11,7 @@ from PIL import Image, ImageColor
 from .formats import describe
 
 
-__all__ = ["BadImage", "DECODING", "HIGH_BIT_DEPTH", "check_color", "decode"]
+__all__ = ["BadImage", "DECODING", "HIGH_BIT_DEPTH", "check_color", "decode", "upright_size"]
 
 
 _UPRIGHT = {  # EXIF orientation -> what turns the image upright
@@ -98,6 +98,20 @@ def decode(
         raise BadImage("not_an_image", f"no image in its {len(encoded)} bytes: {describe(encoded)}") from error
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
+
+
+def upright_size(encoded: bytes) -> tuple[int, int]:
+    """
+    Height and width of what `decode` returns, from the header alone; raises `BadImage` where there is no header to
+    read.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except Image.UnidentifiedImageError as error:
+        raise BadImage("not_an_image", f"no image in its {len(encoded)} bytes: {describe(encoded)}") from error
+    except Exception as error:
+        raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
+    return image.size[::-1] if _orientation(image) <= 4 else image.size
 
 
 def _orientation(image: Image.Image) -> int:

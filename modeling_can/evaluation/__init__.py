@@ -11,6 +11,7 @@ A file for each protocol: what it refuses, how it runs, how its figures are show
 - `knn`, `linear`, `few_shot`, `retrieval`: on features of the frozen encoder.
 - `linear_sgd`, `finetuning`: trained on augmented images, `training_images`; `classifier` is what is fine-tuned.
 - `robustness`, `reconstruction`: on other images, and of pixels.
+- `segmentation`: on patch tokens, of sets with masks, which `masks` loads.
 - `report`: table, card, figure, remarks. `advice`: whether the encoder is worth it. `export`: a classifier to use.
 - `embed`, `part_files`: embeddings of any images. `probe`: what the trainer measures again and again.
 """

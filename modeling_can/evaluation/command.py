@@ -6,7 +6,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from ..files import write
@@ -20,10 +19,12 @@ from .embed import embed_task
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
 from .finetuning import FineTuning
+from .masks import load_masked
 from .overlap import seen_in_pretraining
 from .processes import check_processes, forget_settings
 from .protocol import Entry, Features, Setup
 from .report import CAPTION, card_results, evaluation_figure, measures, remarks, table
+from .segmentation import Segmentation
 from .sets import load_labeled
 from .settings import Settings
 from .tasks import EMBED, PROTOCOLS
@@ -71,7 +72,7 @@ def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict
     if setup.is_main:
         data = setup.data
         tell(
-            f"{len(data.train):,} images of {len(np.unique(data.train.labels))} classes to learn from, "
+            f"{len(data.train):,} images of {data.train.num_classes} classes to learn from, "
             f"{len(data.test):,} to be tested on ({settings.dataset_name}); "
             f"{', '.join(name for name in plan if plan[name])}; {accelerator.num_processes} process(es), "
             f"{accelerator.device}"
@@ -95,22 +96,32 @@ def _processes(settings: Settings) -> Accelerator:
 
 
 def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator) -> Setup:
-    """The labeled set, and what the protocols make of it before a model is loaded."""
+    """The set, with labels or masks, and what the protocols make of it before a model is loaded."""
+    has_masks = Segmentation.name in settings.task
     with accelerator.local_main_process_first():
-        data = load_labeled(
-            dataset_name=settings.dataset_name,
-            config_name=settings.dataset_config_name,
-            train_split=settings.train_split,
-            test_split=settings.test_split,
-            image_column=settings.image_column,
-            label_column=settings.label_column or "label",
-            test_size=settings.test_size,
-            seed=settings.seed,
-        )
+        columns = {
+            "dataset_name": settings.dataset_name,
+            "config_name": settings.dataset_config_name,
+            "train_split": settings.train_split,
+            "test_split": settings.test_split,
+            "image_column": settings.image_column,
+            "test_size": settings.test_size,
+            "seed": settings.seed,
+        }
+        if has_masks:
+            data = load_masked(
+                **columns,
+                mask_column=settings.mask_column,
+                ignore_index=settings.ignore_index,
+                is_shown=accelerator.is_main_process,
+            )
+        else:
+            data = load_labeled(**columns, label_column=settings.label_column or "label")
     if data.test_size and settings.test_size is None and accelerator.is_main_process:
         tell(
-            f"{settings.dataset_name} has no test split: {data.test_size:.0%} of every class is held out to be tested "
-            f"on, drawn with seed={settings.seed} (--test_size for another fraction)"
+            f"{settings.dataset_name} has no test split: {data.test_size:.0%} of "
+            f"{'the images' if has_masks else 'every class'} is held out to be tested on, drawn with "
+            f"seed={settings.seed} (--test_size for another fraction)"
         )
     settings = dataclasses.replace(settings, test_size=data.test_size)
     setup = Setup(settings, fine_tuning, accelerator, data)

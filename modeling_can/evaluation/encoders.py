@@ -1,6 +1,7 @@
 """Any vision encoder that transformers can load, as a function from encoded images to pooled features."""
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -112,8 +113,13 @@ class Preprocessor:
 
     def shown(self, encoded: bytes) -> torch.Tensor:
         """An encoded image to be looked at, uint8 `(channels, height, width)` of the model's size."""
-        if self.in_two_steps:
-            return self.decode(encoded)
+        return self.decode(encoded) if self.in_two_steps else self.whole(encoded)
+
+    def whole(self, encoded: bytes) -> torch.Tensor:
+        """
+        The whole of an encoded image, squeezed into the model's size where the processor would crop it, uint8
+        `(channels, height, width)`, bilinear; for `normalize`, if `in_two_steps`.
+        """
         pixels = torch.from_numpy(decode(encoded, self.num_channels, **self.decoding)).permute(2, 0, 1)
         return interpolate(pixels[None], self.image_size, mode="bilinear", antialias=True)[0]
 
@@ -132,7 +138,7 @@ class Preprocessor:
             pixels = (pixels - mean) / std
         return pixels
 
-    @property
+    @functools.cached_property
     def image_size(self) -> tuple[int, int]:
         """Height and width that the model gets of a square image."""
         return tuple(self(np.zeros((64, 64, self.num_channels), np.uint8)).shape[-2:])
@@ -212,10 +218,26 @@ class Encoder(nn.Module):
     def _pool(self, state: torch.Tensor, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         if state.ndim == 4:  # (B, d, h, w)
             return {"mean": state.mean(dim=(2, 3))}
-        height, width = _patch_grid(self.model, pixel_values)
-        num_others = max(0, state.shape[1] - height * width)  # class token, registers; fewer tokens where merged
+        num_others = _num_others(self.model, state, pixel_values)
         pooled = {"mean": state[:, num_others:].mean(dim=1)}
         return pooled | ({"cls": state[:, 0]} if num_others else {})
+
+    def patch_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        The patch tokens of the last hidden state in their places, `(B, d, h, w)`; raises ValueError if the model does
+        not tell where its tokens lie in the image.
+        """
+        options = self.options | _image_order(self.model, pixel_values)
+        state = self.model(pixel_values=pixel_values, **options).last_hidden_state
+        return _in_places(self.model, state, pixel_values)[0]
+
+    @functools.cached_property
+    def token_shape(self) -> tuple[int, int, int]:
+        """`(d, h, w)` of `patch_tokens`, and raises what it raises."""
+        size, device = self.preprocessor.image_size, next(self.parameters()).device
+        with torch.no_grad():
+            tokens = self.patch_tokens(torch.zeros(1, self.preprocessor.num_channels, *size, device=device))
+        return tuple(tokens.shape[1:])
 
     def digest(self) -> str:
         """SHA-256 of architecture and weights."""
@@ -270,22 +292,32 @@ def feature_maps(model: nn.Module, pixel_values: torch.Tensor, **options) -> tup
 
 def _feature_map(model: nn.Module, image: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     output = model(pixel_values=image, output_attentions=True, **options, **_image_order(model, image))
-    state = output.last_hidden_state
+    tokens, num_others = _in_places(model, output.last_hidden_state, image)
+    attention = None
+    if num_others and output.get("attentions"):
+        attention = output.attentions[-1][:, :, 0, num_others:].mean(dim=1).unflatten(1, tokens.shape[-2:])
+    return tokens, attention
+
+
+def _in_places(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The patch tokens of a last hidden state as a map `(B, d, h, w)`, and how many other tokens come before them."""
     if state.ndim == 4:
-        return state, None
-    height, width = _patch_grid(model, image)
-    num_others = max(0, state.shape[1] - height * width)
+        return state, 0
+    (height, width), num_others = _patch_grid(model, pixel_values), _num_others(model, state, pixel_values)
     merged = math.isqrt(height * width // (state.shape[1] - num_others))  # patches a side that share a token
     grid = (height // merged, width // merged)
     if grid[0] * grid[1] != state.shape[1] - num_others:
         raise ValueError(
             f"a {type(model).__name__} does not tell where its {state.shape[1]} tokens lie in an image of "
-            f"{height} x {width} patches; leave it out of the features task"
+            f"{height} x {width} patches; leave it out of the tasks features and segmentation"
         )
-    attention = None
-    if num_others and output.get("attentions"):
-        attention = output.attentions[-1][:, :, 0, num_others:].mean(dim=1).unflatten(1, grid)
-    return state[:, num_others:].mT.unflatten(2, grid), attention
+    return state[:, num_others:].mT.unflatten(2, grid), num_others
+
+
+def _num_others(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor) -> int:
+    """How many tokens come before those of the patches: class token, registers."""
+    height, width = _patch_grid(model, pixel_values)
+    return max(0, state.shape[1] - height * width)  # fewer tokens where patches are merged
 
 
 def _patch_grid(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """What is measured: the models, and the baselines to compare them with."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from ..progress import tell
-from .encoders import Encoder, Preprocessor, load_encoder, untrained
-from .features import raw_pixels
+from .encoders import Encoder, load_encoder, untrained
+from .features import raw_patches, raw_pixels
 from .overlap import recipe_of
 from .protocol import Entry, Setup
 from .tasks import PROTOCOLS
@@ -43,7 +44,7 @@ def make_entries(setup: Setup) -> list[Entry]:
             entries[path].rivals["start"] = entries[start]
     baselines, models = list(fresh.values()), sorted(entries.values(), key=lambda entry: entry.kind != "start")
     if "pixels" in wanted:
-        baselines.insert(0, _pixels(entries[given[0]].preprocessor))
+        baselines.insert(0, _pixels(entries[given[0]]))
         for entry in models:
             entry.rivals["pixels"] = baselines[0]
     return baselines + models
@@ -73,17 +74,35 @@ def _entry(setup: Setup, encoder: Encoder, name: str, kind: str, path: str | Non
     digest = encoder.digest()
     encoder.to(setup.device)
 
-    def encode(images):
-        with setup.accelerator.autocast():
-            return encoder(encoder.preprocessor.normalize(images.to(setup.device, non_blocking=True)))
-
     preprocessor = encoder.preprocessor
-    return Entry(name, preprocessor, encode, digest, path=path, encoder=encoder, kind=kind)
+
+    def applied(function, images):
+        with setup.accelerator.autocast():
+            return function(preprocessor.normalize(images.to(setup.device, non_blocking=True)))
+
+    return Entry(
+        name=name,
+        preprocessor=preprocessor,
+        encode=partial(applied, encoder),
+        patch_tokens=partial(applied, encoder.patch_tokens),
+        digest=digest,
+        path=path,
+        encoder=encoder,
+        kind=kind,
+    )
 
 
-def _pixels(preprocessor: Preprocessor) -> Entry:
-    encode = lambda images: {"mean": raw_pixels(preprocessor.normalize(images))}  # noqa: E731
-    return Entry("pixels", preprocessor, encode, "pixels", kind="pixels")
+def _pixels(model: Entry) -> Entry:
+    """As the model is given them, in the patches that it has."""
+    preprocessor, encoder = model.preprocessor, model.encoder
+    return Entry(
+        name="pixels",
+        preprocessor=preprocessor,
+        encode=lambda images: {"mean": raw_pixels(preprocessor.normalize(images))},
+        patch_tokens=lambda images: raw_patches(preprocessor.normalize(images), encoder.token_shape[1:]),
+        digest="pixels",
+        kind="pixels",
+    )
 
 
 def load(path: str, settings) -> Encoder:
@@ -115,11 +134,12 @@ def named_reference(entries: list[Entry], reference_model: str | None) -> str | 
 def planned(entry: Entry, settings, reference: str | None) -> list[str]:
     """
     The tasks of an entry: baselines take those that are for them; a model or a baseline that was named as the
-    reference takes robustness, and a model no more than that, if it is named nowhere else.
+    reference takes those that are for a reference, and a model no more than that, if it is named nowhere else.
     """
     tasks = list(settings.task)
     if entry.kind != "model":
         is_wanted = entry.kind in (settings.baselines or ())
         tasks = [task for task in tasks if is_wanted and PROTOCOLS[task].for_baselines]
-    is_reference = entry.name == reference and "robustness" in settings.task
-    return tasks + (["robustness"] if is_reference and "robustness" not in tasks else [])
+    if entry.name == reference:
+        tasks += [task for task in settings.task if PROTOCOLS[task].for_reference and task not in tasks]
+    return tasks

@@ -21,7 +21,7 @@ from ..files import new_file
 from .sets import Split
 
 
-__all__ = ["ALONE", "Extractor", "Images", "KeptImages", "Processes", "cached", "raw_pixels"]
+__all__ = ["ALONE", "Extractor", "Images", "KeptImages", "Processes", "cached", "raw_patches", "raw_pixels"]
 
 logger = logging.getLogger(__name__)
 
@@ -181,3 +181,11 @@ def raw_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
     height, width = pixel_values.shape[-2:]
     small = nn.functional.adaptive_avg_pool2d(pixel_values, (min(32, height), min(32, width)))
     return small.flatten(1)
+
+
+def raw_patches(pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The pixels of every patch, `(B, C * p * q, h, w)`, patches above 16 x 16 reduced to that."""
+    (height, width), (rows, columns) = pixel_values.shape[-2:], grid
+    size = (rows * max(1, min(16, height // rows)), columns * max(1, min(16, width // columns)))
+    small = nn.functional.adaptive_avg_pool2d(pixel_values, size)
+    return small.unflatten(2, (rows, -1)).unflatten(4, (columns, -1)).permute(0, 1, 3, 5, 2, 4).flatten(1, 3)

@@ -17,6 +17,7 @@ __all__ = [
     "fit_probe",
     "INVERSE_PENALTIES",
     "LinearClassifier",
+    "held_out_scores",
     "linear_probe",
     "mean_and_std",
 ]
@@ -69,17 +70,31 @@ def linear_probe(
     scaled, labels = features[order], labels[order]  # the one copy: parts of it are views
     scaled -= mean
     scaled /= std
-    fit_weights, best, accuracies = _logistic_regression(num_classes, device), 1.0, {}
-    for inverse_penalty in INVERSE_PENALTIES if len(held_out) else ():
+    fit_weights = _logistic_regression(num_classes, device)
+
+    def accuracy(inverse_penalty: float) -> float:
         weights = fit_weights(scaled[:num_fit], labels[:num_fit], inverse_penalty)
         predicted = (scaled[num_fit:] @ weights[:-1] + weights[-1]).argmax(axis=1)
-        accuracies[inverse_penalty] = float((predicted == labels[num_fit:]).mean())
-        best = max(accuracies, key=accuracies.get)  # the strongest of equals
-        if len(accuracies) >= 3 and max(list(accuracies.values())[-2:]) < accuracies[best]:
-            break  # the weakest ones take the longest
+        return float((predicted == labels[num_fit:]).mean())
+
+    accuracies = held_out_scores(accuracy, INVERSE_PENALTIES if len(held_out) else ())
+    best = max(accuracies, key=accuracies.get, default=1.0)  # the strongest of equals
     weights = fit_weights(scaled, labels, best)
     weight = (weights[:-1] / std[:, None]).T
     return LinearClassifier(weight, weights[-1] - weight @ mean, best, accuracies.get(best))
+
+
+def held_out_scores(score: Callable[[float], float], inverse_penalties: tuple[float, ...]) -> dict[float, float]:
+    """
+    What is scored with each penalty, from the strongest on until two weaker ones in a row are worse than the best: the
+    weakest ones take the longest.
+    """
+    scores = {}
+    for inverse_penalty in inverse_penalties:
+        scores[inverse_penalty] = score(inverse_penalty)
+        if len(scores) >= 3 and max(list(scores.values())[-2:]) < max(scores.values()):
+            break
+    return scores
 
 
 def mean_and_std(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

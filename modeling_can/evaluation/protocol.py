@@ -31,11 +31,13 @@ class Entry:
         name (`str`): Its heading.
         preprocessor (`Preprocessor`): Makes its images.
         encode (callable): Prepared images -> pooled features by name, as `Encoder` returns them.
+        patch_tokens (callable): Prepared images -> `(B, d, h, w)`, a feature for each patch; of the raw pixels, those
+            of the patch.
         digest (`str`): What `encode` depends on.
         path (`str`, *optional*): Of a model, where it came from.
         encoder (`Encoder`, *optional*): All but the raw pixels have one.
         probe (`linear.LinearClassifier`, *optional*): What the linear probe fitted, once it has run.
-        kind (`str`): `"model"`, which takes all tasks; `"reference"`, which is there for robustness; or a baseline.
+        kind (`str`): `"model"`, which takes all tasks; `"reference"`, which others are compared with; or a baseline.
         rivals (`dict[str, Entry]`): Of a model, the baselines that it should be better than, by their kind.
         correct (`dict[str, np.ndarray]`): Task -> which test images it got right, bool `(N,)`; on the first process.
     """
@@ -43,6 +45,7 @@ class Entry:
     name: str
     preprocessor: Preprocessor
     encode: Callable
+    patch_tokens: Callable
     digest: str
     path: str | None = None
     encoder: Encoder | None = None
@@ -69,6 +72,7 @@ class Measure(NamedTuple):
         metric (`str`): As the Hub calls it.
         spread (`float`, *optional*): What to show behind the value; half the width of the interval, if `None`.
         pooling (`str`): Of the features that it is about.
+        task_type (`str`): As the Hub calls it.
     """
 
     value: float
@@ -76,6 +80,7 @@ class Measure(NamedTuple):
     metric: str = "accuracy"
     spread: float | None = None
     pooling: str = "mean"
+    task_type: str = "image-classification"
 
 
 class Panel(NamedTuple):
@@ -156,6 +161,7 @@ class Protocol:
     - `name`: of the task, and the key of its figures.
     - `on_features`: it is given features of the frozen encoder, and `run` is called on the first process alone.
     - `for_baselines`: raw pixels, untrained encoders and the weights that a run began with take it too.
+    - `for_reference`: `reference_model` takes it too.
     - `rank`: of its rows in the table: 0 for classifiers of all training images, 1 for what else tests features as
       they are, 2 for other images and other questions; of one rank in the order of `PROTOCOLS`.
     - `panel`: of the figure, where there is one.
@@ -164,6 +170,7 @@ class Protocol:
     name: str
     on_features = False
     for_baselines = False
+    for_reference = False
     rank = 1
     panel: Panel | None = None
 

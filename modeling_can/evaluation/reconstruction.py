@@ -82,7 +82,12 @@ class Reconstruction(Protocol):
         decibels = {"masked_patches": ("masked patches", "psnr"), "plain": (f"... {plain}", "psnr"),
                     "noise_reduction": ("noise weaker by", "noise_reduction")}  # fmt: skip
         return {
-            f"{title}, dB": Measure(figures[name]["db"], figures[name]["interval"], metric)
+            f"{title}, dB": Measure(
+                value=figures[name]["db"],
+                interval=figures[name]["interval"],
+                metric=metric,
+                task_type="image-to-image",
+            )
             for name, (title, metric) in decibels.items()
             if name in figures
         }

@@ -33,14 +33,14 @@ def _exported_rows(figures: dict, pooling: str) -> dict[str, Measure]:
 
 
 def card_results(results: dict, figures: dict, name: str) -> list[EvalResult]:
-    """A model's figures as entries of the Hub's `model-index`; accuracies in [0, 1]."""
+    """A model's figures as entries of the Hub's `model-index`; accuracies and mIoU in [0, 1]."""
     seen = (
         {"test_images_seen_without_labels": True} if results["models"][name]["test_images_seen_without_labels"] else {}
     )
     data, where = results["data"], short_name(results["data"]["dataset_name"])
     return [
         EvalResult(
-            task_type="image-to-image" if heading.endswith("dB") else "image-classification",
+            task_type=measure.task_type,
             dataset_type=where,
             dataset_name=where,
             dataset_config=data["config_name"],

@@ -223,7 +223,7 @@ def _load_further_set(name: str, entry: dict, folder: Path, class_names: list[st
 class Robustness(Protocol):
     """Accuracy under corruptions and on further sets, of a model's own classifier of these classes, or of a probe."""
 
-    name, rank = "robustness", 2
+    name, rank, for_reference = "robustness", 2, True
     panel = Panel("corrupted", "severity", key="by_severity")
 
     def prepare(self, setup: Setup) -> dict[str, FurtherSet]:

@@ -18,7 +18,7 @@ from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cach
 from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 
 
-__all__ = ["HELD_OUT", "LabeledSet", "Split", "by_class", "hold_out", "load_labeled", "load_split"]
+__all__ = ["HELD_OUT", "LabeledSet", "Split", "by_class", "hold_out", "load_labeled", "load_rows", "load_split"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def num_classes(self) -> int:
+        """How many occur."""
+        return len(np.unique(self.labels))
+
     def select(self, indices: np.ndarray) -> "Split":
         return Split(self.name, self.images.select(indices), self.labels[indices], self.folder)
 
@@ -65,20 +70,8 @@ class LabeledSet(NamedTuple):
     test_size: float = 0.0
 
 
-def load_split(
-    dataset_name: str,
-    config_name: str | None = None,
-    split: str = "train",
-    image_column: str = "image",
-    label_column: str = "label",
-) -> tuple[Split, list[str]]:
-    """
-    One split of a set that `datasets.load_dataset` reads, and the names of its classes: those of a `ClassLabel`
-    column, or the sorted values of any other.
-
-    Raises:
-        ValueError: if it cannot be found, is empty, lacks a column, or has rows without a label.
-    """
+def load_rows(dataset_name: str, config_name: str | None, split: str) -> datasets.Dataset:
+    """One split of a set, whatever its columns; raises ValueError if it cannot be found or read, or is empty."""
     name = f"{dataset_name}, {split}"
     path = resolve_name(dataset_name)
     if os.path.isdir(path):
@@ -105,6 +98,27 @@ def load_split(
         if "config" in str(error).lower():
             advice = " Set dataset_config_name"
         raise ValueError(f"{name}: {error}{advice}") from error
+    if not len(rows):
+        raise ValueError(f"{name} is empty")
+    return rows
+
+
+def load_split(
+    dataset_name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    label_column: str = "label",
+) -> tuple[Split, list[str]]:
+    """
+    One split of a set that `datasets.load_dataset` reads, and the names of its classes: those of a `ClassLabel`
+    column, or the sorted values of any other.
+
+    Raises:
+        ValueError: if it cannot be found, is empty, lacks a column, or has rows without a label.
+    """
+    name, path = f"{dataset_name}, {split}", resolve_name(dataset_name)
+    rows = load_rows(dataset_name, config_name, split)
     for field, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in rows.column_names:
             others = [other for other in rows.column_names if other != image_column or field == "image_column"]
@@ -114,8 +128,6 @@ def load_split(
                 else f"class folders make one, where every image lies at the same depth{_uneven(Path(path))}"
             )
             raise ValueError(f"{name}: no column {column!r}; {fix}")
-    if not len(rows):
-        raise ValueError(f"{name} is empty")
 
     labels, kind = rows.with_format(None)[label_column][:], rows.features[label_column]
     labels = np.asarray(labels) if isinstance(kind, datasets.Value | datasets.ClassLabel) else np.empty((0, 0))

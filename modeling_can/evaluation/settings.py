@@ -16,7 +16,7 @@ from .finetuning import FineTuning
 from .linear_sgd import BASE_LEARNING_RATES
 from .robustness import GROUPS
 from .sets import HELD_OUT
-from .tasks import TASKS
+from .tasks import ALONE, TASKS
 
 
 __all__ = ["Settings", "make_settings", "parse", "prefixed"]
@@ -47,6 +47,11 @@ class Settings:
     )
     image_column: str = option("image", "column that holds the images")
     label_column: str | None = option(None, "column that holds the classes (label); of embed, one to carry along")
+
+    mask_column: str = option("mask", "segmentation: column that holds the masks, PNGs of class indices")
+    ignore_index: int = option(
+        255, "segmentation: value of the mask's pixels that do not count; -1 for none", minimum=-1
+    )
 
     # Models
     processor_name_or_path: str | None = option(None, "where the image processor is, if not with the model", path=True)
@@ -94,7 +99,9 @@ class Settings:
     shots: tuple[str, ...] = option(SHOTS, "labeled images of every class, or their share")
     num_draws: int = option(5, "draws of the labeled images, for mean and spread", minimum=1)
     corruptions: tuple[str, ...] = option(GROUPS, "groups of common corruptions", choices=GROUPS)
-    reference_model: str | None = option(None, "model or baseline that corruption errors are relative to", path=True)
+    reference_model: str | None = option(
+        None, "model or baseline to compare with: corruption errors, segmentation", path=True
+    )
     further_sets: str | None = option(
         None, "YAML of further labeled sets with some of the classes; see docs/evaluation.md", path=True
     )
@@ -121,9 +128,11 @@ class Settings:
         for shots in self.shots:
             if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?%", shots):
                 raise ValueError(f"shots={shots!r} must be a number of images, such as 5, or a share, such as 10%")
-        if "embed" in self.task:
-            if len(self.task) > 1 or len(self.model_name_or_path) > 1:
-                raise ValueError(f"embed stands alone, with one model; got task={','.join(self.task)}")
+        for task in ALONE:
+            if task in self.task and len(self.task) > 1:
+                raise ValueError(f"{task} stands alone; got task={','.join(self.task)}")
+        if "embed" in self.task and len(self.model_name_or_path) > 1:
+            raise ValueError(f"embed takes one model; got {', '.join(self.model_name_or_path)}")
         if self.export_classifier:
             if not {"linear_probe", "finetune"} & set(self.task):
                 raise ValueError(f"export_classifier needs --task linear_probe or finetune; got {','.join(self.task)}")

@@ -10,9 +10,10 @@ from .protocol import Protocol
 from .reconstruction import Reconstruction
 from .retrieval import Retrieval
 from .robustness import Robustness
+from .segmentation import Segmentation
 
 
-__all__ = ["EMBED", "PROTOCOLS", "TASKS"]
+__all__ = ["ALONE", "EMBED", "PROTOCOLS", "TASKS"]
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -26,7 +27,9 @@ PROTOCOLS: dict[str, Protocol] = {
         Reconstruction(),
         Retrieval(),
         FeatureMaps(),
+        Segmentation(),
     )
 }
 EMBED = "embed"  # which needs no labels, and stands alone: `embed.embed_task`
 TASKS = (*PROTOCOLS, EMBED)
+ALONE = (EMBED, Segmentation.name)  # tasks of other data

@@ -82,8 +82,8 @@ def _is_probe(result: EvalResult) -> bool:
 def _evaluation_table(results: list[EvalResult]) -> str:
     """Results of `modeling-can eval` as a table in Markdown; values as in the `model-index`."""
     lines = [
-        "Measured by `modeling-can eval`: accuracies from 0 to 1, and where it says so dB; in brackets 95 % intervals "
-        "over the test images.\n",
+        "Measured by `modeling-can eval`: accuracies and mIoU from 0 to 1, and where it says so dB; in brackets "
+        "95 % intervals over the test images.\n",
         "| data | split | metric | value |",
         "|---|---|---|---|",
     ]

@@ -2,11 +2,7 @@
 
 import inspect
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +11,7 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Image, load_dataset
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
-from testing_utils import NAMES, ROOT, encoded, free_port, options, save
+from testing_utils import NAMES, encoded, launch_evaluation, options, save
 from transformers import ConvNextConfig, ConvNextModel, ViTImageProcessorPil, pipeline
 
 import run_eval
@@ -287,24 +283,6 @@ def test_nothing_that_is_learned_or_chosen_depends_on_the_test_labels(models, co
 # --- Processes -------------------------------------------------------------------------------------------------------
 
 
-def launch(argv: list[str], num_processes: int) -> dict:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1",
-               "--num_processes", str(num_processes), "--mixed_precision", "no", "--dynamo_backend", "no",
-               "--main_process_port", str(free_port())]  # fmt: skip
-    if num_processes == 1:
-        command = [sys.executable]
-    answer = subprocess.run(
-        [*command, str(ROOT / "run_eval.py"), *argv],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert answer.returncode == 0, answer.stdout + answer.stderr[-3000:]
-    (out,) = [word.split("=")[1] for word in argv if word.startswith("--output_dir")]
-    return json.loads((Path(out) / "results.json").read_text())
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(models, colors, tmp_path):
     pytest.importorskip("imagecorruptions", reason='needs pip install "modeling-can[robustness]"')
@@ -313,7 +291,7 @@ def test_two_processes_give_the_results_of_one(models, colors, tmp_path):
         argv = options(models, colors, tmp_path / str(num_processes), "can", batch_size=8, baselines="pixels",
                        task="knn,linear_probe,few_shot,linear_probe_sgd,robustness,reconstruction,retrieval",
                        shots=5, corruptions="noise", sgd_num_epochs=2, sgd_batch_size=30)  # fmt: skip
-        results.append(launch(argv, num_processes))
+        results.append(launch_evaluation(argv, num_processes))
     one, two = results
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     for name in ("retrieval", "reconstruction"):
