@@ -115,7 +115,7 @@ class Recipe:
 
     # Start
     model_name_or_path: str | None = option(
-        None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, timm, .pth", path=True
+        None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, DINOv3, timm, .pth", path=True
     )
 
     # Optimization
