@@ -26,7 +26,17 @@ The encoders are the same under other names, with these differences:
 - DINOv2's classifier reads the class token and, beside it, the mean of the patch tokens, ours the mean alone.
 """
 
-from .export import accept_colors, check_dinov2, convert, encoder_weights, to_dinov2, to_dinov3_vit, to_timm, to_vit
+from .export import (
+    accept_colors,
+    check_dinov2,
+    convert,
+    encoder_weights,
+    native_kind,
+    to_dinov2,
+    to_dinov3_vit,
+    to_timm,
+    to_vit,
+)
 from .importing import can_config, to_can, warm_start
 from .names import (
     DINOV2,
@@ -60,6 +70,7 @@ __all__ = [
     "convert",
     "encoder_weights",
     "join_qkv",
+    "native_kind",
     "normalization",
     "split_qkv",
     "their_name",

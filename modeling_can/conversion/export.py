@@ -52,6 +52,7 @@ __all__ = [
     "check_dinov2",
     "convert",
     "encoder_weights",
+    "native_kind",
     "to_dinov2",
     "to_dinov3_vit",
     "to_timm",
@@ -75,6 +76,13 @@ _VARIANTS = {
     "dinov2": ("gated_mlp",),
     "dinov2_with_registers": ("gated_mlp", "num_register_tokens", "interpolate_antialias"),
 }
+
+
+def native_kind(config: CANConfig) -> str:
+    """Which of DINOv2, DINOv2 with registers and DINOv3 has the positions and registers of an encoder."""
+    if config.position_embedding_type == "rotary":
+        return "dinov3_vit"
+    return "dinov2_with_registers" if config.num_register_tokens else "dinov2"
 
 
 def _lacks(target: str, config: CANConfig) -> list[str]:

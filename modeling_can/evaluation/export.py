@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..configuration_can import CANConfig
-from ..conversion import accept_colors, can_config, check_dinov2, to_can, to_dinov2
+from ..conversion import accept_colors, can_config, check_dinov2, native_kind, to_can, to_dinov2
 from ..data.decoding import decode
 from ..files import check_new_folder, new_folder, write
 from ..hub import classifier_card
@@ -41,11 +41,10 @@ def check_export(setup: Setup, entry: Entry):
         raise ValueError(f"export_classifier={folder} is or holds output_dir; give a folder of its own")
     check_new_folder(folder)
     if "finetune" not in setup.settings.task:
-        ours = can_config(entry.path)
-        check_dinov2(ours, _model_type(ours))
+        _check_encoder(entry.name, can_config(entry.path))
     elif config.model_type == "can":  # it is fine-tuned at this size
-        ours = CANConfig(**{**can_config(entry.path).to_dict(), "image_size": entry.preprocessor.image_size})
-        check_dinov2(ours, _model_type(ours))
+        values = {**can_config(entry.path).to_dict(), "image_size": entry.preprocessor.image_size}
+        _check_encoder(entry.name, CANConfig(**values))
     elif "auto_map" in config.to_dict():
         raise ValueError(
             f"export_classifier: {entry.name} has code of its own, without which it could not be loaded; export a "
@@ -99,13 +98,18 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
     return figures
 
 
-def _model_type(config: CANConfig) -> str:
-    """The kind of DINOv2 that has a classifier for this encoder."""
-    return "dinov2_with_registers" if config.num_register_tokens else "dinov2"
+def _check_encoder(name: str, config: CANConfig):
+    kind = native_kind(config)
+    if kind == "dinov3_vit":
+        raise ValueError(
+            f"export_classifier: {name} has rotary positions, as DINOv3, and transformers has no classifier for it; "
+            "use what --task finetune leaves"
+        )
+    check_dinov2(config, kind)
 
 
 def _to_dinov2(model: CANPreTrainedModel, head: torch.nn.Linear | None = None) -> PreTrainedModel:
-    return to_dinov2(model, head, _model_type(model.config))
+    return to_dinov2(model, head, native_kind(model.config))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForImageClassification,
     Dinov2WithRegistersForImageClassification,
     Dinov2WithRegistersModel,
+    DINOv3ViTBackbone,
     DINOv3ViTModel,
 )
 
@@ -225,9 +226,9 @@ GATED = {"gated_mlp": True, "hidden_act": "silu"}
         (
             to_dinov2,
             {"position_embedding_type": "rotary", "key_bias": False},
-            "key_bias=False, position_embedding_type='rotary' is nothing that dinov2 has; export to dinov3_vit or onnx",
+            "key_bias=False, position_embedding_type='rotary' is nothing that dinov2 has; export to dinov3_vit or",
         ),
-        (to_dinov3_vit, {}, "_type='absolute' is nothing that dinov3_vit has; export to vit, timm, dinov2 or onnx"),
+        (to_dinov3_vit, {}, "_type='absolute' is nothing that dinov3_vit has; export to vit, timm, .* or onnx"),
         (to_dinov2, {"gated_mlp": True}, "hidden_act='gelu', but DINOv2's gate has 'silu'; export to onnx"),
         (to_dinov2, GATED | {"intermediate_size": 72}, "intermediate_size=72 is none that DINOv2's gated MLPs have"),
         (
@@ -250,7 +251,10 @@ def test_the_command_says_that_a_classifier_stays_and_its_card_takes_the_mean_of
     card = (tmp_path / "out" / "README.md").read_text()
     assert "last_hidden_state[:, 3:].mean(dim=1)" in card and "equal to 1e-5" in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["DINOv3ViTModel"]
-    assert isinstance(AutoModel.from_pretrained(tmp_path / "out"), DINOv3ViTModel)
+    made, pixels = AutoModel.from_pretrained(tmp_path / "out"), torch.randn(2, 3, 32, 32)
+    assert type(made) is DINOv3ViTModel
+    maps = DINOv3ViTBackbone.from_pretrained(tmp_path / "out")(pixels).feature_maps
+    torch.testing.assert_close(maps[-1], made(pixels)[0][:, 3:].mT.unflatten(2, (4, 4)))
 
 
 def test_the_command_writes_dinov2_with_registers(tmp_path):
