@@ -27,6 +27,16 @@ AUTO_MAP = {
 # What a saved configuration that does not say it, because it is older than the field, was trained with: the paper's.
 EARLIER = {"noise_head": "shared", "norm_noise_loss": False}
 
+# What the encoders of other models have instead; a default is left out of what is saved.
+ENCODER_VARIANTS = (
+    "key_bias",
+    "gated_mlp",
+    "num_register_tokens",
+    "position_embedding_type",
+    "rope_theta",
+    "interpolate_antialias",
+)
+
 
 def num_visible_patches(num_patches: int, mask_ratio: float) -> int:
     """K, the number of patches that stay visible when `mask_ratio` of `num_patches` are masked; at least one."""
@@ -57,6 +67,20 @@ class CANConfig(PreTrainedConfig):
         patch_size (`int` or `(height, width)`, defaults to 16): Pixels.
         num_channels (`int`, defaults to 3): Channels of an image.
         qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        key_bias (`bool`, defaults to `True`): `False` leaves it out of the key projections (DINOv3).
+        gated_mlp (`bool`, defaults to `False`):
+            Whether the MLPs of encoder and decoder are gated, `down(act(gate(x)) * up(x))` (DINOv3 S+, H+ and 7B;
+            DINOv2 giant).
+        num_register_tokens (`int`, defaults to 0):
+            Learned tokens between class token and patch tokens in the encoder (arXiv 2309.16588). They are no part
+            of the pooled features, and the decoder does not see them.
+        position_embedding_type (`str`, defaults to `"absolute"`):
+            `"absolute"`: a frozen table, filled with 2-D sin-cos, is added to the tokens. `"rotary"`: each layer of
+            the encoder turns queries and keys of the patches by their row and column, as in DINOv3; the width of a
+            head is then a multiple of 4. The decoder has a table in both cases.
+        rope_theta (`float`, defaults to 100.0): Base of the frequencies of rotary positions, > 0.
+        interpolate_antialias (`bool`, defaults to `False`):
+            Whether a table of positions is resized to other grids with antialiasing (DINOv2 with registers).
         decoder_hidden_size (`int`, defaults to 512): Width; a multiple of 4 and of `decoder_num_attention_heads`.
         decoder_num_hidden_layers (`int`, defaults to 8): Decoder blocks.
         decoder_num_attention_heads (`int`, defaults to 16): Attention heads of each decoder block.
@@ -116,6 +140,12 @@ class CANConfig(PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    key_bias: bool = True
+    gated_mlp: bool = False
+    num_register_tokens: int = 0
+    position_embedding_type: str = "absolute"
+    rope_theta: float | int = 100.0
+    interpolate_antialias: bool = False
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
@@ -166,6 +196,14 @@ class CANConfig(PreTrainedConfig):
             setattr(made[0] if isinstance(made, tuple) else made, name, value)
         return made
 
+    def to_dict(self):
+        """As in transformers, but for `ENCODER_VARIANTS` at their defaults, which are left out."""
+        values = super().to_dict()
+        for field in fields(CANConfig):
+            if field.name in ENCODER_VARIANTS and values[field.name] == field.default:
+                del values[field.name]
+        return values
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """
         As in transformers, for a model's configuration too. The files that define CAN go into the folder, and its
@@ -200,6 +238,11 @@ class CANConfig(PreTrainedConfig):
     def num_patches(self) -> int:
         """L, the number of patches of an image."""
         return self.grid_shape[0] * self.grid_shape[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many of the encoder's tokens come before those of the patches: the class token and the registers."""
+        return 1 + self.num_register_tokens
 
     @property
     def pixels_per_patch(self) -> int:
@@ -270,6 +313,23 @@ class CANConfig(PreTrainedConfig):
                     f"{prefix}hidden_size={width} is not a multiple of 4, which 2-D sin-cos positions need; "
                     f"use {width + 4 - width % 4}"
                 )
+        self._check_positions()
+
+    def _check_positions(self):
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens={self.num_register_tokens} must be at least 0")
+        if self.position_embedding_type not in ("absolute", "rotary"):
+            raise ValueError(
+                f"position_embedding_type={self.position_embedding_type!r} is not one of absolute, rotary"
+            )
+        if not 0 < self.rope_theta < float("inf"):
+            raise ValueError(f"rope_theta={self.rope_theta} must be finite and greater than 0; the default is 100")
+        head_dim = self.hidden_size // self.num_attention_heads
+        if self.position_embedding_type == "rotary" and head_dim % 4:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} with num_attention_heads={self.num_attention_heads} makes heads of "
+                f"width {head_dim}, which rotary positions need to be a multiple of 4; use another number of heads"
+            )
 
     def _check_objective(self):
         for name in ("mask_ratio", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
@@ -329,4 +389,4 @@ MAE = {
     "denoising_loss_weight": 0,
 }
 
-__all__ = ["AUTO_MAP", "EARLIER", "MAE", "SIMCLR", "CANConfig", "num_visible_patches"]
+__all__ = ["AUTO_MAP", "EARLIER", "ENCODER_VARIANTS", "MAE", "SIMCLR", "CANConfig", "num_visible_patches"]

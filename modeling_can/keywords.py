@@ -93,6 +93,12 @@ class Pretraining(TypedDict, total=False):
     patch_size: int | list[int] | tuple[int, int]
     num_channels: int
     qkv_bias: bool
+    key_bias: bool
+    gated_mlp: bool
+    num_register_tokens: int
+    position_embedding_type: str
+    rope_theta: float | int
+    interpolate_antialias: bool
     decoder_hidden_size: int
     decoder_num_hidden_layers: int
     decoder_num_attention_heads: int

@@ -10,6 +10,7 @@ Legend of the shapes: B images, V views of each, N = B * V, L patches, K visible
 E decoder width, P pixels per patch (rows, columns, channels).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,16 +40,17 @@ class CANModelOutput(ModelOutput):
     Output of `CANModel`.
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, 1 + num_visible_patches, hidden_size)`):
-            Class token, then the patch tokens in image order (row by row), after the final layer norm.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`):
+            Class token, register tokens if any (together `config.num_prefix_tokens`), then the visible patch tokens in
+            image order (row by row), after the final layer norm.
         pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`): Mean of the patch tokens.
         mask (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): 1 = masked. `None` when unmasked.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`, *optional*):
             For every patch of the image its place in the sequence (visible patches, masked patches), each part in
             image order. `None` when unmasked.
         hidden_states (`tuple(torch.Tensor)`, *optional*):
-            Input of the first block and output of each, `(batch_size, 1 + num_visible_patches, hidden_size)`, before
-            the final layer norm.
+            Input of the first block and output of each, in the shape of `last_hidden_state`, before the final layer
+            norm.
         attentions (`tuple(torch.Tensor)`, *optional*): Attention weights of each block, eager attention only.
     """
 
@@ -80,7 +82,7 @@ class CANForPreTrainingOutput(ModelOutput):
         image_embeds (`torch.Tensor` of shape `(batch_size, num_views, projection_size)`, *optional*):
             Contrastive embeddings of unit length, fp32.
         hidden_states (`tuple(torch.Tensor)`, *optional*):
-            Of the encoder, each `(batch_size, num_views, 1 + num_visible_patches, hidden_size)`.
+            Of the encoder, each `(batch_size, num_views, num_tokens, hidden_size)`, as in `CANModelOutput`.
         attentions (`tuple(torch.Tensor)`, *optional*): Of the encoder, with the axis of the views likewise.
     """
 
@@ -143,8 +145,27 @@ def sincos_positions(grid_shape: tuple[int, int], width: int) -> torch.Tensor:
     return nn.functional.pad(table, (0, 0, 1, 0)).float()[None]
 
 
+def rotary_angles(grid_shape: tuple[int, int], head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """
+    The angles `(1, rows * columns, head_dim)` by which queries and keys are turned, twice [row | column], in fp32. The
+    centers of the patches lie in [-1, 1] whatever the grid; frequencies are theta^(-4i / head_dim).
+    Deviation: DINOv3 (arXiv 2508.10104) rescales the coordinates at random in training.
+    """
+    count = partial(torch.arange, dtype=torch.float32, device=device)
+    axes = [2 * (count(0.5, n) / n) - 1 for n in grid_shape]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)  # (L, 2)
+    frequencies = 1 / theta ** (count(head_dim // 4) * 4 / head_dim)
+    return (2 * math.pi * places[:, :, None] * frequencies).flatten(1).tile(2)[None]
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns queries or keys `(batch_size, heads, tokens, head_dim)`: number i with number i + head_dim / 2."""
+    first, second = states.chunk(2, dim=-1)
+    return (states * cos + torch.cat([-second, first], dim=-1) * sin).to(states.dtype)
+
+
 def resize_positions(
-    table: torch.Tensor, grid_shape: tuple[int, int], new_grid_shape: tuple[int, int]
+    table: torch.Tensor, grid_shape: tuple[int, int], new_grid_shape: tuple[int, int], antialias: bool = False
 ) -> torch.Tensor:
     """Resamples a position table `(1, 1 + L, width)` to another grid: bicubic, in two dimensions, in fp32."""
     if new_grid_shape == grid_shape:
@@ -152,7 +173,7 @@ def resize_positions(
     class_row, rows = table[:, :1], table[:, 1:]
     with full_precision(table):
         grid = rows.float().unflatten(1, grid_shape).permute(0, 3, 1, 2)  # (1, width, rows, columns)
-        grid = nn.functional.interpolate(grid, size=new_grid_shape, mode="bicubic", align_corners=False)
+        grid = nn.functional.interpolate(grid, size=new_grid_shape, mode="bicubic", antialias=antialias)
     return torch.cat([class_row, grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
@@ -197,18 +218,22 @@ class CANPatchLinear(nn.Module):
 
 
 class CANEmbeddings(nn.Module):
-    """Pixels -> class token and visible patch tokens with their positions. Masked patches are never embedded."""
+    """Pixels -> class, register and visible patch tokens with their positions. Masked patches are never embedded."""
 
     def __init__(self, config: CANConfig):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        count = config.num_register_tokens
+        self.register_tokens = nn.Parameter(torch.zeros(1, count, config.hidden_size)) if count else None
         # Not the usual convolution, because it can be applied to some of the patches.
         self.patch_embeddings = CANPatchLinear(config.pixels_per_patch, config.hidden_size)
         # A buffer, because transformers 5 gives loaded parameters their gradient back; a saved one, because a warm
         # start may bring a learned table.
-        positions = sincos_positions(config.grid_shape, config.hidden_size)
-        self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
+        self.register_buffer("position_embeddings", None)
+        if config.position_embedding_type == "absolute":
+            positions = sincos_positions(config.grid_shape, config.hidden_size)
+            self.position_embeddings = positions.to(torch.get_default_dtype())
 
     def forward(
         self,
@@ -216,12 +241,18 @@ class CANEmbeddings(nn.Module):
         mask_ratio: float | None = None,
         masking_scores: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        grid_shape = self.check_size(pixel_values, interpolate_pos_encoding)
-        patches = patchify(pixel_values, self.config.patch_shape)  # (N, L, P)
-        positions = resize_positions(self.position_embeddings, self.config.grid_shape, grid_shape)
-        class_position, patch_positions = positions[:, :1], positions[:, 1:].expand(patches.shape[0], -1, -1)
-        mask = ids_restore = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        config, grid_shape = self.config, self.check_size(pixel_values, interpolate_pos_encoding)
+        patches = patchify(pixel_values, config.patch_shape)  # (N, L, P)
+        is_rotary = config.position_embedding_type == "rotary"
+        if is_rotary:
+            head_dim = config.hidden_size // config.num_attention_heads
+            patch_positions = rotary_angles(grid_shape, head_dim, config.rope_theta, patches.device)
+        else:
+            table, antialias = self.position_embeddings, config.interpolate_antialias
+            positions = resize_positions(table, config.grid_shape, grid_shape, antialias)
+            class_position, patch_positions = positions[:, :1], positions[:, 1:]
+        mask = ids_restore = rotary = None
         if mask_ratio is not None:
             if masking_scores is None:
                 masking_scores = torch.rand(patches.shape[:2], device=patches.device)
@@ -233,11 +264,17 @@ class CANEmbeddings(nn.Module):
             num_visible = num_visible_patches(patches.shape[1], mask_ratio)
             ids_keep, ids_restore, mask = random_masking(masking_scores, num_visible)
             patches = gather_tokens(patches, ids_keep)  # (N, K, P)
-            patch_positions = gather_tokens(patch_positions, ids_keep)
+            patch_positions = gather_tokens(patch_positions.expand(patches.shape[0], -1, -1), ids_keep)
         # Not the dtype of the layer's weight: a quantizer stores that as integers.
-        patch_tokens = self.patch_embeddings(patches.to(self.cls_token.dtype)) + patch_positions
-        class_token = (self.cls_token + class_position).expand(patches.shape[0], -1, -1)
-        return torch.cat([class_token, patch_tokens], dim=1), mask, ids_restore  # (N, 1 + K, D)
+        class_token, patch_tokens = self.cls_token, self.patch_embeddings(patches.to(self.cls_token.dtype))
+        if is_rotary:  # what comes before the patches has no place, and is not turned
+            angles = nn.functional.pad(patch_positions, (0, 0, config.num_prefix_tokens, 0))
+            rotary = torch.stack([angles.cos(), angles.sin()])[:, :, None]  # (2, N or 1, 1, prefix + K, head_dim)
+        else:
+            class_token, patch_tokens = class_token + class_position, patch_tokens + patch_positions
+        prefix = [class_token] if self.register_tokens is None else [class_token, self.register_tokens]
+        prefix = [tokens.expand(patches.shape[0], -1, -1) for tokens in prefix]
+        return torch.cat([*prefix, patch_tokens], dim=1), mask, ids_restore, rotary  # (N, prefix + K, D)
 
     def check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> tuple[int, int]:
         """The patch grid of these pixels; raises ValueError where they do not fit the model."""
@@ -299,16 +336,20 @@ class CANAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias and config.key_bias)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, rotary: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         split = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projected.view(split).transpose(1, 2)  # (N, heads, tokens, head_dim)
             for projected in self.project(hidden_states)
         )
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -326,18 +367,24 @@ class CANAttention(nn.Module):
         if not all(map(is_plain_linear, layers)):
             return tuple(layer(hidden_states) for layer in layers)
         weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers]) if self.config.qkv_bias else None
+        bias = None
+        if self.config.qkv_bias:
+            key_bias = self.k_proj.bias if self.config.key_bias else torch.zeros_like(self.q_proj.bias)
+            bias = torch.cat([self.q_proj.bias, key_bias, self.v_proj.bias])
         return nn.functional.linear(hidden_states, weight, bias).chunk(3, dim=-1)
 
 
 class CANMLP(nn.Module):
     def __init__(self, config: CANConfig, hidden_size: int, intermediate_size: int):
         super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size) if config.gated_mlp else None
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is not None:
+            return self.fc2(self.activation_fn(self.gate_proj(hidden_states)) * self.fc1(hidden_states))
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -472,15 +519,16 @@ class CANDecoder(nn.Module):
         grid_shape: tuple[int, int],
         noise_level: torch.Tensor | None,
     ) -> torch.Tensor:
-        hidden_states = self.embed(hidden_states)  # (N, 1 + K, E)
-        class_token, visible = hidden_states[:, :1], hidden_states[:, 1:]
+        hidden_states = self.embed(hidden_states)  # (N, prefix + K, E)
+        class_token, visible = hidden_states[:, :1], hidden_states[:, self.config.num_prefix_tokens :]
         num_hidden = ids_restore.shape[1] - visible.shape[1]
         mask_tokens = self.mask_token.expand(visible.shape[0], num_hidden, -1)
         patch_tokens = gather_tokens(torch.cat([visible, mask_tokens], dim=1), ids_restore)  # (N, L, E), image order
         if self.noise_level_embedding is not None:
             patch_tokens = patch_tokens + self.noise_level_embedding(noise_level, patch_tokens.dtype)[:, None]
-        hidden_states = torch.cat([class_token, patch_tokens], dim=1)
-        hidden_states = hidden_states + resize_positions(self.position_embeddings, self.config.grid_shape, grid_shape)
+        table, config = self.position_embeddings, self.config
+        positions = resize_positions(table, config.grid_shape, grid_shape, config.interpolate_antialias)
+        hidden_states = torch.cat([class_token, patch_tokens], dim=1) + positions
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         patch_tokens = self.layernorm(hidden_states)[:, 1:]
@@ -531,8 +579,11 @@ class CANPreTrainedModel(PreTrainedModel):
             initialization.zeros_(module.bias)
         elif isinstance(module, CANEmbeddings):
             initialization.normal_(module.cls_token, std=self.config.initializer_range)
-            positions = sincos_positions(self.config.grid_shape, self.config.hidden_size)
-            initialization.copy_(module.position_embeddings, positions)
+            if module.register_tokens is not None:
+                initialization.normal_(module.register_tokens, std=self.config.initializer_range)
+            if module.position_embeddings is not None:
+                positions = sincos_positions(self.config.grid_shape, self.config.hidden_size)
+                initialization.copy_(module.position_embeddings, positions)
         elif isinstance(module, CANDecoder):
             initialization.normal_(module.mask_token, std=self.config.initializer_range)
             positions = sincos_positions(self.config.grid_shape, self.config.decoder_hidden_size)
@@ -597,16 +648,16 @@ class CANModel(CANPreTrainedModel):
             raise ValueError(f"mask_ratio={mask_ratio} is outside [0, 1); pass None to hide nothing")
         if mask_ratio is None and masking_scores is not None:
             raise ValueError(f"masking_scores without mask_ratio; pass mask_ratio={self.config.mask_ratio} with them")
-        hidden_states, mask, ids_restore = self.embeddings(
+        hidden_states, mask, ids_restore, rotary = self.embeddings(
             pixel_values, mask_ratio, masking_scores, interpolate_pos_encoding
         )
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, rotary=rotary, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         # Deviation: the authors' release averages the class token along with the patch tokens.
         return CANModelOutput(
             last_hidden_state=hidden_states,
-            pooler_output=hidden_states[:, 1:].mean(dim=1),
+            pooler_output=hidden_states[:, self.config.num_prefix_tokens :].mean(dim=1),
             mask=mask,
             ids_restore=ids_restore,
         )
@@ -843,6 +894,6 @@ __all__ = [
     "CANAttention", "CANDecoder", "CANDropPath", "CANEmbeddings", "CANForImageClassification", "CANForPreTraining",
     "CANForPreTrainingOutput", "CANLayer", "CANMLP", "CANModel", "CANModelOutput", "CANNoiseHead",
     "CANNoiseLevelEmbedding", "CANPatchLinear", "CANPreTrainedModel", "CANProjectionHead", "eager_attention_forward",
-    "gather_tokens", "is_plain_linear", "patchify", "random_masking", "resize_positions", "sincos_positions",
-    "unpatchify",
+    "gather_tokens", "is_plain_linear", "patchify", "random_masking", "resize_positions", "rotary_angles", "rotate",
+    "sincos_positions", "unpatchify",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """
 The command, which writes the encoder of a source into a new folder:
 
-    python -m modeling_can.conversion SOURCE --to can|dinov2|vit|timm|onnx OUT
+    python -m modeling_can.conversion SOURCE --to can|dinov2|dinov2_with_registers|dinov3_vit|vit|timm|onnx OUT
 """
 
 import argparse
@@ -30,7 +30,8 @@ def main(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", help="folder or Hub id of a CAN, ViT, ViT-MAE, DINOv2 or timm ViT, or a .pth / .safetensors of MAE's"
+        "source",
+        help="folder or Hub id of a CAN, ViT, ViT-MAE, DINOv2, DINOv3 or timm ViT, or a .pth / .safetensors of MAE's",
     )
     parser.add_argument(
         "--to",
@@ -38,7 +39,7 @@ def main(
         required=True,
         dest="target",
         help="; ".join(f"{name}: {text}" for name, text in EXPORTS.items())
-        + ". dinov2 needs a square grid of patches, onnx the extra [onnx]",
+        + ". dinov2 (with registers, too) needs a square grid of patches, onnx the extra [onnx]",
     )
     parser.add_argument("folder", type=Path, help="where to write it; must not exist, or be empty")
     parser.add_argument(
@@ -54,8 +55,9 @@ def main(
         f"parameters; {', '.join(sorted(path.name for path in arguments.folder.iterdir()))}"
     )
     had_classifier = not Path(arguments.source).is_file() and _source_has_classifier(arguments.source)
-    if had_classifier and (arguments.target == "vit" or not isinstance(model, CANForImageClassification)):
-        tell("its classifier is left out: only CAN's own goes along, and not to vit")
+    stays = arguments.target in ("vit", "dinov3_vit") or not isinstance(model, CANForImageClassification)
+    if had_classifier and stays:
+        tell("its classifier is left out: only CAN's own goes along, and not to vit or dinov3_vit")
     if not preprocessing(arguments.source):
         tell("no image processor came with it: normalize images as those that it was trained on")
 

@@ -1,11 +1,12 @@
 """
-Our encoder as models that need none of our code: `to_dinov2`, `to_vit` and `to_timm`. `convert` writes these, a CAN or
-an ONNX graph into a folder. Each is checked against the source before it is handed out.
+Our encoder as models that need none of our code: `to_dinov2`, `to_dinov3_vit`, `to_vit` and `to_timm`. `convert`
+writes these, a CAN or an ONNX graph into a folder. Each is checked against the source before it is handed out.
 """
 
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,17 +16,32 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
     ViTConfig,
     ViTModel,
 )
 
-from ..configuration_can import CANConfig
+from ..configuration_can import ENCODER_VARIANTS, CANConfig
 from ..files import check_new_folder, new_folder
 from ..hub import export_card
 from ..modeling_can import CANForImageClassification, CANForPreTraining, CANModel, CANPreTrainedModel
-from .importing import copy_weights, to_can
-from .names import DINOV2, ENCODER_FIELDS, TIMM, TIMM_ACTIVATIONS, VIT, join_qkv, their_name
+from .importing import copy_weights, gated_width, to_can
+from .names import (
+    DINOV2,
+    DINOV2_GATED,
+    DINOV3,
+    ENCODER_FIELDS,
+    TIMM,
+    TIMM_ACTIVATIONS,
+    VIT,
+    join_qkv,
+    their_name,
+)
 from .onnx import to_onnx
 from .processors import preprocessing, timm_preprocessing
 from .reading import encoder_config, from_timm
@@ -36,13 +52,63 @@ __all__ = [
     "check_dinov2",
     "convert",
     "encoder_weights",
+    "native_kind",
     "to_dinov2",
+    "to_dinov3_vit",
     "to_timm",
     "to_vit",
 ]
 
 
-def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov2Model | Dinov2ForImageClassification:
+_DINOV2 = {
+    "dinov2": (Dinov2Config, Dinov2Model, Dinov2ForImageClassification),
+    "dinov2_with_registers": (
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        Dinov2WithRegistersForImageClassification,
+    ),
+}
+# Which of ENCODER_VARIANTS the classes have, those of grids that need not be square first
+_VARIANTS = {
+    "vit": (),
+    "timm": (),
+    "dinov3_vit": ENCODER_VARIANTS,  # without a table of positions, none is resized
+    "dinov2": ("gated_mlp",),
+    "dinov2_with_registers": ("gated_mlp", "num_register_tokens", "interpolate_antialias"),
+}
+
+
+def native_kind(config: CANConfig) -> str:
+    """Which of DINOv2, DINOv2 with registers and DINOv3 has the positions and registers of an encoder."""
+    if config.position_embedding_type == "rotary":
+        return "dinov3_vit"
+    return "dinov2_with_registers" if config.num_register_tokens else "dinov2"
+
+
+def _lacks(target: str, config: CANConfig) -> list[str]:
+    """What the encoder has and the class of an export has not."""
+    if target == "dinov3_vit" and config.position_embedding_type != "rotary":
+        return ["position_embedding_type"]
+    return [
+        name
+        for name in ENCODER_VARIANTS
+        if name not in _VARIANTS[target] and getattr(config, name) != getattr(CANConfig, name)
+    ]
+
+
+def _others(config: CANConfig, targets: tuple[str, ...] = tuple(_VARIANTS)) -> str:
+    """The exports that remain, in words."""
+    found = ", ".join(target for target in targets if not _lacks(target, config))
+    return f"{found} or onnx" if found else "onnx"
+
+
+def _check_kind(target: str, config: CANConfig):
+    if lacks := _lacks(target, config):
+        values = ", ".join(f"{name}={getattr(config, name)!r}" for name in lacks)
+        raise ValueError(f"{values} is nothing that {target} has; export to {_others(config)}")
+
+
+def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None, model_type: str = "dinov2") -> PreTrainedModel:
     """
     The same encoder as transformers' DINOv2, which loads it as `Dinov2Model`, `Dinov2Backbone` and, with a classifier,
     `Dinov2ForImageClassification`. Dropout and stochastic depth, which DINOv2 has in other places, are left at 0.
@@ -52,30 +118,29 @@ def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov
         head (`nn.Linear` from `2 * hidden_size` numbers, *optional*):
             A classifier of the class token and, beside it, the mean of the patch tokens. Its classes are those of
             `model.config.id2label`.
+        model_type (`str`, defaults to `"dinov2"`): Or `"dinov2_with_registers"`, `Dinov2WithRegistersModel` and so on.
 
     Returns:
         The model in evaluation mode, in the dtype of `model`, checked against it on random pixels of three sizes.
 
     Raises:
-        ValueError: for a grid of patches that is not square, or an MLP whose width is no multiple of the encoder's,
-            which DINOv2 cannot have; `to_vit` can.
+        ValueError: for an encoder that the class cannot be: a grid of patches that is not square, another width of
+            the MLPs, or `ENCODER_VARIANTS` that it has not. The message says what else it can be.
     """
     config, given_head = model.config, head
-    check_dinov2(config)
+    check_dinov2(config, model_type)
     if head is None and isinstance(model, CANForImageClassification):
         head = nn.Linear(2 * config.hidden_size, config.num_labels)
         head.weight.data = nn.functional.pad(model.classifier.weight.detach(), (config.hidden_size, 0))
         head.bias.data = model.classifier.bias.detach()
-    model_class = Dinov2Model if head is None else Dinov2ForImageClassification
-    fields = _shared_fields(config)
+    config_class, encoder_class, classifier_class = _DINOV2[model_type]
+    fields = _shared_fields(config) | {"mlp_ratio": _mlp_ratio(config), "use_swiglu_ffn": config.gated_mlp}
+    if model_type == "dinov2_with_registers":
+        fields["num_register_tokens"] = config.num_register_tokens
     if given_head is not None:
         fields["problem_type"] = "single_label_classification"
-    theirs = model_class(Dinov2Config(**fields, mlp_ratio=config.intermediate_size // config.hidden_size))
-    weights = {
-        key: torch.ones_like(tensor) if key.endswith("lambda1") else torch.zeros_like(tensor)  # of the mask token
-        for key, tensor in theirs.base_model.state_dict().items()
-    }
-    theirs.base_model.load_state_dict(weights | encoder_weights(model, DINOV2))
+    theirs = (encoder_class if head is None else classifier_class)(config_class(**fields))
+    _load_dino(theirs.base_model, encoder_weights(model, DINOV2_GATED if config.gated_mlp else DINOV2))
     if head is not None:
         theirs.classifier.load_state_dict(head.state_dict())
     theirs = theirs.to(model.dtype).eval()
@@ -84,7 +149,7 @@ def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov
         tokens = encoder(pixels, interpolate_pos_encoding=other_size).last_hidden_state
         if head is None:
             return tokens
-        class_token, mean = tokens[:, 0], tokens[:, 1:].mean(dim=1)
+        class_token, mean = tokens[:, 0], tokens[:, config.num_prefix_tokens :].mean(dim=1)
         if given_head is None:
             return copy.deepcopy(model.classifier).to(tokens)(mean)
         return copy.deepcopy(given_head).to(tokens)(torch.cat([class_token, mean], dim=1))
@@ -93,19 +158,91 @@ def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None) -> Dinov
     return theirs
 
 
-def check_dinov2(config: CANConfig):
+def _load_dino(theirs: PreTrainedModel, weights: dict[str, torch.Tensor]):
+    """Beside our weights, layer scales of 1 and a mask token of 0."""
+    own = {
+        key: torch.ones_like(tensor) if key.endswith("lambda1") else torch.zeros_like(tensor)
+        for key, tensor in theirs.state_dict().items()
+    }
+    theirs.load_state_dict(own | weights)
+
+
+def check_dinov2(config: CANConfig, model_type: str = "dinov2"):
     """Raises ValueError for an encoder that DINOv2's class cannot be; see `to_dinov2`."""
+    _check_kind(model_type, config)
+    others = _others(config, ("vit", "timm", "dinov3_vit"))
+    if model_type == "dinov2_with_registers" and not config.interpolate_antialias:
+        raise ValueError(
+            "interpolate_antialias=False, but DINOv2 with registers resizes positions with antialiasing; write "
+            '"interpolate_antialias": true into config.json, which changes the outputs at other sizes than '
+            f"{config.image_size} alone"
+        )
     rows, columns = config.grid_shape
     if rows != columns:
         raise ValueError(
             f"image_size={config.image_size} with patch_size={config.patch_size} makes a grid of {rows} x {columns} "
-            "patches, and DINOv2's positions need a square one; export to vit, timm or onnx"
+            f"patches, and DINOv2's positions need a square one; export to {others}"
         )
-    if config.intermediate_size % config.hidden_size:
+    if config.gated_mlp and config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={config.hidden_act!r}, but DINOv2's gate has 'silu'; export to {others}")
+    if config.gated_mlp and gated_width(config.hidden_size, _mlp_ratio(config)) != config.intermediate_size:
+        raise ValueError(
+            f"intermediate_size={config.intermediate_size} is none that DINOv2's gated MLPs have with hidden_size="
+            f"{config.hidden_size}; export to {others}"
+        )
+    if not config.gated_mlp and config.intermediate_size % config.hidden_size:
         raise ValueError(
             f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={config.hidden_size}, as "
-            "DINOv2 needs it; export to vit, timm or onnx"
+            f"DINOv2 needs it; export to {others}"
         )
+
+
+def _mlp_ratio(config: CANConfig) -> int:
+    """DINOv2's, of gated MLPs the inverse of `gated_width` if there is one."""
+    if config.gated_mlp:
+        return round(1.5 * config.intermediate_size / config.hidden_size)
+    return config.intermediate_size // config.hidden_size
+
+
+def to_dinov3_vit(model: CANPreTrainedModel) -> DINOv3ViTModel:
+    """
+    The same encoder as transformers' `DINOv3ViTModel`, in training too: its coordinates are not rescaled at random.
+    Any grid will do. Dropout and stochastic depth are left at 0.
+
+    Args:
+        model (`CANPreTrainedModel`): Any of our models; a classifier is left out, as transformers has none for DINOv3.
+
+    Returns:
+        The model in evaluation mode, in the dtype of `model`, checked against it on random pixels of three sizes.
+
+    Raises:
+        ValueError: for an encoder whose positions are not rotary.
+    """
+    config = model.config
+    _check_kind("dinov3_vit", config)
+    fields = _shared_fields(config)
+    has_bias = fields.pop("qkv_bias")
+    theirs = DINOv3ViTModel(
+        DINOv3ViTConfig(
+            **fields,
+            intermediate_size=config.intermediate_size,
+            query_bias=has_bias,
+            key_bias=has_bias and config.key_bias,
+            value_bias=has_bias,
+            use_gated_mlp=config.gated_mlp,
+            num_register_tokens=config.num_register_tokens,
+            rope_theta=config.rope_theta,
+            pos_embed_rescale=None,
+        )
+    )
+    _load_dino(theirs, encoder_weights(model, DINOV3))
+    theirs = theirs.to(model.dtype).eval()
+
+    def ours(encoder: CANModel, pixels: torch.Tensor, other_size: bool) -> torch.Tensor:
+        return encoder(pixels, interpolate_pos_encoding=other_size).last_hidden_state
+
+    _check_equal(model, ours, theirs, lambda twin, pixels, other_size: twin(pixels)[0], all_sizes=True)
+    return theirs
 
 
 def to_vit(model: CANPreTrainedModel) -> ViTModel:
@@ -118,8 +255,12 @@ def to_vit(model: CANPreTrainedModel) -> ViTModel:
 
     Returns:
         The model in evaluation mode, in the dtype of `model`, checked against it on random pixels.
+
+    Raises:
+        ValueError: for `ENCODER_VARIANTS` that are not at their defaults.
     """
     config = model.config
+    _check_kind("vit", config)
     theirs = ViTModel(
         ViTConfig(**_shared_fields(config), intermediate_size=config.intermediate_size), add_pooling_layer=False
     )
@@ -157,9 +298,11 @@ def to_timm(model: CANPreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
         the mean of the patch tokens after the final norm.
 
     Raises:
-        ValueError: for another `layer_norm_eps` than timm's 1e-6, or an activation that timm has not.
+        ValueError: for another `layer_norm_eps` than timm's 1e-6, an activation that timm has not, or
+            `ENCODER_VARIANTS` that are not at their defaults.
     """
     config = model.config
+    _check_kind("timm", config)
     if config.layer_norm_eps != 1e-6:
         raise ValueError(f"layer_norm_eps={config.layer_norm_eps}, but timm's ViT has 1e-6; export to vit or onnx")
     if config.hidden_act not in TIMM_ACTIVATIONS:
@@ -270,23 +413,30 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
     """
     check_new_folder(folder)
     model = to_can(source, num_attention_heads)
-    with new_folder(folder) as partial:
+    with new_folder(folder) as made:
         processor = preprocessing(source)
         if target == "timm":
             state, description = to_timm(model)
             description["pretrained_cfg"] |= timm_preprocessing(processor)
-            save_file({key: tensor.contiguous() for key, tensor in state.items()}, partial / "model.safetensors")
-            (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, made / "model.safetensors")
+            (made / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         elif target == "onnx":
-            to_onnx(model, partial / "model.onnx")
+            to_onnx(model, made / "model.onnx")
             values = model.config.to_dict()
             values.pop("auto_map", None)  # which names files of code; a graph needs none
-            (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            (made / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         else:
-            {"can": lambda model: model, "dinov2": to_dinov2, "vit": to_vit}[target](model).save_pretrained(partial)
+            exports = {
+                "can": lambda model: model,
+                "dinov2": to_dinov2,
+                "dinov2_with_registers": partial(to_dinov2, model_type=target),
+                "dinov3_vit": to_dinov3_vit,
+                "vit": to_vit,
+            }
+            exports[target](model).save_pretrained(made)
         if processor and target != "timm":
-            (partial / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
-        is_classifier = isinstance(model, CANForImageClassification) and target != "vit"
+            (made / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+        is_classifier = isinstance(model, CANForImageClassification) and target not in ("vit", "dinov3_vit")
         card = export_card(
             name=folder.resolve().name,
             target=target,
@@ -295,5 +445,5 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
             is_classifier=is_classifier,
             has_processor=bool(processor),
         )
-        (partial / "README.md").write_text(card)
+        (made / "README.md").write_text(card)
     return model

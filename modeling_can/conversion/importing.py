@@ -8,7 +8,7 @@ import re
 import torch
 from transformers import PreTrainedConfig
 
-from ..configuration_can import CANConfig
+from ..configuration_can import ENCODER_VARIANTS, CANConfig
 from ..modeling_can import CANForImageClassification, CANForPreTraining, CANPreTrainedModel, resize_positions
 from .names import CAN, ENCODER_FIELDS
 from .reading import (
@@ -23,7 +23,7 @@ from .reading import (
 )
 
 
-__all__ = ["can_config", "copy_weights", "has_classifier", "to_can", "warm_start"]
+__all__ = ["can_config", "copy_weights", "gated_width", "has_classifier", "to_can", "warm_start"]
 
 
 _DECODER_FIELDS = (
@@ -44,9 +44,9 @@ _PARTS = (
 
 def warm_start(model: CANForPreTraining, name_or_path: str) -> tuple[list[str], list[str]]:
     """
-    Copies what fits from a CAN, ViT-MAE, ViT or DINOv2 checkpoint, or a file under timm's names, into the parameters
-    and position tables of `model`, in place and in their dtype. The encoder then gives the source's features; what was
-    trainable stays so.
+    Copies what fits from a CAN, ViT-MAE, ViT, DINOv2 or DINOv3 checkpoint, or a file under timm's names, into the
+    parameters and position tables of `model`, in place and in their dtype. The encoder then gives the source's
+    features; what was trainable stays so.
 
     Args:
         model (`CANForPreTraining`): Left as it was where an error is raised.
@@ -129,7 +129,7 @@ def _fit_positions(
         remarks.append(f"positions resized from {grid[0]} x {grid[1]} to {own_grid[0]} x {own_grid[1]}")
     if not table[:, 1:].any():  # as in a ViT-MAE that transformers 5 has built from a config
         remarks.append("positions are all zero, so that it cannot tell where a patch lies")
-    return resize_positions(table, grid, own_grid), remarks
+    return resize_positions(table, grid, own_grid, own_config.interpolate_antialias), remarks
 
 
 def to_can(name_or_path: str, num_attention_heads: int | None = None) -> CANPreTrainedModel:
@@ -168,7 +168,7 @@ def has_classifier(config: PreTrainedConfig) -> bool:
 
 
 def can_config(name_or_path: str) -> CANConfig:
-    """What `to_can` makes of the config.json of a CAN, ViT, ViT-MAE or DINOv2; raises ValueError as that."""
+    """What `to_can` makes of the config.json of a CAN, ViT, ViT-MAE, DINOv2 or DINOv3; raises ValueError as that."""
     source, config = read_config(name_or_path)
     if source is None:
         raise ValueError(
@@ -178,22 +178,26 @@ def can_config(name_or_path: str) -> CANConfig:
 
 
 def _as_can(name_or_path: str, config: PreTrainedConfig) -> CANConfig:
-    _refuse_gates(name_or_path, config)
+    _refuse_other_biases(name_or_path, config)
     if isinstance(config, CANConfig):
         return config
     return encoder_config(**{field: _value(config, field) for field in (*ENCODER_FIELDS, "image_size")})
 
 
-def _refuse_gates(name_or_path: str, config: PreTrainedConfig):
-    if config.model_type == "dinov2" and config.use_swiglu_ffn:
+def _refuse_other_biases(name_or_path: str, config: PreTrainedConfig):
+    if config.model_type != "dinov3_vit":
+        return
+    biases = {f"{name}_bias": getattr(config, f"{name}_bias") for name in ("query", "key", "value", "proj", "mlp")}
+    query, key, value, *others = biases.values()
+    if query != value or key > query or not all(others):
         raise ValueError(
-            f"model_name_or_path={name_or_path!r} has use_swiglu_ffn=True, but CAN's MLPs have no gate; give a "
-            "DINOv2 without SwiGLU, such as facebook/dinov2-large"
+            f"model_name_or_path={name_or_path!r} has {biases}; CAN's encoder has biases everywhere, or not in "
+            "query, key and value, or not in the key; give a checkpoint like facebook/dinov3-vits16-pretrain-lvd1689m"
         )
 
 
 def _check_encoder(name_or_path: str, config: PreTrainedConfig, own_config: CANConfig):
-    _refuse_gates(name_or_path, config)
+    _refuse_other_biases(name_or_path, config)
     if differences := _differences(config, own_config, ENCODER_FIELDS):
         flags = " ".join(f"--{name} {_as_word(theirs)}" for name, (theirs, _) in differences.items())
         raise ValueError(
@@ -208,11 +212,36 @@ def _differences(config: PreTrainedConfig, own_config: CANConfig, fields: tuple[
 
 
 def _value(config: PreTrainedConfig, name: str):
+    """A field of `CANConfig` of any source."""
+    values = _translated(config)
     if name == "patch_size":
         return as_pair(config.patch_size)
-    if name == "intermediate_size" and config.model_type == "dinov2":
-        return int(config.hidden_size * config.mlp_ratio)
-    return getattr(config, name)
+    return values[name] if name in values else getattr(config, name)
+
+
+def _translated(config: PreTrainedConfig) -> dict:
+    """The fields of `CANConfig` for which a source's configuration has other words, or none."""
+    if isinstance(config, CANConfig):
+        return {}
+    values = {name: getattr(CANConfig, name) for name in ENCODER_VARIANTS}
+    if config.model_type in ("dinov2", "dinov2_with_registers"):
+        values["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
+        if config.use_swiglu_ffn:
+            width = gated_width(config.hidden_size, config.mlp_ratio)
+            values |= {"gated_mlp": True, "hidden_act": "silu", "intermediate_size": width}
+    if config.model_type == "dinov2_with_registers":
+        values |= {"num_register_tokens": config.num_register_tokens, "interpolate_antialias": True}
+    if config.model_type == "dinov3_vit":
+        same = ("key_bias", "num_register_tokens", "rope_theta")
+        values |= {name: getattr(config, name) for name in same}
+        values |= {"qkv_bias": config.query_bias, "gated_mlp": config.use_gated_mlp}
+        values["position_embedding_type"] = "rotary"
+    return values
+
+
+def gated_width(hidden_size: int, mlp_ratio: float) -> int:
+    """`intermediate_size` of DINOv2's gated MLPs: two thirds of what the others have, in multiples of 8."""
+    return (int(int(hidden_size * mlp_ratio) * 2 / 3) + 7) // 8 * 8
 
 
 def _as_word(value) -> str:

@@ -9,11 +9,16 @@ import re
 
 import torch
 
+from ..configuration_can import ENCODER_VARIANTS
+
 
 __all__ = [
     "CAN",
     "DINOV2",
+    "DINOV2_GATED",
     "DINOV2_LAYER_SCALE",
+    "DINOV3",
+    "DINOV3_LAYER_SCALE",
     "ENCODER_FIELDS",
     "MAE_FILE",
     "TIMM",
@@ -36,15 +41,32 @@ _SHARED = {
 VIT = {**_SHARED, "can.layers.{}": "layers.{}"}
 DINOV2 = {
     **_SHARED,
+    "can.embeddings.register_tokens": "embeddings.register_tokens",
     "can.layers.{}.layernorm_before": "encoder.layer.{}.norm1",
     "can.layers.{}.attention": "encoder.layer.{}.attention",
     "can.layers.{}.layernorm_after": "encoder.layer.{}.norm2",
     "can.layers.{}.mlp": "encoder.layer.{}.mlp",
 }
+DINOV2_GATED = {
+    "can.layers.{}.mlp.fc1": "encoder.layer.{}.mlp.up_proj",
+    "can.layers.{}.mlp.fc2": "encoder.layer.{}.mlp.down_proj",
+    **DINOV2,
+}
 DINOV2_LAYER_SCALE = {
     "can.layers.{}.attention.o_proj": "encoder.layer.{}.layer_scale1.lambda1",
     "can.layers.{}.mlp.fc2": "encoder.layer.{}.layer_scale2.lambda1",
 }
+DINOV3 = {
+    "can.embeddings": "embeddings",
+    "can.layers.{}.layernorm_before": "model.layer.{}.norm1",
+    "can.layers.{}.attention": "model.layer.{}.attention",
+    "can.layers.{}.layernorm_after": "model.layer.{}.norm2",
+    "can.layers.{}.mlp.fc1": "model.layer.{}.mlp.up_proj",
+    "can.layers.{}.mlp.fc2": "model.layer.{}.mlp.down_proj",
+    "can.layers.{}.mlp": "model.layer.{}.mlp",
+    "can.layernorm": "norm",
+}
+DINOV3_LAYER_SCALE = {ours: theirs.replace("encoder", "model") for ours, theirs in DINOV2_LAYER_SCALE.items()}
 VIT_MAE = {
     **{ours: f"vit.{theirs}" for ours, theirs in VIT.items()},
     "decoder.embed": "decoder.decoder_embed",
@@ -102,6 +124,7 @@ ENCODER_FIELDS = (
     "hidden_act",
     "layer_norm_eps",
     "qkv_bias",
+    *ENCODER_VARIANTS,
 )
 
 

@@ -18,7 +18,15 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Dinov2Model, PreTrainedConfig, PreTrainedModel, ViTMAEForPreTraining, ViTModel
+from transformers import (
+    Dinov2Model,
+    Dinov2WithRegistersModel,
+    DINOv3ViTModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
 from transformers.utils import cached_file
 
 from ..configuration_can import CANConfig
@@ -27,7 +35,10 @@ from ..progress import quiet
 from .names import (
     CAN,
     DINOV2,
+    DINOV2_GATED,
     DINOV2_LAYER_SCALE,
+    DINOV3,
+    DINOV3_LAYER_SCALE,
     MAE_FILE,
     TIMM_ACTIVATIONS,
     TIMM_LAYER_SCALE,
@@ -73,16 +84,14 @@ class Checkpoint(NamedTuple):
 
 
 _FILES = (".safetensors", ".pth", ".pt", ".bin")
+_REMARKS = ("layer scale folded into the output projections", "mask token left out")
 _SOURCES = {
     "can": Source(CANForPreTraining, CAN),
     "vit_mae": Source(ViTMAEForPreTraining, VIT_MAE),
     "vit": Source(ViTModel, VIT),
-    "dinov2": Source(
-        Dinov2Model,
-        DINOV2,
-        DINOV2_LAYER_SCALE,
-        remarks=("layer scale folded into the output projections", "mask token left out"),
-    ),
+    "dinov2": Source(Dinov2Model, DINOV2, DINOV2_LAYER_SCALE, _REMARKS),
+    "dinov2_with_registers": Source(Dinov2WithRegistersModel, DINOV2, DINOV2_LAYER_SCALE, _REMARKS),
+    "dinov3_vit": Source(DINOv3ViTModel, DINOV3, DINOV3_LAYER_SCALE, _REMARKS),
 }
 # The numbers of heads of the published ViTs, by their widths
 _PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -132,7 +141,10 @@ def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[No
             f"from {', '.join(_SOURCES)}, or timm's ViTs"
         )
     source = _SOURCES[model_type]
-    return source, source.model_class.config_class.from_dict(values)
+    config = source.model_class.config_class.from_dict(values)
+    if source.names is DINOV2 and config.use_swiglu_ffn:
+        source = source._replace(names=DINOV2_GATED)
+    return source, config
 
 
 @contextlib.contextmanager

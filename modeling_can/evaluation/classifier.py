@@ -80,7 +80,8 @@ def at_size(model: nn.Module, image_size: tuple[int, int]) -> nn.Module:
                 f"a {type(model).__name__} made for {before} cannot be fine-tuned at {image_size}: {key} would not "
                 f"fit; use --image_size {before[0]},{before[1]}"
             )
-        state[key] = resize_positions(state[key], old, new)
+        antialias = config.model_type == "can" and config.interpolate_antialias
+        state[key] = resize_positions(state[key], old, new, antialias)
     resized.load_state_dict(state)
     return resized
 

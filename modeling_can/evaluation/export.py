@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..configuration_can import CANConfig
-from ..conversion import accept_colors, can_config, check_dinov2, to_can, to_dinov2
+from ..conversion import accept_colors, can_config, check_dinov2, native_kind, to_can, to_dinov2
 from ..data.decoding import decode
 from ..files import check_new_folder, new_folder, write
 from ..hub import classifier_card
+from ..modeling_can import CANPreTrainedModel
 from ..progress import quiet
 from .classifier import class_predictions
 from .encoders import Preprocessor, load_model
@@ -40,9 +41,10 @@ def check_export(setup: Setup, entry: Entry):
         raise ValueError(f"export_classifier={folder} is or holds output_dir; give a folder of its own")
     check_new_folder(folder)
     if "finetune" not in setup.settings.task:
-        check_dinov2(can_config(entry.path))
+        _check_encoder(entry.name, can_config(entry.path))
     elif config.model_type == "can":  # it is fine-tuned at this size
-        check_dinov2(CANConfig(**{**can_config(entry.path).to_dict(), "image_size": entry.preprocessor.image_size}))
+        values = {**can_config(entry.path).to_dict(), "image_size": entry.preprocessor.image_size}
+        _check_encoder(entry.name, CANConfig(**values))
     elif "auto_map" in config.to_dict():
         raise ValueError(
             f"export_classifier: {entry.name} has code of its own, without which it could not be loaded; export a "
@@ -61,12 +63,12 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
         if is_tuned:
             path = str(tuned_folder(setup, entry))
             is_ours = entry.encoder.model.config.model_type == "can"
-            model = to_dinov2(to_can(path)) if is_ours else load_model(path, AutoModelForImageClassification)
+            model = _to_dinov2(to_can(path)) if is_ours else load_model(path, AutoModelForImageClassification)
         else:
             encoder, probe = to_can(entry.path).base_model, entry.probe
             encoder.config.id2label = dict(enumerate(data.class_names))
             encoder.config.label2id = {name: index for index, name in enumerate(data.class_names)}
-            model = to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
+            model = _to_dinov2(encoder, on_class_token_and_mean(probe, settings.pooling))
         preprocessor = entry.preprocessor
         if preprocessor.num_channels == 1:  # pipelines and widgets give images in color
             model, preprocessor = accept_colors(model), preprocessor.in_color()
@@ -94,6 +96,20 @@ def export(setup: Setup, entry: Entry, results: dict) -> dict:
         )
         write(partial / "README.md", card)
     return figures
+
+
+def _check_encoder(name: str, config: CANConfig):
+    kind = native_kind(config)
+    if kind == "dinov3_vit":
+        raise ValueError(
+            f"export_classifier: {name} has rotary positions, as DINOv3, and transformers has no classifier for it; "
+            "use what --task finetune leaves"
+        )
+    check_dinov2(config, kind)
+
+
+def _to_dinov2(model: CANPreTrainedModel, head: torch.nn.Linear | None = None) -> PreTrainedModel:
+    return to_dinov2(model, head, native_kind(model.config))
 
 
 @torch.no_grad()

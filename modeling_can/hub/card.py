@@ -29,6 +29,8 @@ _PROBES = {"knn": "k-NN, k = 20", "linear_probe": "linear probe"}  # as `modelin
 EXPORTS = {
     "can": "CAN's own class",
     "dinov2": "transformers' DINOv2, with no code to trust",
+    "dinov2_with_registers": "transformers' DINOv2 with registers, with no code to trust",
+    "dinov3_vit": "transformers' DINOv3, with no code to trust",
     "vit": "transformers' ViT, with no code to trust",
     "timm": "timm's `VisionTransformer`",
     "onnx": "an ONNX graph for batches of any size",
@@ -358,6 +360,6 @@ def export_card(
             is_classifier=is_classifier,
             model_class="ViTModel" if target == "vit" else f"AutoModel{'ForImageClassification' * is_classifier}",
             trust=", trust_remote_code=True" if target == "can" else "",
-            check=checked if target in ("dinov2", "vit", "onnx") else "",
+            check="" if target in ("can", "timm") else checked,
         )
     )

@@ -117,7 +117,7 @@ class Recipe:
 
     # Start
     model_name_or_path: str | None = option(
-        None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, timm, .pth", path=True
+        None, "weights to begin with: CAN, ViT-MAE, ViT, DINOv2, DINOv3, timm, .pth", path=True
     )
     layer_decay: float = option(
         1.0, "learning rate of an encoder block by that of the next; below 1 early ones stay near", above=0, maximum=1

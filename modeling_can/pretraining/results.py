@@ -6,6 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from ..conversion import native_kind
 from ..data.folders import SAMPLE_DATA
 from ..files import write
 from ..hub import write_card
@@ -183,6 +184,7 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
             tell(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
     tell("\n" + "\n".join(results["health"]))
     figures = [f"{name}.png" for name in ("curves", "features", "reconstructions")]
+    native = native_kind(recipe.config)
     figures = [name for name in figures if (output_dir / "figures" / name).exists()]
     tell(
         f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s of training "
@@ -192,7 +194,7 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
         f"  look at it              {output_dir}/figures/{', '.join(figures)}"
         f"{f'; modeling-can demo --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"
         f"  measure it              modeling-can eval --model_name_or_path {output_dir} --dataset_name LABELED_SET\n"
-        f"  export it               modeling-can convert {output_dir} --to dinov2 {output_dir}-dinov2\n"
+        f"  export it               modeling-can convert {output_dir} --to {native} {output_dir}-{native}\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )
     if recipe.dataset_name == SAMPLE_DATA:

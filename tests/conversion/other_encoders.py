@@ -5,6 +5,10 @@ from testing_utils import tiny_model
 from transformers import (
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEForPreTraining,
@@ -50,6 +54,16 @@ def dinov2(model_class=Dinov2Model, **changes):
     return randomized(model_class(Dinov2Config(**{**SIZES, "mlp_ratio": 2, **changes})))
 
 
+def dinov2_with_registers(model_class=Dinov2WithRegistersModel, **changes):
+    values = {**SIZES, "mlp_ratio": 2, "num_register_tokens": 3, **changes}
+    return randomized(model_class(Dinov2WithRegistersConfig(**values)))
+
+
+def dinov3(model_class=DINOv3ViTModel, **changes):
+    values = {**VIT_SIZES, "num_register_tokens": 2, **changes}
+    return randomized(model_class(DINOv3ViTConfig(**values)))
+
+
 def can(model_class=None, **changes):
     model = tiny_model(**changes)
     return randomized(model if model_class is None else model_class(model.config))
@@ -58,8 +72,10 @@ def can(model_class=None, **changes):
 def tokens(source, pixels: torch.Tensor) -> torch.Tensor:
     """The last hidden state of any of the sources, whatever its head and the size of the pixels."""
     encoder, arguments = source.base_model, {"interpolate_pos_encoding": True}
-    if encoder.config.model_type == "dinov2":
+    if encoder.config.model_type.startswith("dino"):
         arguments = {}  # it always interpolates
+    if encoder.config.model_type == "dinov3_vit":
+        encoder = source  # whose base_model is its blocks alone
     if encoder.config.model_type == "vit_mae":
         encoder.config.mask_ratio = 0.0
         patches = (pixels.shape[2] // 8) * (pixels.shape[3] // 8)

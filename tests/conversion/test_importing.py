@@ -7,7 +7,19 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from other_encoders import DECODER_SIZES, SQUARE, VIT_SIZES, can, dinov2, pixels_of, tokens, vit, vit_mae
+from other_encoders import (
+    DECODER_SIZES,
+    SQUARE,
+    VIT_SIZES,
+    can,
+    dinov2,
+    dinov2_with_registers,
+    dinov3,
+    pixels_of,
+    tokens,
+    vit,
+    vit_mae,
+)
 from testing_utils import TINY, inputs, tiny_model, without_noise
 from transformers import (
     BertConfig,
@@ -309,6 +321,12 @@ def refused(message: str, path, **changes):
         (lambda: vit_mae(num_channels=1), "--num_channels 1"),
         (lambda: dinov2(mlp_ratio=3, hidden_size=16), "--hidden_size 16 --intermediate_size 48"),
         (lambda: can(**SQUARE, hidden_size=64), "--hidden_size 64"),
+        (lambda: dinov2(use_swiglu_ffn=True), "--intermediate_size 48 --hidden_act silu --gated_mlp true"),
+        (lambda: dinov2_with_registers(), "--num_register_tokens 3 --interpolate_antialias true"),
+        (
+            lambda: dinov3(rope_theta=50.0),
+            "--key_bias false --num_register_tokens 2 --position_embedding_type rotary --rope_theta 50.0",
+        ),
     ],
 )
 def test_another_encoder_is_refused_with_the_words_that_fix_it(source, flags, tmp_path):
@@ -322,14 +340,16 @@ def test_another_encoder_is_refused_with_the_words_that_fix_it(source, flags, tm
     assert warm_start(model, str(tmp_path))[0][0].startswith("encoder")
 
 
-def test_swiglu_is_refused(tmp_path):
-    dinov2(use_swiglu_ffn=True).save_pretrained(tmp_path)
-    refused("use_swiglu_ffn=True.*without SwiGLU", tmp_path)
+def test_other_biases_than_can_has_are_refused(tmp_path):
+    for changes in ({"value_bias": False}, {"proj_bias": False}, {"query_bias": False, "value_bias": False,
+                                                                 "key_bias": True}):  # fmt: skip
+        dinov3(**changes).save_pretrained(tmp_path)
+        refused("'query_bias': .*CAN's encoder has biases everywhere, or not in query, key and value, or", tmp_path)
 
 
 def test_other_kinds_of_model_are_refused_by_name(tmp_path):
     BertConfig().save_pretrained(tmp_path)
-    refused("model_type='bert'.*can, vit_mae, vit, dinov2", tmp_path)
+    refused("model_type='bert'.*can, vit_mae, vit, dinov2, dinov2_with_registers, dinov3_vit", tmp_path)
 
 
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -350,6 +370,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
         (lambda: vit(), "layernorm.bias"),
         (lambda: vit_mae(), "vit.embeddings.position_embeddings"),
         (lambda: dinov2(), "encoder.layer.0.layer_scale2.lambda1"),
+        (lambda: dinov2_with_registers(), "embeddings.register_tokens"),
         (lambda: can(**SQUARE), "can.embeddings.position_embeddings"),
         (lambda: can(CANModel, **SQUARE), "layers.0.mlp.fc1.weight"),
     ],
@@ -359,7 +380,8 @@ def test_an_incomplete_encoder_is_refused(source, key, tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
     del weights[key]
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    refused(f"lacks 1 tensors of its encoder.*{key}; give a complete checkpoint", tmp_path)
+    registers = {"num_register_tokens": 3, "interpolate_antialias": True} if "register" in key else {}
+    refused(f"lacks 1 tensors of its encoder.*{key}; give a complete checkpoint", tmp_path, **registers)
 
 
 def test_a_table_that_its_config_belies_is_refused(tmp_path):

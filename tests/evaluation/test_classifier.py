@@ -45,6 +45,16 @@ def test_a_probe_becomes_a_classifier_that_plain_transformers_loads(models, colo
     assert not re.search(r"None|nan|{{|\|\s*\|", card.text) and str(tmp_path) not in card.text.split("```bash")[0]
 
 
+def test_an_encoder_with_registers_becomes_dinov2_with_registers(models, colors, tmp_path):
+    config = tiny_config(image_size=32, num_register_tokens=2, interpolate_antialias=True)
+    folder = save(tmp_path / "registers", CANForPreTraining(config))
+    results, made = exported({"registers": folder}, colors, tmp_path, "registers", task="linear_probe", pooling="both")
+    figures = results["results"]["registers"]
+    assert figures["exported"]["accuracy"] == figures["linear_probe"]["accuracy"]
+    config = json.loads((made / "config.json").read_text())
+    assert config["architectures"] == ["Dinov2WithRegistersForImageClassification"]
+
+
 def test_the_snippet_of_a_classifiers_card_runs(models, colors, tmp_path, monkeypatch):
     _, folder = exported(models, colors, tmp_path, "classifier", task="linear_probe")
     (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
@@ -70,10 +80,12 @@ def test_what_cannot_become_a_classifier_is_refused_before_anything_takes_time(m
     ViTImageProcessorPil(size={"height": 32, "width": 48}).save_pretrained(oblong)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    models = {**models, "oblong": oblong}
+    rotary = save(tmp_path / "rotary", CANForPreTraining(tiny_config(image_size=32, position_embedding_type="rotary")))
+    models = {**models, "oblong": oblong, "rotary": rotary}
     for name, flags, message in (
         ("can", {"task": "knn"}, "export_classifier needs --task linear_probe or finetune; got knn"),
         ("oblong", {"task": "linear_probe"}, "grid of 4 x 6"),
+        ("rotary", {"task": "linear_probe"}, "rotary has rotary positions, .* transformers has no classifier"),
         ("can", {"task": "linear_probe", "export_classifier": tmp_path / "full"}, "full is not empty"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -104,9 +104,13 @@ def test_every_kind_gives_its_tokens_in_their_places_and_its_attention_where_it_
                 torch.testing.assert_close(attention[:, row, column], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_changing_a_patch_changes_its_token_most():
+ROTARY = {"position_embedding_type": "rotary", "num_register_tokens": 3}
+
+
+@pytest.mark.parametrize("changes", [{}, ROTARY], ids=["class token", "class token and registers"])
+def test_changing_a_patch_changes_its_token_most(changes):
     """The grid is that of the image, also where it is not square."""
-    model, pixels = tiny_model(), torch.randn(1, 3, 32, 48)
+    model, pixels = tiny_model(**changes), torch.randn(1, 3, 32, 48)
     changed = pixels.clone()
     changed[:, :, 8:16, 32:40] += 1  # row 1, column 4
     (before, _), (after, attention) = (feature_maps(model.can, images) for images in (pixels, changed))
@@ -114,8 +118,9 @@ def test_changing_a_patch_changes_its_token_most():
     assert attention.shape == (1, 4, 6) and difference.argmax() == 6 * 1 + 4
 
 
-def test_can_gives_its_pooler_output_and_leaves_decoder_and_classifier_behind(tmp_path):
-    model = tiny_model()
+@pytest.mark.parametrize("changes", [{}, ROTARY], ids=["class token", "class token and registers"])
+def test_can_gives_its_pooler_output_and_leaves_decoder_and_classifier_behind(changes, tmp_path):
+    model = tiny_model(**changes)
     classifier = CANForImageClassification(model.config).eval()
     classifier.can.load_state_dict(model.can.state_dict())
     pixels = torch.randn(2, 3, 32, 48)

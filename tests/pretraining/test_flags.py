@@ -48,7 +48,9 @@ RUNS = {
     "one view, without contrast": {
         "data_dir": "images", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
         "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none", "image_size": 32,
-        "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5,
+        "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5, "position_embedding_type": "rotary",
+        "rope_theta": 50, "num_register_tokens": 2, "gated_mlp": True, "key_bias": False,
+        "interpolate_antialias": True,
     },
     "labeled, from weights": {
         "dataset_name": "labeled", "dataset_split": "test", "probe_dataset_name": "labeled",
