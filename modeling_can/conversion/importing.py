@@ -4,6 +4,7 @@ encoder of ours.
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedConfig
@@ -93,7 +94,9 @@ def copy_weights(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path:
             continue
         if wanted.isdisjoint(theirs):
             new.append(part)
-        elif differences := _differences(config, model.config, fields):
+        elif differences := _differences(
+            config, model.config, [name for name in fields if name not in other_channels]
+        ):
             new.append(f"{part} ({_in_words(differences)})")
         elif missing:
             new.append(f"{part} (the checkpoint lacks some of it, e.g. {missing[0]})")
@@ -223,7 +226,7 @@ def _check_encoder(name_or_path: str, config: PreTrainedConfig, own_config: CANC
         )
 
 
-def _differences(config: PreTrainedConfig, own_config: CANConfig, fields: tuple[str, ...]) -> dict[str, tuple]:
+def _differences(config: PreTrainedConfig, own_config: CANConfig, fields: Iterable[str]) -> dict[str, tuple]:
     """Field -> (the source's value, ours), where they differ."""
     pairs = {name: (_value(config, name), _value(own_config, name)) for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

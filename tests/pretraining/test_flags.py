@@ -49,6 +49,7 @@ RUNS = {
         "data_dir": "images", "max_steps": 2, "num_views": 1, "contrastive_loss_weight": 0, "noise_std_max": 0,
         "denoising_loss_weight": 0, "patch_size": 8, "log_with": "none", "image_size": 32,
         "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5,
+        "pixel_range": "0,255", "display_channels": 1,
     },
     "labeled, from weights": {
         "dataset_name": "labeled", "dataset_split": "test", "probe_dataset_name": "labeled",
