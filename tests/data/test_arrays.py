@@ -86,10 +86,13 @@ def test_the_pixels_are_those_that_were_written(kind):
         {},
         {"interleave": "band"},
         {"compress": "deflate", "predictor": 2, "tiled": True, "blockxsize": 16, "blockysize": 16},
+        {"compress": "lzw"},
     ],
-    ids=["default", "bands", "deflate"],
+    ids=["default", "bands", "deflate", "LZW"],
 )
 def test_geotiffs_of_rasterio_are_read_at_full_resolution(options, tmp_path):
+    if options.get("compress") == "lzw":
+        pytest.importorskip("imagecodecs")
     made = decode(geotiff(BANDS, tmp_path, **options), num_channels=5)
     np.testing.assert_array_equal(made, BANDS.transpose(1, 2, 0) / np.float32(65535))
 
