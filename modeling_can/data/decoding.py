@@ -79,7 +79,14 @@ def decode(
     """
     try:
         if not reads_arrays(num_channels, pixel_range):
-            return _decode_colors(encoded, num_channels, transparent_background, high_bit_depth, min_size, shrink)
+            return _decode_colors(
+                encoded,
+                num_channels,
+                transparent_background=transparent_background,
+                high_bit_depth=high_bit_depth,
+                min_size=min_size,
+                shrink=shrink,
+            )
         pixels = read_array(encoded, num_channels, min_size, shrink)
     except BadImage:
         raise

@@ -58,7 +58,7 @@ def describe(encoded: bytes) -> str:
         what = _BRANDS.get(encoded[8:12])
         return f"{what}, which this Pillow does not read; {_CONVERT}" if what else "a video, MP4 or QuickTime"
     if encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        fix = "save it with 1, 3 or 4 bands of 8 bits, or 1 of 16 bits, or set num_channels and pixel_range to read it all"
+        fix = "save it with 1, 3 or 4 bands of 8 bits, or 1 of 16 bits, or set num_channels and pixel_range"
         return f"{_tiff(encoded)}, which Pillow does not read; {fix}"
     if not any(encoded[:1024]):
         return f"zeros, as a copy leaves that was cut off; {_AGAIN}"

@@ -56,8 +56,8 @@ class Preprocessor:
     blank = None  # an encoded image of one color, where a gray PNG is none that it takes
 
     def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
-        self.processor, self.num_channels = processor, num_channels_of(processor)
-        self.decoding = decoding_of(processor, decoding)
+        self.processor, self.num_channels = processor, _num_channels(processor)
+        self.decoding = _decoding(processor, decoding)
         self.sizes = self._sizes(image_size)
         self.in_two_steps = True
         image = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
@@ -169,8 +169,8 @@ class ArrayPreprocessor(Preprocessor):
     reads_arrays = True
 
     def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
-        self.processor, self.num_channels = processor, num_channels_of(processor)
-        self.decoding, self.in_two_steps = decoding_of(processor, decoding), True
+        self.processor, self.num_channels = processor, _num_channels(processor)
+        self.decoding, self.in_two_steps = _decoding(processor, decoding), True
         self.sizes = self._sizes(image_size)
 
     def _shape(self, height: int, width: int, sizes: dict) -> tuple[int, ...]:
@@ -203,11 +203,11 @@ class ArrayPreprocessor(Preprocessor):
         return encode_array(np.zeros((self.num_channels, 512, 512), np.uint8))
 
 
-def num_channels_of(processor) -> int:
+def _num_channels(processor) -> int:
     return len(processor.image_mean or (0, 0, 0))
 
 
-def decoding_of(processor, decoding: dict | None) -> dict:
+def _decoding(processor, decoding: dict | None) -> dict:
     """What `decode` is told: by the processor, or else by `decoding`."""
     named = {name: getattr(processor, name) for name in DECODING if getattr(processor, name, None)}
     return {**named, **(decoding or {})}
@@ -217,7 +217,7 @@ def preprocessor_of(
     processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None
 ) -> Preprocessor:
     """The one that suits the channels; the arguments are those of `Preprocessor`."""
-    as_arrays = reads_arrays(num_channels_of(processor), decoding_of(processor, decoding).get("pixel_range"))
+    as_arrays = reads_arrays(_num_channels(processor), _decoding(processor, decoding).get("pixel_range"))
     return (ArrayPreprocessor if as_arrays else Preprocessor)(processor, image_size, decoding)
 
 
