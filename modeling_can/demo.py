@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForPreTraining
 
-from .data.decoding import BadImage, decode
+from .data.bad_samples import BadImage
+from .data.decoding import decode
 from .evaluation.encoders import feature_maps, load_config, load_model, load_preprocessor
 from .evaluation.sets import load_split
 from .plots import amplified_noise, errors_of, feature_columns, reconstruct, true_colors
@@ -81,6 +82,11 @@ class Demo:
             )
         self.model = load_model(name, AutoModelForPreTraining)
         self.preprocessor = load_preprocessor(name)
+        if self.preprocessor.reads_arrays:
+            raise ValueError(
+                f"model_name_or_path={name}: the demo shows RGB and gray images, and this model takes arrays of "
+                f"{self.preprocessor.num_channels} channels; its run draws figures/reconstructions.png"
+            )
         if not self.preprocessor.in_two_steps:
             raise ValueError(
                 f"model_name_or_path={name}: its processor does more than resize, crop, rescale and normalize, which "

@@ -19,6 +19,8 @@ class Pretraining(TypedDict, total=False):
     max_bad_fraction: float
     transparent_background: str
     high_bit_depth: str
+    pixel_range: tuple[float, ...] | None
+    display_channels: tuple[int, ...] | None
     probe_dataset_name: str | None
     probe_dataset_config_name: str | None
     probe_train_split: str
@@ -136,6 +138,7 @@ class Evaluation(TypedDict, total=False):
     image_size: tuple[int, ...] | None
     transparent_background: str | None
     high_bit_depth: str | None
+    pixel_range: tuple[float, ...] | None
     pooling: str
     baselines: tuple[str, ...] | None
     trust_remote_code: bool

@@ -16,8 +16,8 @@ from .modeling_can import CANForPreTraining, patchify, unpatchify
 
 
 __all__ = [
-    "amplified_noise", "curves", "errors_of", "feature_columns", "feature_sheet", "plain", "principal_components",
-    "reconstruct", "reconstruction_sheet", "save_figure", "segmentation_sheet", "true_colors",
+    "amplified_noise", "curves", "displayed", "errors_of", "feature_columns", "feature_sheet", "plain",
+    "principal_components", "reconstruct", "reconstruction_sheet", "save_figure", "segmentation_sheet", "true_colors",
 ]  # fmt: skip
 
 
@@ -121,15 +121,32 @@ def true_colors(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float,
     return (pixels * std + mean).clamp(0, 1).nan_to_num(0.5)
 
 
+def displayed(images: torch.Tensor, channels: tuple[int, ...] | None = None) -> torch.Tensor:
+    """
+    Images `(..., C, H, W)` -> `(..., 3 or 1, H, W)`: three channels as red, green and blue, or one as gray; by default
+    the first three, or the first of two.
+    """
+    channels = channels or range(3 if images.shape[-3] >= 3 else 1)
+    return images[..., list(channels), :, :]
+
+
 def amplified_noise(noise: torch.Tensor, noise_std_max: float) -> torch.Tensor:
     """Noise -> [0, 1]: mid-gray is none (and masked patches), the full range three times `noise_std_max`."""
     return (0.5 + noise / (6 * max(noise_std_max, 1e-6))).clamp(0, 1).nan_to_num(0.5)
 
 
 def reconstruction_sheet(
-    model: CANForPreTraining, pixel_values: torch.Tensor, mean: tuple, std: tuple, path: Path
+    model: CANForPreTraining,
+    pixel_values: torch.Tensor,
+    mean: tuple,
+    std: tuple,
+    path: Path,
+    channels: tuple[int, ...] | None = None,
 ) -> None:
-    """Saves a sheet with a row an image: image, noised and masked input, reconstruction, noise, predicted noise."""
+    """
+    Saves a sheet with a row an image: image, noised and masked input, reconstruction, noise, predicted noise. Of
+    images of many channels those that `displayed` shows.
+    """
     images, sigma_max = reconstruct(model, pixel_values), model.config.noise_std_max
     columns = {
         "image": true_colors(pixel_values, mean, std),
@@ -138,7 +155,7 @@ def reconstruction_sheet(
         "noise (amplified)": amplified_noise(images["noise"], sigma_max),
         "predicted noise": amplified_noise(images["predicted_noise"], sigma_max),
     }
-    _save_sheet(columns, path)
+    _save_sheet({name: displayed(column, channels) for name, column in columns.items()}, path)
 
 
 def principal_components(tokens: torch.Tensor) -> torch.Tensor:

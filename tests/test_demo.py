@@ -22,7 +22,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from demo.screenshot import chromium, running_app, wait_for_images
 from modeling_can.configuration_can import MAE, SIMCLR, num_visible_patches
-from modeling_can.data.decoding import BadImage
+from modeling_can.data.bad_samples import BadImage
 from modeling_can.demo import QUICKSTART, Demo, build, enlarged, main, write_examples
 from modeling_can.evaluation.encoders import feature_maps
 from modeling_can.plots import principal_components, reconstruct, true_colors

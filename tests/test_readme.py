@@ -67,7 +67,10 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
     """But the quickstart's, which tests/pretraining/test_loop.py runs in full."""
     (tmp_path / "images").mkdir()
     for index in range(16):
-        Image.effect_noise((60, 50), 60).convert("RGB").save(tmp_path / "images" / f"{index}.png")
+        image = Image.effect_noise((60, 50), 60).convert("RGB")
+        if "--num_channels 4" in command:
+            image.putalpha(Image.effect_noise((60, 50), 60))
+        image.save(tmp_path / "images" / f"{index}.png")
     command = command.split("#")[0].replace("FOLDER", str(tmp_path / "images"))
     command = command.replace("modeling-can ", f"{sys.executable} -m modeling_can ")
     if "--config_file" in command:

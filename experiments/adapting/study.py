@@ -58,7 +58,7 @@ def do(row: str, seed: int, arguments):
         convert(str(KEPT), "vit", encoder)
     sizes = {
         name: ",".join(map(str, value)) if isinstance(value, tuple) else value
-        for name, value in sizes_of_start(str(KEPT)).items()
+        for name, value in sizes_of_start(str(KEPT), {}).items()
     }
     begin = {"model": {"model_name_or_path": str(KEPT)}, "encoder": {"model_name_or_path": str(encoder)}, "new": sizes}
     flags = as_flags({**begin[start], **settings, "seed": seed, "dataset_name": arguments.data})

@@ -443,7 +443,7 @@ def convert(source: str, target: str, folder: Path, num_attention_heads: int | N
             source=source,
             config=model.config,
             is_classifier=is_classifier,
-            has_processor=bool(processor),
+            processor=processor,
         )
         (made / "README.md").write_text(card)
     return model

@@ -4,6 +4,7 @@ encoder of ours.
 """
 
 import re
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedConfig
@@ -32,6 +33,7 @@ _DECODER_FIELDS = (
     "decoder_num_attention_heads",
     "decoder_intermediate_size",
 )
+_HEADS = r"decoder\.(noise_)?head\."  # whose outputs are pixels of all channels
 # The parts that are taken as a whole or not at all, how their tensors' names begin, and the fields that must agree.
 _PARTS = (
     ("encoder", r"can\.", ENCODER_FIELDS),
@@ -46,7 +48,8 @@ def warm_start(model: CANForPreTraining, name_or_path: str) -> tuple[list[str], 
     """
     Copies what fits from a CAN, ViT-MAE, ViT, DINOv2 or DINOv3 checkpoint, or a file under timm's names, into the
     parameters and position tables of `model`, in place and in their dtype. The encoder then gives the source's
-    features; what was trainable stays so.
+    features; what was trainable stays so. From RGB, a model of other channels begins with the mean of the three
+    filters for each channel, and with new heads of the decoder.
 
     Args:
         model (`CANForPreTraining`): Left as it was where an error is raised.
@@ -72,9 +75,14 @@ def copy_weights(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path:
     """`warm_start` for a checkpoint that was read and whose encoder has the sizes of `model`'s."""
     source, config, theirs = checkpoint
     own = model.state_dict()  # shares memory with the model
-    weights, taken, new = {}, [], []
+    other_channels = _differences(config, model.config, ("num_channels",))
+    weights, taken, new = {}, [], [f"heads of the decoder ({_in_words(other_channels)})"] if other_channels else []
     for part, pattern, fields in _PARTS:
-        keys = {name: their_keys(name, source) for name in own if re.match(pattern, name)}
+        keys = {
+            name: their_keys(name, source)
+            for name in own
+            if re.match(pattern, name) and not (other_channels and re.match(_HEADS, name))
+        }
         wanted = {key for group in keys.values() for key in group}
         missing = sorted(wanted - theirs.keys())
         if part == "encoder" and missing:
@@ -86,7 +94,9 @@ def copy_weights(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path:
             continue
         if wanted.isdisjoint(theirs):
             new.append(part)
-        elif differences := _differences(config, model.config, fields):
+        elif differences := _differences(
+            config, model.config, [name for name in fields if name not in other_channels]
+        ):
             new.append(f"{part} ({_in_words(differences)})")
         elif missing:
             new.append(f"{part} (the checkpoint lacks some of it, e.g. {missing[0]})")
@@ -94,6 +104,9 @@ def copy_weights(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path:
             remarks = list(source.remarks) if part == "encoder" else []
             for name, group in keys.items():
                 weights[name] = _in_our_layout(*(theirs[key] for key in group))
+                if other_channels and name == "can.embeddings.patch_embeddings.weight":
+                    weights[name] = _spread(weights[name], model.config.num_channels)
+                    remarks.append(f"its mean filter over RGB for each of {model.config.num_channels} channels")
                 if name.endswith("position_embeddings"):
                     weights[name], more = _fit_positions(weights[name], config, model.config)
                     remarks += more
@@ -109,6 +122,15 @@ def copy_weights(checkpoint: Checkpoint, model: CANForPreTraining, name_or_path:
     for name, tensor in weights.items():
         own[name].copy_(tensor)
     return taken, new
+
+
+def _spread(weight: torch.Tensor, num_channels: int) -> torch.Tensor:
+    """
+    A patch projection `(D, row x column x channel)` from RGB for other channels: each gets the mean over the three,
+    scaled by 3 / C, so that the output of channels that are alike is that of a gray image.
+    """
+    mean = weight.unflatten(1, (-1, 3)).mean(dim=2, keepdim=True)
+    return (3 / num_channels * mean).expand(-1, -1, num_channels).flatten(1)
 
 
 def _in_our_layout(tensor: torch.Tensor, layer_scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -198,14 +220,17 @@ def _refuse_other_biases(name_or_path: str, config: PreTrainedConfig):
 
 def _check_encoder(name_or_path: str, config: PreTrainedConfig, own_config: CANConfig):
     _refuse_other_biases(name_or_path, config)
-    if differences := _differences(config, own_config, ENCODER_FIELDS):
+    differences = _differences(config, own_config, ENCODER_FIELDS)
+    if differences.get("num_channels", (0,))[0] == 3:  # whose filters become those of other channels
+        del differences["num_channels"]
+    if differences:
         flags = " ".join(f"--{name} {_as_word(theirs)}" for name, (theirs, _) in differences.items())
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has another encoder: {_in_words(differences)}; add {flags}"
         )
 
 
-def _differences(config: PreTrainedConfig, own_config: CANConfig, fields: tuple[str, ...]) -> dict[str, tuple]:
+def _differences(config: PreTrainedConfig, own_config: CANConfig, fields: Iterable[str]) -> dict[str, tuple]:
     """Field -> (the source's value, ours), where they differ."""
     pairs = {name: (_value(config, name), _value(own_config, name)) for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

@@ -65,7 +65,7 @@ def from_timm_preprocessing(pretrained: dict) -> dict:
         size = {"shortest_edge": math.floor(max(height, width) / pretrained["crop_pct"])}
     return {
         "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": len(pretrained["mean"]) == 3,
         "size": size,
         "do_center_crop": "shortest_edge" in size,
         "crop_size": {"height": height, "width": width},

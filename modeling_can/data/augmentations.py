@@ -1,5 +1,5 @@
 """
-Augmentation in batch, on the device that trains: of uint8 views in pre-training (SimCLR, arXiv 2002.05709, app. A),
+Augmentation in batch, on the device that trains: of the views in pre-training (SimCLR, arXiv 2002.05709, app. A),
 and RandAugment and random erasing for fine-tuning.
 
 Images are `(n, C, H, W)` in [0, 1] and what is drawn for them is `(n, 1, 1, 1)`, so that each image has its own.
@@ -49,7 +49,7 @@ def _adjust_brightness(images, factor):
 
 def _adjust_contrast(images, factor):
     means = images.mean((2, 3), keepdim=True)  # the mean of the gray is the gray of the means: one pass less
-    return _blend(grayscale(means), images, factor)
+    return _blend(grayscale(means) if images.shape[1] == 3 else means, images, factor)
 
 
 def _adjust_saturation(images, factor):
@@ -140,9 +140,12 @@ ADJUSTMENTS = {
 
 class Augmentation(nn.Module):
     """
-    uint8 views -> flipped, turned, color-jittered, grayscaled, blurred, solarized, normalized fp32 views. Each view of
-    each image draws its own numbers, from torch's generator of the device. With other than three channels, color
-    jitter and grayscale are skipped, with a message.
+    Views -> flipped, turned, color-jittered, grayscaled, blurred, solarized, normalized fp32 views. Each view of
+    each image draws its own numbers, from torch's generator of the device.
+
+    With other than three channels, color jitter is brightness and contrast alone; saturation, hue and grayscale are
+    skipped, with a message. The factor is one for all channels, as of a change of light, and contrast is about each
+    channel's own mean: no channel depends on another.
 
     Nothing waits for the device, and no shape depends on what was drawn: each step is computed for all images and
     selected for some. A step of probability 0 is not computed. Move the module to the device of the views, and call it
@@ -176,11 +179,12 @@ class Augmentation(nn.Module):
         solarize_probability=0.0,
     ):
         super().__init__()
-        if len(mean) != 3 and (color_jitter_probability > 0 or grayscale_probability > 0):
-            logger.warning(
-                "color jitter and grayscale are skipped: they need 3 channels, these images have %d", len(mean)
-            )
-            color_jitter_probability = grayscale_probability = 0
+        if len(mean) != 3:
+            if (color_jitter_probability > 0 and any(color_jitter[2:])) or grayscale_probability > 0:
+                logger.warning(
+                    "saturation, hue and grayscale are skipped: they need 3 channels, these images have %d", len(mean)
+                )
+            color_jitter, grayscale_probability = (*color_jitter[:2], 0, 0), 0
         if blur_probability > 0 and blur_kernel_size % 2 == 0:
             raise ValueError(f"blur_kernel_size={blur_kernel_size} is not odd; use {blur_kernel_size + 1}")
         self.blur_kernel_size = blur_kernel_size
@@ -217,7 +221,10 @@ class Augmentation(nn.Module):
 
     @torch.no_grad()
     def forward(self, views: torch.Tensor) -> torch.Tensor:
-        """uint8 `(batch_size, num_views, num_channels, height, width)` -> fp32 of the same shape, normalized."""
+        """
+        `(batch_size, num_views, num_channels, height, width)`, uint8 or in [0, 1] -> fp32 of the same shape,
+        normalized.
+        """
         return self.transform(views, self.draw(views.shape[0] * views.shape[1], views.device))
 
     def draw(self, num_images: int, device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -242,7 +249,7 @@ class Augmentation(nn.Module):
             images = torch.where(drawn["vertical_flip"], images.flip(-2), images)
         if "quarter_turn" in drawn:
             images = torch.where(drawn["quarter_turn"], images.rot90(1, (-2, -1)), images)
-        images = images / 255
+        images = images / 255 if images.dtype == torch.uint8 else images
         if "jitter" in drawn:
             jittered = images
             for name, adjust in ADJUSTMENTS.items():

@@ -4,10 +4,16 @@ import hashlib
 import json
 from pathlib import Path
 
-from .decoding import BadImage
+
+__all__ = ["BadImage", "append_line", "bad_sample_line", "bad_sample_lines", "refuse_bad"]
 
 
-__all__ = ["append_line", "bad_sample_line", "bad_sample_lines", "refuse_bad"]
+class BadImage(ValueError):
+    """An image that cannot be used. `reason` is one of a few, to be counted; the message says more."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 def bad_sample_line(source_name: str, image: dict | None, error: BadImage, **place) -> str:

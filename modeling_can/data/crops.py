@@ -1,4 +1,4 @@
-"""Random crops of an image, from one decoding, as uint8. Runs in the loader's workers."""
+"""Random crops of an image, from one decoding. Runs in the loader's workers."""
 
 import math
 import zlib
@@ -41,7 +41,7 @@ class RandomCrops:
 
     Args:
         image_shape (`(int, int)`): Height and width of a view in pixels.
-        num_channels (`int`): 3 (RGB) or 1 (grayscale).
+        num_channels (`int`): 3 (RGB), 1 (grayscale), or the channels of arrays.
         scale, ratio: Ranges of `random_box`.
         resample (`str`): `"bilinear"` or `"bicubic"`, with antialiasing, the numbers of Pillow.
         seed (`int`): An image's boxes depend on the seed, the epoch and its bytes alone, not on who reads it when.
@@ -60,8 +60,6 @@ class RandomCrops:
         num_views=2,
         **decoding,
     ):
-        if num_channels not in (1, 3):
-            raise ValueError(f"num_channels={num_channels}: images are read as RGB (3) or grayscale (1)")
         self.image_shape, self.decoding = image_shape, {"num_channels": num_channels, **decoding}
         self.scale, self.ratio, self.resample, self.seed, self.num_views = scale, ratio, resample, seed, num_views
 
@@ -74,7 +72,10 @@ class RandomCrops:
         return [random_box(size, self.scale, self.ratio, rng) for _ in range(self.num_views)]
 
     def __call__(self, encoded: bytes, epoch: int = 0) -> torch.Tensor:
-        """Returns uint8 of shape `(num_views, num_channels, height, width)`; raises what `decode` raises."""
+        """
+        Returns uint8 of shape `(num_views, num_channels, height, width)`, of arrays fp32 in [0, 1]; raises what
+        `decode` raises.
+        """
         height, width = self.image_shape
         boxes, full_size = [], None
 
@@ -86,10 +87,10 @@ class RandomCrops:
 
         pixels = torch.from_numpy(decode(encoded, **self.decoding, shrink=draw_boxes)).permute(2, 0, 1)[None]
         across, down = pixels.shape[3] / full_size[0], pixels.shape[2] / full_size[1]
-        views = torch.empty(self.num_views, pixels.shape[1], height, width, dtype=torch.uint8)
+        views = torch.empty(self.num_views, pixels.shape[1], height, width, dtype=pixels.dtype)
         for view, (left, top, right, bottom) in zip(views, boxes, strict=True):
             rows = slice(round(top * down), max(round(bottom * down), round(top * down) + 1))
             columns = slice(round(left * across), max(round(right * across), round(left * across) + 1))
             crop = pixels[:, :, rows, columns]
             view.copy_(interpolate(crop, (height, width), mode=self.resample, antialias=True)[0])
-        return views
+        return views if views.dtype == torch.uint8 else views.clamp_(0, 1)  # which bicubic crops leave

@@ -1,4 +1,4 @@
-"""Encoded images of any kind as uint8 pixels."""
+"""Encoded images of any kind as pixels: RGB or gray in uint8, or arrays in fp32."""
 
 import io
 import math
@@ -8,10 +8,12 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageColor
 
+from .arrays import in_unit_range, read_array, reads_arrays
+from .bad_samples import BadImage
 from .formats import describe
 
 
-__all__ = ["BadImage", "DECODING", "HIGH_BIT_DEPTH", "check_color", "decode", "upright_size"]
+__all__ = ["DECODING", "HIGH_BIT_DEPTH", "check_color", "decode", "upright_size"]
 
 
 _UPRIGHT = {  # EXIF orientation -> what turns the image upright
@@ -25,16 +27,9 @@ _UPRIGHT = {  # EXIF orientation -> what turns the image upright
 }
 
 
-class BadImage(ValueError):
-    """An image that cannot be used. `reason` is one of a few, to be counted; the message says more."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
 HIGH_BIT_DEPTH = ("full_range", "stretch", "skip")
-DECODING = {"transparent_background": "white", "high_bit_depth": "full_range"}  # what decode does by default
+# What decode does by default
+DECODING = {"transparent_background": "white", "high_bit_depth": "full_range", "pixel_range": None}
 
 
 def check_color(transparent_background: str):
@@ -52,6 +47,7 @@ def decode(
     num_channels: int = 3,
     transparent_background: str = "white",
     high_bit_depth: str = "full_range",
+    pixel_range: tuple[float, float] | None = None,
     min_size: tuple[int, int] = (1, 1),
     shrink: Callable[[tuple[int, int]], float] | None = None,
 ) -> np.ndarray:
@@ -60,13 +56,16 @@ def decode(
     an animation, the first frame. JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner),
     the rest through Pillow.
 
+    With another number of channels, or a `pixel_range`, it is read as an array (`arrays.read_array`): fp32 in [0, 1].
+
     Args:
-        encoded (`bytes`): A file in any format that Pillow reads.
-        num_channels (`int`): 3 or 1.
+        encoded (`bytes`): A file in any format that Pillow reads; as an array, also TIFF of any kind and NumPy's.
+        num_channels (`int`): 3 or 1 for RGB or grayscale.
         transparent_background (`str`): Name or `#rrggbb` of the color that shines through transparent pixels.
         high_bit_depth (`str`):
             What becomes of 16-bit grayscale: `"full_range"` maps [0, 65535] to [0, 255]; `"stretch"` maps each
             image's own range to it (12-bit detectors, floating point); `"skip"` counts it as bad.
+        pixel_range (`(float, float)`, *optional*): The values that become 0 and 1, as of `arrays.in_unit_range`.
         min_size (`(int, int)`): The least height and width.
         shrink (callable, *optional*):
             Upright (width, height) -> the factor by which the result may be smaller than that. A JPEG is then decoded
@@ -75,29 +74,53 @@ def decode(
 
     Raises:
         BadImage: `not_an_image`, `damaged`, `too_large` (Pillow's guard against decompression bombs), `too_small`, or
-            `bit_depth`.
+            `bit_depth`; of an array also `channels` and `not_finite`.
+        ValueError: for an array whose range must be stated, or that needs a package which is not installed.
     """
     try:
-        image = Image.open(io.BytesIO(encoded))  # reads the header only
-        orientation = _orientation(image)
-        if image.height < min_size[0] or image.width < min_size[1]:
-            height, width = min_size
-            raise BadImage("too_small", f"{image.height} x {image.width} pixels, less than {height} x {width}")
-        factor = max(1.0, shrink(image.size if orientation <= 4 else image.size[::-1])) if shrink else 1.0
-        pixels = _decode_jpeg(encoded, image, num_channels, factor)
-        if pixels is None or orientation != 1:
-            image = image if pixels is None else Image.fromarray(pixels.squeeze(2) if num_channels == 1 else pixels)
-            image = _convert(image, num_channels, transparent_background, high_bit_depth)
-            pixels = np.array(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
-        return pixels.reshape(*pixels.shape[:2], num_channels)
+        if not reads_arrays(num_channels, pixel_range):
+            return _decode_colors(
+                encoded,
+                num_channels,
+                transparent_background=transparent_background,
+                high_bit_depth=high_bit_depth,
+                min_size=min_size,
+                shrink=shrink,
+            )
+        pixels = read_array(encoded, num_channels, min_size, shrink)
     except BadImage:
         raise
+    except ModuleNotFoundError as error:  # of an optional package
+        raise ValueError(str(error)) from error
     except Image.DecompressionBombError as error:
         raise BadImage("too_large", str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise BadImage("not_an_image", f"no image in its {len(encoded)} bytes: {describe(encoded)}") from error
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
+    return in_unit_range(pixels, pixel_range)
+
+
+def _decode_colors(
+    encoded: bytes,
+    num_channels: int,
+    transparent_background: str,
+    high_bit_depth: str,
+    min_size: tuple[int, int],
+    shrink: Callable[[tuple[int, int]], float] | None,
+) -> np.ndarray:
+    image = Image.open(io.BytesIO(encoded))  # reads the header only
+    orientation = _orientation(image)
+    if image.height < min_size[0] or image.width < min_size[1]:
+        height, width = min_size
+        raise BadImage("too_small", f"{image.height} x {image.width} pixels, less than {height} x {width}")
+    factor = max(1.0, shrink(image.size if orientation <= 4 else image.size[::-1])) if shrink else 1.0
+    pixels = _decode_jpeg(encoded, image, num_channels, factor)
+    if pixels is None or orientation != 1:
+        image = image if pixels is None else Image.fromarray(pixels.squeeze(2) if num_channels == 1 else pixels)
+        image = _convert(image, num_channels, transparent_background, high_bit_depth)
+        pixels = np.array(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
+    return pixels.reshape(*pixels.shape[:2], num_channels)
 
 
 def upright_size(encoded: bytes) -> tuple[int, int]:

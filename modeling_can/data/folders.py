@@ -16,6 +16,7 @@ from huggingface_hub import metadata_load
 from PIL import Image
 
 from ..files import literal_pattern
+from .arrays import ARRAY_EXTENSION
 
 
 __all__ = [
@@ -154,13 +155,14 @@ def _holds_figures(folder: str) -> bool:
     return name == "figures" and any(map(os.path.exists, marks))
 
 
-def list_images(folder: str) -> tuple[list[str], dict[str, int], str]:
+def list_images(folder: str, arrays: bool = False) -> tuple[list[str], dict[str, int], str]:
     """
     The sorted paths of the images below a folder; what else is there, by kind; and a sentence about that, empty if
-    there is nothing else. The figures of runs that were written into the folder are no images of it.
+    there is nothing else. The figures of runs that were written into the folder are no images of it. NumPy files are
+    images where images are read as `arrays`.
     """
     left_out, unreadable, images, figures = Counter(), [], [], {folder: False}
-    extensions = image_extensions()
+    extensions = image_extensions() | {ARRAY_EXTENSION} if arrays else image_extensions()
     for path in _walk(folder, left_out, unreadable):
         parent, extension = os.path.dirname(path), os.path.splitext(path)[1].lower()
         if extension not in extensions:

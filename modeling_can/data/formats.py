@@ -31,7 +31,7 @@ _SIGNATURES = (  # (where, which bytes, what such a file is): the first that fit
     (128, b"DICM", f"a DICOM file; {_CONVERT}"),
     (0, b"SIMPLE  =", f"a FITS file; {_CONVERT}"),
     (0, b"\x89HDF", "an HDF5 file, not an image; export the images in it"),
-    (0, b"\x93NUMPY", "a NumPy array, not an image; save it as PNG"),
+    (0, b"\x93NUMPY", "a NumPy array, which is read where pixel_range is set"),
     (0, b"%PDF", "a PDF document; export its pages as images"),
     (0, b"PK\x03\x04", "a zip archive; unpack it"),
     (0, b"\x1f\x8b", "a gzip file; unpack it"),
@@ -58,7 +58,8 @@ def describe(encoded: bytes) -> str:
         what = _BRANDS.get(encoded[8:12])
         return f"{what}, which this Pillow does not read; {_CONVERT}" if what else "a video, MP4 or QuickTime"
     if encoded[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return f"{_tiff(encoded)}, which Pillow does not read; save it with 1, 3 or 4 bands of 8 bits, or 1 of 16 bits"
+        fix = "save it with 1, 3 or 4 bands of 8 bits, or 1 of 16 bits, or set num_channels and pixel_range"
+        return f"{_tiff(encoded)}, which Pillow does not read; {fix}"
     if not any(encoded[:1024]):
         return f"zeros, as a copy leaves that was cut off; {_AGAIN}"
     return _text(encoded[:1024]) or f"an unknown format that begins with the bytes {encoded[:8].hex(' ')}"

@@ -10,7 +10,7 @@ import datasets
 import fsspec
 from PIL import Image, UnidentifiedImageError
 
-from .decoding import BadImage
+from .bad_samples import BadImage
 
 
 __all__ = ["connection_errors", "encoded", "image_name", "is_gone", "located", "open_archive", "read_bytes"]

@@ -1,6 +1,6 @@
 """
-A data set that is decoded once and stays on the device that trains, as uint8. Random resized crops are computed there,
-in the boxes that `crops.RandomCrops` draws for the same image, epoch and seed.
+A data set that is decoded once and stays on the device that trains, as uint8 or, of arrays, fp32. Random resized
+crops are computed there, in the boxes that `crops.RandomCrops` draws for the same image, epoch and seed.
 
 For small images: a GPU trains on 32 x 32 pixels several times faster than worker processes decode and crop them.
 """
@@ -19,9 +19,9 @@ from datasets.distributed import split_dataset_by_node
 from torch.nn.functional import interpolate
 
 from ..progress import progress_bar
-from .bad_samples import append_line, bad_sample_line, bad_sample_lines, refuse_bad
+from .bad_samples import BadImage, append_line, bad_sample_line, bad_sample_lines, refuse_bad
 from .crops import RandomCrops
-from .decoding import BadImage, decode
+from .decoding import decode
 from .loading import Patient, approximate_position, outlive_stop_signals, worker_options, worker_states
 from .reading import image_name
 from .sources import ImageSource
@@ -50,7 +50,8 @@ _SEVERAL_SIZES = "the images have several sizes"
 class ResidentImages:
     """
     Args:
-        pixels (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): uint8, on the device.
+        pixels (`torch.Tensor` of shape `(num_images, num_channels, height, width)`):
+            uint8, of arrays fp32 in [0, 1]; on the device.
         checksums (`np.ndarray` of shape `(num_images,)`): CRC-32 of the encoded bytes, which decides on the boxes.
         names (`list[str]`): Of the images, for messages.
         bad (`list[tuple[str, str]]`): Reason, and line of the bad-sample log, of each image that cannot be used.
@@ -111,7 +112,7 @@ def resident_images(
         if choice is True:
             raise ValueError(f"data_on_device=true, but {images}; set data_on_device to false")
         return None, f"the images stay off the device: {images}"
-    size = images.pixels.numel() / 1e9
+    size = images.pixels.nbytes / 1e9
     return images, f"{remark + '; ' if remark else ''}{len(images.names)} images stay on the device, {size:.2g} GB"
 
 
@@ -149,7 +150,8 @@ def _fit(pixels: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     scale = max(wanted / side for wanted, side in zip(shape, pixels.shape[1:], strict=True))
     size = [max(wanted, round(side * scale)) for wanted, side in zip(shape, pixels.shape[1:], strict=True)]
     if size != list(pixels.shape[1:]):
-        pixels = interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        resized = interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        pixels = resized if pixels.dtype == torch.uint8 else resized.clamp_(0, 1)
     top, left = ((side - wanted) // 2 for side, wanted in zip(size, shape, strict=True))
     return pixels[:, top : top + shape[0], left : left + shape[1]]
 
@@ -196,7 +198,7 @@ def read_images(
         shape = shape or (good[0][0].shape[1:] if good else None)
         if any(image.shape[1:] != shape for image, *_ in good):
             return _SEVERAL_SIZES
-        needed = max(num_images, len(keys)) * sum(image.numel() for image, *_ in good[:1])
+        needed = max(num_images, len(keys)) * sum(image.nbytes for image, *_ in good[:1])
         if needed > max_bytes:
             return f"the decoded images take {needed / 1e9:.3g} GB, more than the {max_bytes / 1e9:.3g} GB set apart"
         if samples is first:
@@ -210,7 +212,7 @@ def read_images(
     order = sorted(range(len(keys)), key=keys.__getitem__)
     checksums, names = zip(*(keys[index] for index in order), strict=True)
     place = torch.tensor(order, device=device).argsort()  # of each image, among the sorted ones
-    images = torch.empty(len(order), *pixels[0].shape[1:], dtype=torch.uint8, device=device)
+    images = torch.empty(len(order), *pixels[0].shape[1:], dtype=pixels[0].dtype, device=device)
     while pixels:  # each batch is let go of when it is copied
         batch = pixels.pop(0)
         images[place[: len(batch)]] = batch
@@ -264,17 +266,19 @@ def _halves(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def crop(images: torch.Tensor, boxes: torch.Tensor, image_shape: tuple[int, int], resample: str) -> torch.Tensor:
     """
     Resized crops as two products per view, first along the rows, then along the columns, each rounded as Pillow does.
-    They are those of `RandomCrops`, but for a large JPEG, which that decodes at a smaller scale.
+    They are those of `RandomCrops`, but for a large JPEG, which that decodes at a smaller scale. Arrays are not
+    rounded; in TF32, where that is allowed, they are off by less than 1e-3.
 
     Args:
-        images (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): uint8.
+        images (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): uint8, or fp32 in [0, 1].
         boxes (`torch.Tensor` of shape `(batch_size, num_views, 4)`): left, upper, right, lower, in pixels.
         image_shape (`(int, int)`): Height and width of a view.
         resample (`str`): `"bilinear"` or `"bicubic"`.
 
     Returns:
-        uint8 of shape `(batch_size, num_views, num_channels, *image_shape)`.
+        Of the type of the images and shape `(batch_size, num_views, num_channels, *image_shape)`.
     """
+    is_array = images.dtype != torch.uint8
     left, upper, right, lower = boxes.flatten(0, 1).unbind(1)
     across = resize_weights(
         low=left, high=right, size=images.shape[3], new_size=image_shape[1], resample=resample
@@ -285,8 +289,11 @@ def crop(images: torch.Tensor, boxes: torch.Tensor, image_shape: tuple[int, int]
     rows = sum(
         images.float()[:, None] @ part.mT[:, :, None] for part in _halves(across)
     )  # (B, V, C, height, new width)
-    rows = (rows + 0.5).floor().clamp(0, 255)
+    if not is_array:
+        rows = (rows + 0.5).floor().clamp(0, 255)
     views = sum(part[:, :, None] @ rows for part in _halves(down))
+    if is_array:
+        return views.clamp(0, 1)
     return (views + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
@@ -362,7 +369,7 @@ class ResidentLoader:
             yield {"images": names, "bad": [], "indices": indices, "boxes": boxes}
 
     def views(self, batch: dict) -> torch.Tensor:
-        """uint8 `(batch_size, num_views, num_channels, height, width)` on the device."""
+        """`(batch_size, num_views, num_channels, height, width)` on the device, as `crop` returns it."""
         pixels = self.images.pixels
         indices, boxes = (batch[name].to(pixels.device, non_blocking=True) for name in ("indices", "boxes"))
         return crop(pixels[indices], boxes, self.crops.image_shape, self.crops.resample)

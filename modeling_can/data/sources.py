@@ -16,6 +16,7 @@ from datasets.packaged_modules.folder_based_builder.folder_based_builder import 
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from ..files import literal_pattern, refuse_missing_files, refuse_missing_folder
+from .arrays import ARRAY_EXTENSION, arrays_of, dtype_of, encode_array
 from .faults import (
     is_empty_tar,
     load,
@@ -83,6 +84,9 @@ class ImageSource:
         streaming (`bool`):
             Read while training. `False` first downloads everything of `dataset_name` or `data_files` into the cache
             of `datasets`.
+        arrays (`bool`):
+            Images are read as arrays: `data_dir` takes NumPy files too, and the column may be one of arrays or of
+            nested lists (`Array2D`, `Array3D`, `List`).
         extra_columns (`tuple[str, ...]`): Columns to be kept beside the images; `data_dir` has none.
 
     Raises:
@@ -101,6 +105,7 @@ class ImageSource:
         dataset=None,
         extra_columns=(),
         config_name=None,
+        arrays=False,
     ):
         _retry_here_alone()
         given = {"dataset_name": dataset_name, "data_dir": data_dir, "data_files": data_files, "dataset": dataset}
@@ -116,6 +121,7 @@ class ImageSource:
         data_files = data_files if not data_files or isinstance(data_files, str) else list(data_files)
         self.name = str(dataset_name or data_dir or data_files or "the data set")
         self.image_column, self.extra_columns, self.is_folder = image_column, tuple(extra_columns), bool(data_dir)
+        self.arrays = arrays
         self.fingerprint = None  # of its files, or its number of rows: tells it from others of that name
         self.left_out, self.left_out_line = {}, ""  # files of a local folder that are not read, by kind; a sentence
         self._builder, self._num_images, self.split = None, None, split
@@ -131,7 +137,7 @@ class ImageSource:
 
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
         refuse_missing_folder("data_dir", folder)
-        paths, self.left_out, self.left_out_line = list_images(str(folder))
+        paths, self.left_out, self.left_out_line = list_images(str(folder), self.arrays)
         for path in paths:
             try:
                 path.encode()
@@ -143,6 +149,7 @@ class ImageSource:
                 f"data_dir={folder} holds no images; for parquet or tar files use "
                 f"--data_files '{folder}/*.parquet' or --dataset_name {folder}"
                 + (f". {self.left_out_line}" if self.left_out else "")
+                + ("; NumPy arrays are read where pixel_range is set" if ARRAY_EXTENSION in self.left_out else "")
             )
         # Files of a class lie together; a shuffled list mixes them beyond the reach of a block.
         paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
@@ -258,6 +265,8 @@ class ImageSource:
             )
         self.num_shards = 1 if counted else dataset.num_shards
         dataset = dataset.select_columns(list(dict.fromkeys((*columns, *self.extra_columns))))
+        if self.arrays and any(dtype_of(self.features.get(name)) for name in columns):
+            return dataset.with_format("arrow")  # lists of Python numbers would be slow, and would lose the type
         for name in columns if dataset.features else ():  # .map() may leave them unknown
             dataset = dataset.cast_column(name, datasets.Image(decode=False))
         return dataset
@@ -307,7 +316,7 @@ class ImageSource:
                 # iter(batch_size) is also the one way of reading that does not split among the workers a second time.
                 for block in rows.iter(batch_size=block_size):
                     rows_state, num_failures = rows.state_dict(), 0
-                    yield block, rows_state
+                    yield self._columns(block), rows_state
                 return
             except GeneratorExit:  # at the end of Python, when the names in the next line may be gone
                 raise
@@ -324,8 +333,21 @@ class ImageSource:
                 raise ValueError(
                     f"{self.name} has rows with several images; set image_column to one of {self.image_columns}"
                 )
-            images.append(encoded(filled[0]) if filled else None)
+            images.append(self._encoded(filled[0]) if filled else None)
         return images
+
+    def _encoded(self, image) -> dict:
+        if self.arrays and (isinstance(image, list) or hasattr(image, "__array__")):
+            return {"bytes": encode_array(image), "path": None}
+        return encoded(image)
+
+    def _columns(self, block: dict | pyarrow.Table) -> dict:
+        if isinstance(block, dict):
+            return block
+        names = {name for name in self.image_columns if dtype_of(self.features[name])}
+        return {
+            name: arrays_of(block[name]) if name in names else block[name].to_pylist() for name in block.column_names
+        }
 
     def fetch(self, image: dict | None) -> bytes:
         """What `read_bytes` says; a connection that fails is tried again, until it is an `OSError`."""

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from .bad_samples import append_line, bad_sample_line, bad_sample_lines, refuse_bad
-from .decoding import BadImage
+from .bad_samples import BadImage, append_line, bad_sample_line, bad_sample_lines, refuse_bad
 from .reading import image_name
 
 
@@ -35,7 +34,7 @@ _MAX_EMPTY_EPOCHS = 20  # in a row: a worker may be given nothing but empty shar
 
 class ViewStream(torch.utils.data.IterableDataset):
     """
-    One process's share of a source as an endless stream of `{"views": uint8 (2, C, H, W), "bad": [reason], "image":
+    One process's share of a source as an endless stream of `{"views": (2, C, H, W), "bad": [reason], "image":
     name}`, to be given to `view_loader` (never to `accelerator.prepare`, which would split it once more).
 
     An image that cannot be used is skipped. Each worker reports it once, however often the epochs bring it back:
@@ -44,7 +43,7 @@ class ViewStream(torch.utils.data.IterableDataset):
 
     Args:
         source (`ImageSource`): Where the images come from.
-        make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)` uint8; raises `BadImage`.
+        make_views (callable): `(encoded bytes, epoch) -> (2, C, H, W)`, as `RandomCrops`; raises `BadImage`.
         seed (`int`): Of the order.
         process_index, num_processes (`int`): This process among those that share the source.
         block_size (`int`): Encoded images that a worker holds and shuffles at a time.
@@ -179,18 +178,24 @@ class ViewStream(torch.utils.data.IterableDataset):
 
 
 def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of the views, in [0, 1], over the first images of a stream."""
+    """
+    Mean and standard deviation of each channel of the views, in [0, 1], over the first images of a stream: to four
+    decimals, of arrays to four digits, as they may use a small part of their range.
+    """
     count, total, squares = 0, 0.0, 0.0
     for sample in itertools.islice(stream, num_images):
         if count and stream.state_dict()["epoch"] > 0:
             break
-        pixels = sample["views"].double().div(255).transpose(0, 1).flatten(1)  # (C, pixels of both views)
+        views = sample["views"]
+        is_array = views.dtype != torch.uint8
+        pixels = views.double().div(1 if is_array else 255).transpose(0, 1).flatten(1)  # (C, pixels of both views)
         count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    if std.min() < 1e-3:
+    if std.min() < (1e-6 if is_array else 1e-3):
         raise ValueError(
             f"the standard deviations are {std.tolist()}: channel {int(std.argmin())} is the same everywhere, and the "
             "normalization would divide by 0; give image_mean and image_std, with 1 for that channel"
         )
-    return tuple(round(x, 4) for x in mean.tolist()), tuple(round(x, 4) for x in std.tolist())
+    rounded = (lambda x: float(f"{x:.4g}")) if is_array else (lambda x: round(x, 4))
+    return tuple(map(rounded, mean.tolist())), tuple(map(rounded, std.tolist()))

@@ -1,5 +1,6 @@
 """The order of an evaluation: processes, data, models, checks; then the tasks of each model; then what is shown."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -16,6 +17,7 @@ from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
 from .advice import advice
 from .embed import embed_task
+from .encoders import load_preprocessor
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
 from .finetuning import FineTuning
@@ -116,7 +118,9 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
                 is_shown=accelerator.is_main_process,
             )
         else:
-            data = load_labeled(**columns, label_column=settings.label_column or "label")
+            data = load_labeled(
+                **columns, label_column=settings.label_column or "label", arrays=_reads_arrays(settings)
+            )
     if data.test_size and settings.test_size is None and accelerator.is_main_process:
         tell(
             f"{settings.dataset_name} has no test split: {data.test_size:.0%} of "
@@ -129,6 +133,14 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
         if name in settings.task:
             setup.prepared[name] = protocol.prepare(setup)
     return setup
+
+
+def _reads_arrays(settings: Settings) -> bool:
+    """Whether the first model does; one that cannot be loaded is refused later, and better."""
+    with contextlib.suppress(ValueError):
+        name = settings.processor_name_or_path or settings.model_name_or_path[0]
+        return load_preprocessor(name, None, settings.trust_remote_code, settings.decoding).reads_arrays
+    return False
 
 
 def _check(setup: Setup, entry: Entry, tasks: list[str]):

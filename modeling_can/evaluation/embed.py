@@ -18,7 +18,7 @@ from datasets import ClassLabel, Value
 from PIL import Image
 
 from ..data import ImageSource, append_line, bad_sample_line, refuse_bad
-from ..data.decoding import BadImage
+from ..data.bad_samples import BadImage
 from ..data.loading import Patient, handed_over, worker_options
 from ..files import write
 from ..progress import progress_bar, tell
@@ -56,6 +56,7 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
             streaming=settings.streaming,
             extra_columns=tuple(filter(None, (settings.id_column, label_column))),
             config_name=settings.dataset_config_name,
+            arrays=encoder.preprocessor.reads_arrays,
         )
 
     label_column, source = settings.label_column, source_with(settings.label_column)
@@ -84,6 +85,7 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         max_bad_fraction=settings.max_bad_fraction,
+        blank=encoder.preprocessor.blank,
     )
     own = gather_object([(figures["new_images"], figures["images_per_second"])])
     new_images, speed = map(sum, zip(*own, strict=True))
@@ -123,6 +125,7 @@ def embed(
     process_index=0,
     num_processes=1,
     max_bad_fraction=0.01,
+    blank=None,
 ) -> dict:
     """
     One process's share of the work, from where it stands in the folder; to be called by all, now or one after another.
@@ -147,6 +150,8 @@ def embed(
         label_column (`str`, *optional*): Column of single values.
         process_index, num_processes (`int`): This process among those that share the work.
         max_bad_fraction (`float`): Fraction of bad images above which the process stops.
+        blank (`bytes`, *optional*):
+            An encoded image that `prepare` takes, which tells D where a unit has no good image; by default a gray one.
 
     Returns:
         `totals` of the folder; `new_images` and `images_per_second` of this call.
@@ -192,7 +197,7 @@ def embed(
             unit, ids = units[batch.unit], batch.ids
             embeddings = _to_numpy(encode(batch.images), ids, dtype) if ids else None
             if schema is None and (ids or batch.done):
-                size = embeddings.shape[1] if ids else _embedding_size(prepare, encode)
+                size = embeddings.shape[1] if ids else encode(prepare(blank or _gray_image())[None]).shape[1]
                 schema = schema_of(source, label_column, dtype, size)
             for last in batch.lines:  # not by the workers, which may outlive a process that was killed
                 append_line(folder / BAD_SAMPLES, last)
@@ -250,11 +255,10 @@ def _to_numpy(features: torch.Tensor, ids: list[str], dtype: str) -> np.ndarray:
     return kept.cpu().numpy()
 
 
-def _embedding_size(prepare, encode) -> int:
-    """D, where a unit has not one good image to tell it: that of a gray image."""
+def _gray_image() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (512, 512), "gray").save(buffer, "PNG")
-    return encode(prepare(buffer.getvalue())[None]).shape[1]
+    return buffer.getvalue()
 
 
 # --- Reading: in the loader's workers --------------------------------------------------------------------------------

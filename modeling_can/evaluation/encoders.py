@@ -23,14 +23,16 @@ from transformers import (
 
 from .. import __version__
 from ..conversion.reading import no_conversion_service
+from ..data.arrays import encode_array, reads_arrays
 from ..data.decoding import DECODING, decode
+from ..plots import displayed
 from ..progress import quiet
 from ..provenance import installed_versions
 
 
 __all__ = [
-    "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "feature_maps", "load_config", "load_encoder",
-    "load_model", "load_preprocessor", "pooled", "untrained",
+    "ArrayPreprocessor", "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "feature_maps", "load_config",
+    "load_encoder", "load_model", "load_preprocessor", "pooled", "preprocessor_of", "untrained",
 ]  # fmt: skip
 
 POOLINGS = ("mean", "cls", "both")
@@ -47,14 +49,16 @@ class Preprocessor:
         processor: A transformers image processor.
         image_size (`(int, int)`, *optional*): Height and width that the model gets, instead of the processor's own.
         decoding (`dict`, *optional*):
-            `transparent_background` and `high_bit_depth` of `decode`, instead of what the processor says, to which the
-            trainer adds those that are not the default.
+            `transparent_background`, `high_bit_depth` and `pixel_range` of `decode`, instead of what the processor
+            says, to which the trainer adds those that are not the default.
     """
 
+    reads_arrays = False
+    blank = None  # an encoded image of one color, where a gray PNG is none that it takes
+
     def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
-        self.processor, self.num_channels = processor, len(processor.image_mean or (0, 0, 0))
-        named = {name: getattr(processor, name) for name in DECODING if getattr(processor, name, None)}
-        self.decoding = {**named, **(decoding or {})}
+        self.processor, self.num_channels = processor, _num_channels(processor)
+        self.decoding = _decoding(processor, decoding)
         self.sizes = self._sizes(image_size)
         self.in_two_steps = True
         image = np.random.default_rng(0).integers(0, 256, (40, 50, self.num_channels), dtype=np.uint8)
@@ -128,7 +132,7 @@ class Preprocessor:
         if not self.in_two_steps:
             return pixels
         pixels = pixels.float()
-        if self.processor.do_rescale:
+        if self.processor.do_rescale and not self.reads_arrays:  # those are in [0, 1]
             pixels = pixels * self.processor.rescale_factor
         if self.processor.do_normalize:
             mean, std = (
@@ -160,6 +164,67 @@ class Preprocessor:
         numbers = json.loads(self.processor.to_json_string())
         kind = type(self.processor).__name__
         return {**numbers, **self.sizes, "class": kind, "decoding": self.decoding, "versions": versions}
+
+
+class ArrayPreprocessor(Preprocessor):
+    """
+    Of images that are read as arrays, fp32 in [0, 1]: what the processor says is done here, because transformers does
+    not resize any number of channels. Resizing is with antialiasing, as in `RandomCrops`.
+    """
+
+    reads_arrays = True
+
+    def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
+        self.processor, self.num_channels = processor, _num_channels(processor)
+        self.decoding, self.in_two_steps = _decoding(processor, decoding), True
+        self.sizes = self._sizes(image_size)
+
+    def _shape(self, height: int, width: int, sizes: dict) -> tuple[int, ...]:
+        return tuple(self._resized(np.zeros((height, width, self.num_channels), np.float32), sizes).shape[-2:])
+
+    def _process(self, pixels: np.ndarray, **options) -> torch.Tensor:
+        return self._resized(pixels, self.sizes)
+
+    def _resized(self, pixels: np.ndarray, sizes: dict) -> torch.Tensor:
+        """`(height, width, channels)` in [0, 1] -> `(channels, height, width)` of the processor's size."""
+        wanted, images = {**self.processor.to_dict(), **sizes}, torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+        if wanted["do_resize"]:
+            size = (wanted["size"].get("height"), wanted["size"].get("width"))
+            if edge := wanted["size"].get("shortest_edge"):
+                short = min(images.shape[-2:])
+                size = tuple(int(edge * side / short) for side in images.shape[-2:])
+            mode = {2: "bilinear", 3: "bicubic"}[wanted["resample"]]
+            images = interpolate(images, size, mode=mode, antialias=True).clamp_(0, 1)
+        if wanted.get("do_center_crop"):
+            height, width = wanted["crop_size"]["height"], wanted["crop_size"]["width"]
+            top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+            images = images[..., top : top + height, left : left + width]
+        return images[0]
+
+    def shown(self, encoded: bytes) -> torch.Tensor:
+        return (255 * displayed(self.decode(encoded))).round().to(torch.uint8)
+
+    @property
+    def blank(self) -> bytes:
+        return encode_array(np.zeros((self.num_channels, 512, 512), np.uint8))
+
+
+def _num_channels(processor) -> int:
+    return len(processor.image_mean or (0, 0, 0))
+
+
+def _decoding(processor, decoding: dict | None) -> dict:
+    """What `decode` is told: by the processor, or else by `decoding`."""
+    named = {name: getattr(processor, name) for name in DECODING if getattr(processor, name, None)}
+    return {**named, **(decoding or {})}
+
+
+def preprocessor_of(
+    processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None
+) -> Preprocessor:
+    """The one that suits the channels; the arguments are those of `Preprocessor`."""
+    as_arrays = reads_arrays(_num_channels(processor), _decoding(processor, decoding).get("pixel_range"))
+    return (ArrayPreprocessor if as_arrays else Preprocessor)(processor, image_size, decoding)
 
 
 class Encoder(nn.Module):
@@ -388,7 +453,7 @@ def load_preprocessor(
                 f"{name} has no image processor that can be loaded ({reason}); name a model that "
                 "was trained on images prepared alike: --processor_name_or_path"
             ) from error
-    return Preprocessor(processor, image_size, decoding)
+    return preprocessor_of(processor, image_size, decoding)
 
 
 def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, ...] = (), **options) -> nn.Module:

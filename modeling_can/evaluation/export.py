@@ -40,6 +40,11 @@ def check_export(setup: Setup, entry: Entry):
     if folder in (setup.output_dir.resolve(), *setup.output_dir.resolve().parents):
         raise ValueError(f"export_classifier={folder} is or holds output_dir; give a folder of its own")
     check_new_folder(folder)
+    if entry.preprocessor.reads_arrays:
+        raise ValueError(
+            f"export_classifier: {entry.name} takes arrays of {entry.preprocessor.num_channels} channels, and what is "
+            "exported is for pipelines and widgets, which give RGB images; use what --task finetune leaves"
+        )
     if "finetune" not in setup.settings.task:
         _check_encoder(entry.name, can_config(entry.path))
     elif config.model_type == "can":  # it is fine-tuned at this size

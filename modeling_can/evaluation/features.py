@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..data import located, read_bytes
-from ..data.decoding import BadImage
+from ..data.bad_samples import BadImage
 from ..data.loading import Patient, worker_options
 from ..files import new_file
 from .sets import Split

@@ -45,6 +45,7 @@ class Probe:
                 test_split=test_split,
                 image_column=image_column,
                 label_column=label_column,
+                arrays=preprocessor.reads_arrays,
             )
         except ValueError as error:
             message = f"probe_dataset_name={dataset_name}: {error} (here all these names begin with probe_)"

@@ -232,6 +232,11 @@ class Robustness(Protocol):
             return load_further_sets(path, setup.data.class_names) if path else {}
 
     def check(self, setup: Setup, entry: Entry):
+        if entry.preprocessor.reads_arrays:
+            raise ValueError(
+                f"the robustness task corrupts RGB and gray images, and {entry.name} takes arrays of "
+                f"{entry.preprocessor.num_channels} channels; leave it out"
+            )
         names = [name for names in corruptions_by_group(setup.settings.corruptions).values() for name in names]
         Corrupted(entry.preprocessor, names)
 

@@ -14,6 +14,7 @@ import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 from ..data import located, read_bytes
+from ..data.arrays import dtype_of, encode_array
 from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cache
 from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 
@@ -109,10 +110,12 @@ def load_split(
     split: str = "train",
     image_column: str = "image",
     label_column: str = "label",
+    arrays: bool = False,
 ) -> tuple[Split, list[str]]:
     """
     One split of a set that `datasets.load_dataset` reads, and the names of its classes: those of a `ClassLabel`
-    column, or the sorted values of any other.
+    column, or the sorted values of any other. With `arrays`, as of `ImageSource`, the images may be a column of arrays
+    or of nested lists.
 
     Raises:
         ValueError: if it cannot be found, is empty, lacks a column, or has rows without a label.
@@ -133,7 +136,9 @@ def load_split(
     labels = np.asarray(labels) if isinstance(kind, datasets.Value | datasets.ClassLabel) else np.empty((0, 0))
     if labels.ndim != 1 or labels.dtype.kind not in "iubUO":
         raise ValueError(f"{name}: {label_column!r} must hold one class for each image, not {kind}")
-    refuse_other_than_images(name, image_column, rows.features)
+    dtype = dtype_of(rows.features[image_column]) if arrays else None
+    if dtype is None:
+        refuse_other_than_images(name, image_column, rows.features)
     is_class = isinstance(kind, datasets.ClassLabel)
     missing = [row for row, label in enumerate(labels) if label is None or (is_class and label < 0)]
     if missing:
@@ -144,14 +149,24 @@ def load_split(
     values, indices = np.unique(labels, return_inverse=True)
     names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
     try:
-        images = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        images = rows.select_columns([image_column])
+        if dtype is None:
+            images = images.cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{name}: image_column={image_column!r} holds {rows.features[image_column]} and no images; set it to one "
             f"of {', '.join(rows.column_names)}"
         ) from error
     images = images if image_column == "image" else images.rename_column(image_column, "image")
+    images = images.with_transform(functools.partial(_as_files, dtype=dtype)) if dtype else images
     return Split(name, images, indices.astype(np.int64), path if os.path.isdir(path) else None), names
+
+
+def _as_files(rows: dict, dtype: str) -> dict:
+    images = (
+        None if array is None else {"bytes": encode_array(array, dtype), "path": None} for array in rows["image"]
+    )
+    return {"image": list(images)}
 
 
 def _uneven(folder: Path) -> str:
@@ -181,6 +196,7 @@ def load_labeled(
     label_column: str = "label",
     test_size: float | None = 0.0,
     seed: int = 0,
+    arrays: bool = False,
 ) -> LabeledSet:
     """
     A set with a part to learn from and one to be tested on.
@@ -191,11 +207,12 @@ def load_labeled(
         test_size (`float`, *optional*):
             For a set without a test split, the fraction of every class of the training split to hold out. `None`
             holds out `HELD_OUT` where train is the only split, as of class folders that are in no folder of a split.
+        arrays (`bool`): As of `load_split`.
 
     Raises:
         ValueError: as `load_split`; if there is a single class, or a test label that no training image has.
     """
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {"image_column": image_column, "label_column": label_column, "arrays": arrays}
     train, names = load_split(dataset_name, config_name, train_split, **columns)
     known = np.unique(train.labels)
     if len(known) < 2:

@@ -62,6 +62,9 @@ class Settings:
     high_bit_depth: str | None = option(
         None, "16-bit grayscale to 8: full_range, stretch, skip; as pre-trained", choices=HIGH_BIT_DEPTH
     )
+    pixel_range: tuple[float, ...] | None = option(
+        None, "values that become 0 and 1 of images read as arrays; as pre-trained", num_values=(2,), ascending=True
+    )
     pooling: str = option("mean", "features: mean of the patch tokens, cls token, or both", choices=POOLINGS)
     baselines: tuple[str, ...] | None = option(
         BASELINES,

@@ -72,7 +72,7 @@ class Share:
 
 
 def crop_loader(train: Split, preprocessor: Preprocessor, share: Share, seed: int, num_workers: int):
-    """uint8 `(share of the batch, 1, C, H, W)` for every step."""
+    """`(share of the batch, 1, C, H, W)` for every step: uint8, or arrays in [0, 1]."""
     resample = "bicubic" if preprocessor.processor.resample == 3 else "bilinear"  # as the images of the test will be
     view = RandomCrops(
         preprocessor.image_size, preprocessor.num_channels, (0.08, 1.0), resample=resample, seed=seed, num_views=1,
@@ -84,7 +84,7 @@ def crop_loader(train: Split, preprocessor: Preprocessor, share: Share, seed: in
 
 class Augmentation:
     """
-    uint8 crops -> flipped, RandAugmented, normalized, erased pixel values, on their device. Flips and RandAugment
+    Crops -> flipped, RandAugmented, normalized, erased pixel values, on their device. Flips and RandAugment
     depend on the seed, the step and the image's place in the batch of all processes; erasing draws from torch's
     global generator.
 
@@ -123,7 +123,8 @@ class Augmentation:
         crops = torch.where(flipped[:, None, None, None], crops.flip(-1), crops)
         if self.randaugment:
             operations, levels = self.randaugment.draw(self.batch_size, rng)
-            crops = 255 * self.randaugment(crops.float() / 255, operations[here], levels[here])
+            white = 255 if crops.dtype == torch.uint8 else 1
+            crops = white * self.randaugment(crops.float() / white, operations[here], levels[here])
         pixel_values = self.preprocessor.normalize(crops)
         if self.random_erasing_probability > 0:
             erased = random_boxes(

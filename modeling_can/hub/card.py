@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
+from ..data.arrays import reads_arrays
 from ..data.folders import SAMPLE_DATA, counts
 from ..files import write
 from ..progress import duration
@@ -133,6 +134,7 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         repo_id=repo_id if repo_id and "/" in repo_id else None,
         recipe=recipe,
         config=config,
+        as_arrays=reads_arrays(config.num_channels, recipe.get("pixel_range")),
         results=results,
         is_sample=is_sample,
         source=source,
@@ -322,7 +324,7 @@ def classifier_card(
 
 
 def export_card(
-    name: str, target: str, source: str, config: PreTrainedConfig, is_classifier: bool, has_processor: bool
+    name: str, target: str, source: str, config: PreTrainedConfig, is_classifier: bool, processor: dict
 ) -> str:
     """
     The card of what `modeling_can.conversion` writes.
@@ -333,7 +335,7 @@ def export_card(
         source (`str`): The folder, file or Hub id that it was made of.
         config (`CANConfig`): Of the encoder.
         is_classifier (`bool`): Whether it has a classifier.
-        has_processor (`bool`): Whether an image processor came with it.
+        processor (`dict`): The image processor that came with it; empty if none did.
     """
     card_data = ModelCardData(
         library_name={"timm": "timm", "onnx": "onnx"}.get(target, "transformers"),
@@ -353,7 +355,8 @@ def export_card(
             target=target,
             source=source if _hub_id(source) else Path(source).resolve().name,
             is_file=Path(source).is_file(),
-            has_processor=has_processor,
+            has_processor=bool(processor),
+            as_arrays=reads_arrays(config.num_channels, processor.get("pixel_range")),
             described=EXPORTS[target],
             config=config,
             layers=_counted(config.num_hidden_layers, "layer"),

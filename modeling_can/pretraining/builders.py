@@ -16,7 +16,7 @@ from ..conversion import normalization, warm_start
 from ..data import ImageSource
 from ..data.augmentations import Augmentation
 from ..data.crops import RandomCrops
-from ..evaluation.encoders import Preprocessor
+from ..evaluation.encoders import preprocessor_of
 from ..evaluation.probe import Probe
 from ..evaluation.processes import check_processes, forget_settings
 from ..modeling_can import CANForPreTraining
@@ -112,6 +112,7 @@ def image_source(recipe: Recipe, dataset=None) -> ImageSource:
         streaming=recipe.streaming,
         dataset=dataset,
         config_name=recipe.dataset_config_name,
+        arrays=recipe.reads_arrays,
     )
 
 
@@ -150,7 +151,8 @@ def augmentation(recipe: Recipe) -> Augmentation:
 def image_processor(recipe: Recipe) -> ViTImageProcessor:
     """
     What prepares an image downstream: the shortest edge to 256/224 of the size, center crop, the recipe's mean. For
-    `encoders.Preprocessor` it also says how to decode, where that is not the usual way.
+    `encoders.Preprocessor` it also says how to decode, where that is not the usual way. Arrays come to it in [0, 1],
+    and transformers does not resize any number of channels; `encoders.ArrayPreprocessor` does.
     """
     height, width = recipe.config.image_shape
     decoding = {name: value for name, value in recipe.decoding.items() if value != "skip"}  # a choice of images
@@ -158,6 +160,7 @@ def image_processor(recipe: Recipe) -> ViTImageProcessor:
         return ViTImageProcessor(
             do_convert_rgb=recipe.config.num_channels == 3,
             do_resize=True,
+            do_rescale=not recipe.reads_arrays,
             size={"shortest_edge": round(max(height, width) * 256 / 224)},
             do_center_crop=True,
             crop_size={"height": height, "width": width},
@@ -179,7 +182,7 @@ def probe_of(recipe: Recipe, device: torch.device) -> Probe | None:
         test_split=recipe.probe_test_split,
         image_column=recipe.probe_image_column or recipe.image_column,
         label_column=recipe.probe_label_column,
-        preprocessor=Preprocessor(image_processor(recipe)),
+        preprocessor=preprocessor_of(image_processor(recipe)),
         device=device,
     )
 
@@ -267,6 +270,10 @@ def trained_model(recipe: Recipe, plan: Plan, accelerator: Accelerator, compiled
 def _tell_of_warm_start(recipe: Recipe, taken: list[str], new: list[str]):
     tell(f"taken from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
     theirs = normalization(recipe.model_name_or_path)
-    if theirs and theirs != (list(recipe.image_mean), list(recipe.image_std)):
+    if (
+        theirs
+        and len(theirs[0]) == recipe.config.num_channels
+        and theirs != (list(recipe.image_mean), list(recipe.image_std))
+    ):
         mean, std = (",".join(map(str, numbers)) for numbers in theirs)
         tell(f"its images were normalized otherwise; to do so as well: --image_mean {mean} --image_std {std}")

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..configuration_can import CANConfig
 from ..data import ImageSource
+from ..data.decoding import decode
 from ..progress import duration, tell
 from .batch_size import largest_step
 from .cost import step_seconds
@@ -85,12 +86,15 @@ def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Rec
     """
     answer, given = [None], recipe.given
     if accelerator.is_main_process:
-        images, machine = look_at(source), _machine(accelerator)
+        images, machine = look_at(source, **_decoding(given)), _machine(accelerator)
         answer = [(images, machine, choices(images, machine, given))]
     images, machine, found = broadcast_object_list(answer)[0]
     place = _described_device(accelerator.device.type, machine)
     head = f"no recipe is named; chosen for {_described(images)} from {source.name}, on {place}:"
     recipe = filled(recipe, found, head)
+    if recipe.reads_arrays and not source.arrays:  # the number is that of model_name_or_path
+        number = recipe.config.num_channels
+        raise ValueError(f"num_channels={number} of {recipe.model_name_or_path} must be said: --num_channels {number}")
     if accelerator.is_main_process:
         tell("\n  ".join(recipe.chosen))
         if accelerator.device.type == "cpu":
@@ -102,7 +106,7 @@ def check_open(recipe: Recipe):
     """Raises ValueError for what the user set that goes with no choice, before the images are looked at."""
     errors, start = [], recipe.given.get("model_name_or_path")
     if start and not Path(start).is_file():
-        _encoder_of(start)  # before the processes meet: not all of them look at it later
+        _encoder_of(start, recipe.given)  # before the processes meet: not all of them look at it later
     for machine, side, is_gray in product((Machine("cpu"), *_GPUS), (32, 224), (False, True)):
         try:
             filled(recipe, choices(Images(10**6, side, is_gray), machine, recipe.given))
@@ -127,12 +131,23 @@ def filled(recipe: Recipe, found: list[Choice], head: str = "") -> Recipe:
     )
 
 
-def look_at(source: ImageSource) -> Images:
-    """Reads the first `_NUM_LOOKED_AT` images; those that cannot be read count later, in training."""
+def _decoding(given: dict) -> dict:
+    return {name: given[name] for name in ("num_channels", "pixel_range") if given.get(name)}
+
+
+def look_at(source: ImageSource, **decoding) -> Images:
+    """
+    Reads the first `_NUM_LOOKED_AT` images; those that cannot be read count later, in training. Of a source of arrays,
+    `decoding` is what `decode` takes.
+    """
     sides, is_gray = [], True
     blocks = source.blocks(source.dataset, block_size=8)  # small ones: a stream may be slow
     for row in islice((row for block, _ in blocks for row in source.images(block)), _NUM_LOOKED_AT):
         try:
+            if source.arrays:
+                sides.append(min(decode(source.fetch(row), **decoding).shape[:2]))
+                is_gray = False
+                continue
             image = Image.open(io.BytesIO(source.fetch(row)))
             sides.append(min(image.size))
             image.draft("RGB", (64, 64))
@@ -155,7 +170,7 @@ def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:
     on_gpu, number = machine.device == "cuda", images.number or _UNKNOWN_NUMBER
     start = given.get("model_name_or_path")
     if start and not Path(start).is_file():
-        found = [_encoder_of(start)]
+        found = [_encoder_of(start, given)]
     else:
         found = [_encoder(images, machine, given), _image_size(images, on_gpu, given)]
     values = {**{name: value for choice in found for name, value in choice.values.items()}, **given}
@@ -187,8 +202,8 @@ def _encoder(images: Images, machine: Machine, given: dict) -> Choice:
     return Choice(sizes_of(name, given), f"{name}: larger ones want more images or more memory")
 
 
-def _encoder_of(start: str) -> Choice:
-    return Choice(sizes_of_start(start), f"those of {start}")
+def _encoder_of(start: str, given: dict) -> Choice:
+    return Choice(sizes_of_start(start, given), f"those of {start}")
 
 
 def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
@@ -208,6 +223,8 @@ def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
 def _views(images: Images, values: dict) -> list[Choice]:
     """Of the values so far, the user's among them."""
     found, size = [], values["image_size"]
+    if values.get("num_channels", 3) != 3 and not {"image_mean", "image_std"} & values.keys():
+        found.append(Choice({"measure_mean_std": True}, "the images are not RGB"))
     if images.is_gray:
         gray = {"color_jitter": (0.4, 0.4, 0.0, 0.0), "grayscale_probability": 0.0, "measure_mean_std": True}
         if "image_mean" in values or "image_std" in values:

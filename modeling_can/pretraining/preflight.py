@@ -67,7 +67,12 @@ class Preflight:
             mean, std = self.recipe.image_mean, self.recipe.image_std
             with interlude():
                 reconstruction_sheet(
-                    model=whole.eval(), pixel_values=pixel_values[:4].flatten(0, 1), mean=mean, std=std, path=image
+                    model=whole.eval(),
+                    pixel_values=pixel_values[:4].flatten(0, 1),
+                    mean=mean,
+                    std=std,
+                    path=image,
+                    channels=self.recipe.display_channels,
                 )
             self._tell(
                 checks=checks,
@@ -109,7 +114,8 @@ class Preflight:
     def _checks(self, pixel_values: torch.Tensor, num_images: int) -> dict[str, str | None]:
         """By name, `None` or what is wrong."""
         recipe, model = self.recipe, self.trained.bare
-        batch_bytes = num_images // recipe.gradient_accumulation_steps * pixel_values[0].numel()  # uint8
+        batch_bytes = num_images // recipe.gradient_accumulation_steps * pixel_values[0].numel()
+        batch_bytes *= 4 if recipe.reads_arrays else 1  # fp32 or uint8
         num_workers = 0 if self.feed.resident else self.feed.loader.num_workers  # else only boxes are handed over
         num_checkpoints = recipe.save_total_limit + bool(recipe.probe_every)
         checks = {

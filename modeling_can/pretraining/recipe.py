@@ -14,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..configuration_can import CANConfig
 from ..conversion.names import ENCODER_FIELDS
+from ..data.arrays import reads_arrays
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, option, parse_values, read_flags
 from ..former_names import current_names
@@ -60,6 +61,15 @@ class Recipe:
     transparent_background: str = option("white", "color behind transparent pixels: a name or #rrggbb")
     high_bit_depth: str = option(
         "full_range", "16-bit grayscale to 8: full_range, stretch (each image's own) or skip", choices=HIGH_BIT_DEPTH
+    )
+    pixel_range: tuple[float, ...] | None = option(
+        None,
+        "of images read as arrays, the values that become 0 and 1, as 0,4095; by default those of uint8 and uint16",
+        num_values=(2,),
+        ascending=True,
+    )
+    display_channels: tuple[int, ...] | None = option(
+        None, "of figures: three channels as red, green, blue, or one as gray, from 0", minimum=0, num_values=(1, 3)
     )
     probe_dataset_name: str | None = option(None, "labeled set with two splits, to measure the features", path=True)
     probe_dataset_config_name: str | None = option(None, "its configuration, where it has several")
@@ -186,6 +196,11 @@ class Recipe:
         """What `data.decoding.decode` is told other than it does by default."""
         return {name: getattr(self, name) for name, usual in DECODING.items() if getattr(self, name) != usual}
 
+    @property
+    def reads_arrays(self) -> bool:
+        """Whether the images are read as arrays (`data.arrays`)."""
+        return reads_arrays((self.given or {}).get("num_channels", self.config.num_channels), self.pixel_range)
+
     def __post_init__(self):
         expand_paths(self)
         check(self)
@@ -212,6 +227,7 @@ class Recipe:
     def _check_views(self):
         if self.num_views == 1 and self.config.contrastive_loss_weight > 0:
             raise ValueError("num_views=1 must be at least 2, or contrastive_loss_weight 0: views are contrasted")
+        self._check_arrays()
         if self.color_jitter[3] > 0.5:
             raise ValueError(f"color_jitter={self.color_jitter} turns the hue by more than 0.5, half a circle")
         height, width = self.config.image_shape
@@ -227,6 +243,23 @@ class Recipe:
                 raise ValueError(
                     f"{name}={values} must have {self.config.num_channels} values, one for each channel; "
                     "--measure_mean_std finds them"
+                )
+
+    def _check_arrays(self):
+        num_channels = self.config.num_channels
+        if self.pixel_range and self.pixel_range[0] == self.pixel_range[1]:
+            raise ValueError(f"pixel_range={self.pixel_range} must be two values, that of black and that of white")
+        for channel in self.display_channels or ():
+            if channel >= num_channels:
+                raise ValueError(
+                    f"display_channels={self.display_channels} has a {channel}, and num_channels={num_channels}; "
+                    f"use 0 to {num_channels - 1}"
+                )
+        for name in ("transparent_background", "high_bit_depth"):
+            if self.reads_arrays and getattr(self, name) != DECODING[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for RGB and gray images of 8 bits, and with num_channels="
+                    f"{num_channels} and pixel_range={self.pixel_range} they are read as arrays; leave it out"
                 )
 
     def _check_compilation(self):
@@ -342,7 +375,7 @@ def make_recipe(recipe: str | Path | dict | None, overrides: dict, has_dataset: 
     values = merged(recipe, overrides)
     start = values.get("model_name_or_path")
     if start not in (None, "none") and not any(name in merged(recipe, {}) for name in ENCODER_FIELDS):
-        values = {**sizes_of_start(str(Path(start).expanduser())), **values}
+        values = {**sizes_of_start(str(Path(start).expanduser()), values), **values}
     return Recipe.from_dict(values)
 
 

@@ -186,13 +186,14 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
     figures = [f"{name}.png" for name in ("curves", "features", "reconstructions")]
     native = native_kind(recipe.config)
     figures = [name for name in figures if (output_dir / "figures" / name).exists()]
+    has_demo = "reconstructions.png" in figures and not recipe.reads_arrays
     tell(
         f"\n{results['num_steps']} steps in {results['train_seconds']:.0f} s of training "
         f"({results['images_per_second']:.0f} images/s, {results['data_wait']:.0%} of the time waiting for data), "
         f"{results['total_seconds']:.0f} s since the start. Model, card and figures: {output_dir}\n\n"
         "Next:\n"
         f"  look at it              {output_dir}/figures/{', '.join(figures)}"
-        f"{f'; modeling-can demo --model_name_or_path {output_dir}' * ('reconstructions.png' in figures)}\n"
+        f"{f'; modeling-can demo --model_name_or_path {output_dir}' * has_demo}\n"
         f"  measure it              modeling-can eval --model_name_or_path {output_dir} --dataset_name LABELED_SET\n"
         f"  export it               modeling-can convert {output_dir} --to {native} {output_dir}-{native}\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"

@@ -20,7 +20,7 @@ from ..evaluation.encoders import feature_maps
 from ..files import write
 from ..modeling_can import CANForPreTraining
 from ..optimization import NonFiniteGuard
-from ..plots import feature_sheet, reconstruction_sheet, true_colors
+from ..plots import displayed, feature_sheet, reconstruction_sheet, true_colors
 from ..progress import duration, progress_bar, tell
 from ..random_state import interlude
 from .feed import Feed
@@ -209,17 +209,24 @@ class RunLog:
         if whole is None or not self.is_main:
             return
         pixels, mean, std = pixel_values[:6, 0], self.recipe.image_mean, self.recipe.image_std
+        channels = self.recipe.display_channels
         drawn = {name: self.output_dir / "figures" / f"{name}.png" for name in ("reconstructions", "features")}
         whole.eval()
         try:
             with interlude():
                 if self.recipe.config.uses_decoder:
                     reconstruction_sheet(
-                        model=whole, pixel_values=pixels, mean=mean, std=std, path=drawn["reconstructions"]
+                        model=whole,
+                        pixel_values=pixels,
+                        mean=mean,
+                        std=std,
+                        path=drawn["reconstructions"],
+                        channels=channels,
                     )
                 else:
                     del drawn["reconstructions"]
-                feature_sheet(true_colors(pixels, mean, std), *feature_maps(whole.can, pixels), drawn["features"])
+                images = displayed(true_colors(pixels, mean, std), channels)
+                feature_sheet(images, *feature_maps(whole.can, pixels), drawn["features"])
             for name, path in drawn.items():
                 image = np.asarray(Image.open(path).convert("RGB"))
                 for tracker in self.accelerator.trackers:

@@ -40,10 +40,13 @@ def sizes_of(name: str, given: dict) -> dict:
     return values
 
 
-def sizes_of_start(name_or_path: str) -> dict:
+def sizes_of_start(name_or_path: str, given: dict) -> dict:
     """
     The encoder of these weights, its image size and its normalization, by key of a recipe; with the decoder and the
     heads that they have too, or a decoder for an encoder of about that width.
+
+    Args:
+        given (`dict`): What the user set: a normalization of other channels is none for these.
 
     Raises:
         ValueError: for what is no encoder that CAN can have.
@@ -55,6 +58,7 @@ def sizes_of_start(name_or_path: str) -> dict:
     else:
         near = min(ENCODERS, key=lambda name: abs(ENCODERS[name][0][0] - config.hidden_size))
         values |= {name: value for name, value in sizes_of(near, {}).items() if name.startswith("decoder")}
-    if theirs := normalization(name_or_path):
+    theirs = normalization(name_or_path)
+    if theirs and len(theirs[0]) == int(given.get("num_channels", config.num_channels)):
         values |= {"image_mean": tuple(theirs[0]), "image_std": tuple(theirs[1])}
     return values

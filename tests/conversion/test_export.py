@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
@@ -216,6 +217,7 @@ def source(tmp_path) -> Path:
 def run_the_cards_snippet(folder: Path) -> dict:
     """The names that it leaves, after running in the folder with an image there."""
     Image.effect_noise((50, 40), 60).convert("RGB").save(folder / "photo.jpg")
+    np.save(folder / "image.npy", np.zeros((4, 32, 32), np.float32))
     card = ModelCard.load(folder / "README.md")
     assert card.data.pipeline_tag and "None" not in card.content and "{{" not in card.content
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
@@ -301,13 +303,13 @@ def test_an_empty_folder_and_a_link_to_one_are_filled(source, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("target", ["can", "dinov2", "vit", pytest.param("onnx", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("num_channels", [1, 3, 4])
 def test_the_snippets_of_sources_without_processor_or_color_run(target, num_channels, tmp_path):
     source = can(**SQUARE, num_channels=num_channels)
     source.save_pretrained(tmp_path / "source")
-    if num_channels == 1:
-        gray = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
-        ViTImageProcessor(size={"height": 32, "width": 32}, **gray).save_pretrained(tmp_path / "source")
+    if num_channels != 3:
+        others = {"image_mean": [0.5] * num_channels, "image_std": [0.2] * num_channels, "do_convert_rgb": False}
+        ViTImageProcessor(size={"height": 32, "width": 32}, **others).save_pretrained(tmp_path / "source")
     convert(str(tmp_path / "source"), target, tmp_path / "out")
     names = run_the_cards_snippet(tmp_path / "out")
     assert names["pixel_values"].shape == (1, num_channels, 32, 32) and names["embedding"].shape == (1, 32)

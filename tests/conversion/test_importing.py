@@ -48,6 +48,30 @@ def changed_parts(model, before: dict) -> set[str]:
     return {next(part for part in parts if name.startswith(part)) for name in changed}
 
 
+# --- Channels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 5])
+@pytest.mark.parametrize("kind", ["vit_mae", "dinov2", "can"])
+def test_other_channels_begin_with_the_mean_filter_over_rgb(kind, num_channels, tmp_path):
+    source = {"vit_mae": vit_mae, "dinov2": dinov2, "can": lambda: can(**SQUARE)}[kind]()
+    source.save_pretrained(tmp_path)
+    model = tiny_model(**SQUARE, num_channels=num_channels)
+    before = state_of(model)
+    taken, new = warm_start(model, str(tmp_path))
+    assert f"heads of the decoder (num_channels is 3 there and {num_channels} here)" in new
+    assert f"mean filter over RGB for each of {num_channels} channels" in taken[0]
+    gray = pixels_of(32, 32)[:, :1]
+    expected = tokens(source, gray.expand(-1, 3, -1, -1))  # the same image in all channels: as a gray one in RGB
+    ours = tokens(model.can, gray.expand(-1, num_channels, -1, -1))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    pixels = torch.randn(2, num_channels, 32, 32)  # and no channel counts more than another
+    torch.testing.assert_close(tokens(model.can, pixels), tokens(model.can, pixels.flip(1)), rtol=1e-4, atol=1e-5)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not any(name.startswith(("decoder.head.", "decoder.noise_head.")) for name in changed)
+    assert (kind != "dinov2") == any(name.startswith("decoder.layers.0.") for name in changed)
+
+
 # --- Outputs equal the source's --------------------------------------------------------------------------------------
 
 SOURCES = {

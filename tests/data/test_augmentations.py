@@ -192,7 +192,7 @@ def test_steps_that_are_off_are_not_drawn():
     assert set(Augmentation(color_jitter=(0.4, 0, 0, 0), blur_probability=0).draw(1, "cpu")) == {
         "flip", "jitter", "brightness", "grayscale"
     }  # fmt: skip
-    assert set(Augmentation((0.5,), (0.2,)).draw(1, "cpu")) == {"flip", "sigma"}
+    assert set(Augmentation((0.5,), (0.2,)).draw(1, "cpu")) == {"flip", "jitter", "brightness", "contrast", "sigma"}
 
 
 def test_one_channel():

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from testing_utils import image_file, noise_file
 
+from modeling_can.data.bad_samples import BadImage
 from modeling_can.data.crops import RandomCrops, random_box
-from modeling_can.data.decoding import BadImage
 
 
 def test_views_are_crops_of_the_image_that_depend_on_seed_epoch_and_image_alone():

@@ -8,7 +8,8 @@ from PIL import Image, ImageOps
 from testing_utils import encoded_image, image_file
 
 from modeling_can.data import encoded
-from modeling_can.data.decoding import BadImage, decode
+from modeling_can.data.bad_samples import BadImage
+from modeling_can.data.decoding import decode
 
 
 def test_a_decoded_image_keeps_its_transparency():

@@ -9,7 +9,8 @@ import zipfile
 import pytest
 from testing_utils import PHOTO
 
-from modeling_can.data.decoding import BadImage, decode
+from modeling_can.data.bad_samples import BadImage
+from modeling_can.data.decoding import decode
 from modeling_can.data.formats import describe
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from modeling_can import progress
 from modeling_can.data import ImageSource
-from modeling_can.data.decoding import BadImage, decode
+from modeling_can.data.bad_samples import BadImage
+from modeling_can.data.decoding import decode
 from modeling_can.evaluation import embed as embedding
 from modeling_can.evaluation import (
     part_files,

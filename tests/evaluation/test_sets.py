@@ -46,10 +46,11 @@ def test_parquet_shards_and_class_folders_are_read_alike(tmp_path):
 def test_the_trainers_probe_takes_splits_by_name(tmp_path):
     write_split(tmp_path, "train", rows([0, 1, 0, 1]))
     write_split(tmp_path, "validation", rows([1, 0]))
-    probe = Probe(str(tmp_path), None, "train", "validation", "image", "label", None)
+    preprocessor = Preprocessor(ViTImageProcessorPil(size={"height": 8, "width": 8}))
+    probe = Probe(str(tmp_path), None, "train", "validation", "image", "label", preprocessor)
     assert (len(probe.set.train), len(probe.set.test)) == (4, 2)
     with pytest.raises(ValueError, match='Unknown split "test".* all these names begin with probe_'):
-        Probe(str(tmp_path), None, "train", "test", "image", "label", None)
+        Probe(str(tmp_path), None, "train", "test", "image", "label", preprocessor)
 
 
 def test_labels_of_any_type_become_class_indices(tmp_path):

@@ -51,6 +51,7 @@ RUNS = {
         "vertical_flip_probability": 0.5, "quarter_turn_probability": 0.5, "position_embedding_type": "rotary",
         "rope_theta": 50, "num_register_tokens": 2, "gated_mlp": True, "key_bias": False,
         "interpolate_antialias": True,
+        "pixel_range": "0,255", "display_channels": 1,
     },
     "labeled, from weights": {
         "dataset_name": "labeled", "dataset_split": "test", "probe_dataset_name": "labeled",

@@ -49,6 +49,7 @@ OTHER = {"model_name_or_path": "e", "probe_image_column": "f",
          "num_train_epochs": 2.0, "num_train_samples": 64, "resample": "bilinear", "mixed_precision": "bf16",
          "dataset_config_name": "g", "probe_dataset_config_name": "h",
          "crop_scale": (0.5, 0.75), "crop_ratio": (0.5, 1.0), "blur_sigma": (0.5, 1.0), "hidden_act": "relu",
+         "pixel_range": (0, 4095), "display_channels": (2,),
          "color_jitter": (0.1, 0.1, 0.1, 0.1), "image_mean": (0.1, 0.1, 0.1), "image_std": (0.5, 0.5, 0.5),
          "image_size": 64, "patch_size": 8, "hidden_size": 192, "num_attention_heads": 6, "max_steps": 7,
          "decoder_hidden_size": 128, "decoder_num_attention_heads": 8, "projection_hidden_size": 12}  # fmt: skip
