@@ -344,7 +344,7 @@ def test_augmentation_makes_no_device_wait():
 
 def test_color_steps_are_left_out_with_a_message_where_there_is_no_color(caplog):
     views = torch.randint(0, 256, (4, 2, 1, 16, 16), dtype=torch.uint8)
-    augment = Augmentation(mean=(0.5,), std=(0.2,), flip_probability=0, blur_probability=0)
+    augment = Augmentation((0.5,), (0.2,), flip_probability=0, blur_probability=0, color_jitter=(0, 0, 0.4, 0.1))
     torch.testing.assert_close(augment(views), (views / 255 - 0.5) / 0.2)
     assert "they need 3 channels, these images have 1" in caplog.text
 
