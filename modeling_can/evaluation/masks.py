@@ -14,7 +14,8 @@ import pyarrow
 from PIL import Image
 
 from ..data import located, read_bytes
-from ..data.decoding import BadImage, upright_size
+from ..data.bad_samples import BadImage
+from ..data.decoding import upright_size
 from ..data.folders import images_below, resolve_name
 from ..progress import progress_bar
 from .sets import HELD_OUT, LabeledSet, hold_out, load_rows

@@ -58,7 +58,7 @@ RUNS = {
         "dataset_config_name": "default", "probe_train_split": "test", "probe_test_split": "train",
         "probe_dataset_config_name": "default",
         "probe_label_column": "kind", "probe_image_column": "image", "probe_every": 2, "max_steps": 4,
-        "model_name_or_path": "weights",
+        "model_name_or_path": "weights", "layer_decay": 0.9, "frozen_encoder_ratio": 0.25,
         "log_with": "tensorboard", "patch_size": 8,
     },
 }  # fmt: skip
