@@ -287,6 +287,7 @@ def test_the_command_refuses_in_words_and_leaves_nothing_behind(source, tmp_path
     assert listing(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_python_m_runs_the_command_without_a_warning(source, tmp_path):
     command = [sys.executable, "-m", "modeling_can.conversion", str(source), "--to", "can", str(tmp_path / "out")]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -86,6 +86,7 @@ def rows(number: int) -> datasets.Dataset:
     return tiles.select(range(number)).select_columns(["image"])
 
 
+@pytest.mark.slow
 def test_fewer_images_than_workers(caplog):
     source = ImageSource(dataset=rows(3))
     stream = ViewStream(source, lambda encoded, epoch: torch.zeros(2, 3, 8, 8, dtype=torch.uint8))

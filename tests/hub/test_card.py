@@ -425,6 +425,7 @@ def test_the_kept_model_loads_in_full_and_is_small():
         assert all(file.get_tensor(name).dtype == torch.bfloat16 for name in file.keys())
 
 
+@pytest.mark.slow
 def test_the_kept_model_tells_pictures_apart_that_it_has_not_seen():
     """Which photograph is a bundled tile from? Better than the same encoder untrained."""
     tiles = datasets.load_dataset("parquet", data_dir=str(ROOT / "modeling_can" / "data" / "sample_data"))

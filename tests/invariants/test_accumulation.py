@@ -125,6 +125,7 @@ def _process(rank, world_size, caching):
     return {name: gradient.numpy() for name, gradient in gradients(model.module).items()}
 
 
+@pytest.mark.slow
 def test_two_processes_that_accumulate_twice_are_one_process(whole):
     for result in run_processes(_process, 2, True):
         assert_same({name: torch.from_numpy(gradient) for name, gradient in result.items()}, whole[0])

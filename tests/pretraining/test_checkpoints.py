@@ -222,6 +222,7 @@ def test_settings_that_changed_are_named_and_another_model_is_refused(uninterrup
     assert "settings that changed since: base_learning_rate was 0.006, is 0.001" in output
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(tmp_path, capfd):
     before = ["--noise_head=shared", "--norm_noise_loss=false"]  # and nothing else
     run_pretraining.main([*RUN, *before, f"--output_dir={tmp_path / 'a'}"])
