@@ -52,6 +52,7 @@ __all__ = [
     "check_dinov2",
     "convert",
     "encoder_weights",
+    "export_kind",
     "native_kind",
     "to_dinov2",
     "to_dinov3_vit",
@@ -76,6 +77,16 @@ _VARIANTS = {
     "dinov2": ("gated_mlp",),
     "dinov2_with_registers": ("gated_mlp", "num_register_tokens", "interpolate_antialias"),
 }
+
+
+def export_kind(config: CANConfig) -> str:
+    """`native_kind` where an export to it will do, else ONNX, which takes all."""
+    kind = native_kind(config)
+    try:
+        _check_kind(kind, config) if kind == "dinov3_vit" else check_dinov2(config, kind)
+    except ValueError:
+        return "onnx"
+    return kind
 
 
 def native_kind(config: CANConfig) -> str:

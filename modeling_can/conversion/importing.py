@@ -17,6 +17,7 @@ from .reading import (
     Source,
     as_pair,
     encoder_config,
+    is_file_of_weights,
     read_checkpoint,
     read_config,
     read_weights,
@@ -24,7 +25,7 @@ from .reading import (
 )
 
 
-__all__ = ["can_config", "copy_weights", "gated_width", "has_classifier", "to_can", "warm_start"]
+__all__ = ["can_config", "copy_weights", "gated_width", "has_classifier", "start_config", "to_can", "warm_start"]
 
 
 _DECODER_FIELDS = (
@@ -196,6 +197,21 @@ def can_config(name_or_path: str) -> CANConfig:
         raise ValueError(
             f"{name_or_path} is timm's; write it anew first: python -m modeling_can.conversion ... --to can"
         )
+    return _as_can(name_or_path, config)
+
+
+def start_config(name_or_path: str, num_attention_heads: int | None = None) -> CANConfig:
+    """
+    As `can_config`, also of what `warm_start` takes besides: a file of weights, or timm's ViTs, which are read for it.
+
+    Args:
+        num_attention_heads (`int`, *optional*): As in `read_checkpoint`.
+    """
+    source = None
+    if not is_file_of_weights(name_or_path):
+        source, config = read_config(name_or_path)
+    if source is None:
+        config = read_checkpoint(name_or_path, num_attention_heads).config
     return _as_can(name_or_path, config)
 
 

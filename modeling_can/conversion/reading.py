@@ -57,6 +57,7 @@ __all__ = [
     "from_timm",
     "no_conversion_service",
     "read_checkpoint",
+    "is_file_of_weights",
     "read_config",
     "read_weights",
     "their_keys",
@@ -109,9 +110,8 @@ def read_checkpoint(
     Raises:
         ValueError: for what cannot be read or is of another kind; the message names the fix.
     """
-    path = Path(name_or_path)
-    if path.suffix in _FILES and not path.is_dir():
-        return _read_file(path, {}, num_attention_heads, decoder_num_attention_heads)
+    if is_file_of_weights(name_or_path):
+        return _read_file(Path(name_or_path), {}, num_attention_heads, decoder_num_attention_heads)
     source, config = read_config(name_or_path)
     if source is None:
         try:
@@ -120,6 +120,11 @@ def read_checkpoint(
             raise _unreadable(name_or_path, error) from error
         return _read_file(file, config, num_attention_heads, decoder_num_attention_heads)
     return Checkpoint(source, config, read_weights(name_or_path, source))
+
+
+def is_file_of_weights(name_or_path: str) -> bool:
+    """Whether it is one of the authors' files, and no folder or Hub id."""
+    return Path(name_or_path).suffix in _FILES and not Path(name_or_path).is_dir()
 
 
 def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:

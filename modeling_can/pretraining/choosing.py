@@ -9,7 +9,6 @@ import os
 import statistics
 from dataclasses import dataclass, replace
 from itertools import islice, product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -105,7 +104,7 @@ def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Rec
 def check_open(recipe: Recipe):
     """Raises ValueError for what the user set that goes with no choice, before the images are looked at."""
     errors, start = [], recipe.given.get("model_name_or_path")
-    if start and not Path(start).is_file():
+    if start:
         _encoder_of(start, recipe.given)  # before the processes meet: not all of them look at it later
     for machine, side, is_gray in product((Machine("cpu"), *_GPUS), (32, 224), (False, True)):
         try:
@@ -169,7 +168,7 @@ def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:
     """
     on_gpu, number = machine.device == "cuda", images.number or _UNKNOWN_NUMBER
     start = given.get("model_name_or_path")
-    if start and not Path(start).is_file():
+    if start:
         found = [_encoder_of(start, given)]
     else:
         found = [_encoder(images, machine, given), _image_size(images, on_gpu, given)]

@@ -47,7 +47,7 @@ class Plan:
             num_contrasted=global_batch_size if caching else global_batch_size // num_micro_batches,
             max_steps=max_steps,
             warmup_steps=round(recipe.warmup_ratio * max_steps),
-            frozen_steps=round(recipe.frozen_encoder_ratio * max_steps),
+            frozen_steps=int(recipe.frozen_encoder_ratio * max_steps),
             peak_learning_rate=peak_learning_rate(recipe.base_learning_rate, global_batch_size),
         )
 

@@ -18,8 +18,8 @@ from ..data.arrays import reads_arrays
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, option, parse_values, read_flags
 from ..former_names import current_names
-from .presets import LENGTH, merged, output_dir, presets, recipe_for
-from .sizes import sizes_of_start
+from .presets import LENGTH, begun, merged, output_dir, presets, recipe_for
+from .sizes import OF_START, sizes_of_start
 
 
 __all__ = ["Recipe", "make_recipe", "model_fields", "parse_arguments", "training_fields"]
@@ -220,6 +220,11 @@ class Recipe:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size!r} is neither a number nor auto"
             )
+        if self.frozen_encoder_ratio and self.frozen_encoder_ratio + self.warmup_ratio >= 1:
+            raise ValueError(
+                f"frozen_encoder_ratio={self.frozen_encoder_ratio} and warmup_ratio={self.warmup_ratio} take all "
+                "steps, so that the encoder never has its learning rate; lower one of them"
+            )
         self._check_views()
         self._check_compilation()
         self._check_hub()
@@ -373,10 +378,19 @@ def make_recipe(recipe: str | Path | dict | None, overrides: dict, has_dataset: 
     if recipe is None:
         return _open_recipe(overrides)
     values = merged(recipe, overrides)
-    start = values.get("model_name_or_path")
-    if start not in (None, "none") and not any(name in merged(recipe, {}) for name in ENCODER_FIELDS):
-        values = {**sizes_of_start(str(Path(start).expanduser()), values), **values}
+    says_nothing = not any(name in merged(recipe, {}) for name in ENCODER_FIELDS if name != "num_channels")
+    if says_nothing and values.get("model_name_or_path") not in (None, "none"):
+        values = {**_of_start(values), **values}
     return Recipe.from_dict(values)
+
+
+def _of_start(values: dict) -> dict:
+    """Encoder, decoder, heads and normalization of the weights, or of the run that goes on, which began with them."""
+    known = begun(values.get("resume_from_checkpoint"), values.get("output_dir", "out"))
+    if known:
+        return {name: value for name, value in merged(known, {}).items() if name in OF_START}
+    values = parse_values(values, [*training_fields(), *model_fields()])
+    return sizes_of_start(str(Path(values["model_name_or_path"]).expanduser()), values)
 
 
 def _open_recipe(overrides: dict) -> Recipe:

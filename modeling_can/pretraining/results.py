@@ -6,7 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from ..conversion import native_kind
+from ..conversion.export import export_kind
 from ..data.folders import SAMPLE_DATA
 from ..files import write
 from ..hub import write_card
@@ -184,7 +184,7 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
             tell(f"{name:32}{100 * accuracy['knn']:8.1f}{100 * accuracy['linear_probe']:15.1f}")
     tell("\n" + "\n".join(results["health"]))
     figures = [f"{name}.png" for name in ("curves", "features", "reconstructions")]
-    native = native_kind(recipe.config)
+    kind = export_kind(recipe.config)
     figures = [name for name in figures if (output_dir / "figures" / name).exists()]
     has_demo = "reconstructions.png" in figures and not recipe.reads_arrays
     tell(
@@ -195,7 +195,7 @@ def _tell_summary(output_dir: Path, recipe: Recipe, results: dict):
         f"  look at it              {output_dir}/figures/{', '.join(figures)}"
         f"{f'; modeling-can demo --model_name_or_path {output_dir}' * has_demo}\n"
         f"  measure it              modeling-can eval --model_name_or_path {output_dir} --dataset_name LABELED_SET\n"
-        f"  export it               modeling-can convert {output_dir} --to {native} {output_dir}-{native}\n"
+        f"  export it               modeling-can convert {output_dir} --to {kind} {output_dir}-{kind}\n"
         f"  use it                  AutoModel.from_pretrained({str(output_dir)!r}) after `import modeling_can`"
     )
     if recipe.dataset_name == SAMPLE_DATA:

@@ -189,7 +189,7 @@ class RunLog:
         lines, after = self.lines, self.probes.get(TRAINED)
         if after:
             lines = [*lines[:-1], {**lines[-1], "knn": after["knn"]}]
-        return judge(lines, self.plan.warmup_steps, self.plan.max_steps, *before)
+        return judge(lines, self.plan.frozen_steps + self.plan.warmup_steps, self.plan.max_steps, *before)
 
     @property
     def best(self) -> dict | None:

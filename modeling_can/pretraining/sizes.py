@@ -1,10 +1,15 @@
 """The sizes of encoder and decoder: from a table, or of the weights that a run begins with."""
 
-from ..conversion import can_config, normalization
+import functools
+
+from ..configuration_can import CANConfig
+from ..conversion import normalization
+from ..conversion.importing import start_config
 from ..conversion.names import ENCODER_FIELDS
+from ..conversion.reading import is_file_of_weights
 
 
-__all__ = ["ENCODERS", "sizes_of", "sizes_of_start"]
+__all__ = ["ENCODERS", "OF_START", "sizes_of", "sizes_of_start"]
 
 # Width, layers and heads of encoder and decoder
 ENCODERS = {
@@ -19,6 +24,7 @@ _HEADS = (
     "projection_hidden_size", "projection_size", "noise_head", "norm_noise_loss", "noise_std_max",
     "noise_level_embedding", "norm_pix_loss",
 )  # fmt: skip
+OF_START = (*ENCODER_FIELDS, "image_size", *_HEADS, "image_mean", "image_std")
 
 
 def sizes_of(name: str, given: dict) -> dict:
@@ -40,25 +46,32 @@ def sizes_of(name: str, given: dict) -> dict:
     return values
 
 
+@functools.lru_cache(maxsize=1)  # a file is read for it
+def _config_of(name_or_path: str, num_attention_heads: int | None) -> CANConfig:
+    return start_config(name_or_path, num_attention_heads)
+
+
 def sizes_of_start(name_or_path: str, given: dict) -> dict:
     """
     The encoder of these weights, its image size and its normalization, by key of a recipe; with the decoder and the
     heads that they have too, or a decoder for an encoder of about that width.
 
     Args:
-        given (`dict`): What the user set: a normalization of other channels is none for these.
+        given (`dict`):
+            What is set, by key: a normalization of other channels is none for these, and a file of weights does not
+            tell its number of heads.
 
     Raises:
         ValueError: for what is no encoder that CAN can have.
     """
-    config = can_config(name_or_path)
+    config = _config_of(name_or_path, given.get("num_attention_heads"))
     values = {name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")}
     if "CANForPreTraining" in (config.architectures or ()):
         values |= {name: getattr(config, name) for name in _HEADS}
     else:
         near = min(ENCODERS, key=lambda name: abs(ENCODERS[name][0][0] - config.hidden_size))
         values |= {name: value for name, value in sizes_of(near, {}).items() if name.startswith("decoder")}
-    theirs = normalization(name_or_path)
-    if theirs and len(theirs[0]) == int(given.get("num_channels", config.num_channels)):
+    theirs = None if is_file_of_weights(name_or_path) else normalization(name_or_path)
+    if theirs and len(theirs[0]) == given.get("num_channels", config.num_channels):
         values |= {"image_mean": tuple(theirs[0]), "image_std": tuple(theirs[1])}
     return values

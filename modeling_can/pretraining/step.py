@@ -73,6 +73,9 @@ class TrainStep:
             rate = self.learning_rate(step, first_step=group.get("first_step", 0))
             group["lr"] = group.get("lr_scale", 1.0) * rate
         terms = self.backward(micro_batches)
+        frozen = [p.grad for p in self._frozen(step) if p.grad is not None]
+        if frozen:  # neither in the norm, to which the others are clipped, nor in AdamW's moments
+            torch._foreach_zero_(frozen)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = total_norm([p.grad for p in parameters])
         if self.max_grad_norm > 0:
@@ -81,6 +84,10 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepOutput(terms, grad_norm, finite)
+
+    def _frozen(self, step: int) -> list[nn.Parameter]:
+        groups = [group for group in self.optimizer.param_groups if step < group.get("first_step", 0)]
+        return [parameter for group in groups for parameter in group["params"]]
 
     def backward(self, micro_batches: list) -> dict[str, torch.Tensor]:
         """The terms of `StepOutput`; leaves the gradient in the parameters."""

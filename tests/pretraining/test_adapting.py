@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from testing_utils import tiny_model
 from transformers import ViTConfig, ViTModel
 
 import run_pretraining
+from modeling_can.conversion.export import to_timm
 from modeling_can.optimization import layer_groups, learning_rate
 from modeling_can.pretraining.recipe import make_recipe
 
@@ -57,6 +58,24 @@ def test_a_recipe_without_sizes_gets_those_of_the_weights(start, tmp_path):
     assert (config.decoder_hidden_size, config.projection_size) == (16, 24)
     asked = {"model_name_or_path": str(start), "data_dir": "x", "hidden_size": 64}
     assert make_recipe("can-adapt", asked).config.hidden_size == 64  # which the run then refuses, with the flags
+    with pytest.raises(ValueError, match="num_channels='four'"):
+        make_recipe("can-adapt", {**asked, "num_channels": "four"})
+    only_data = {"model_name_or_path": str(start), "max_steps": 1, "num_channels": 4, "measure_mean_std": True}
+    assert make_recipe(only_data, {"data_dir": "x"}).config.hidden_size == 32  # a recipe of the data alone
+
+
+def test_a_file_of_weights_tells_its_sizes_too(tmp_path):
+    encoder, _ = to_timm(tiny_model(image_size=32, patch_size=8).can)
+    save_file(encoder, tmp_path / "w.safetensors")
+    asked = {"model_name_or_path": str(tmp_path / "w.safetensors"), "data_dir": "x", "num_attention_heads": 2}
+    config = make_recipe("can-adapt", asked).config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 2)
+
+
+def test_a_frozen_encoder_leaves_steps_for_its_learning_rate(start):
+    asked = {"model_name_or_path": str(start), "data_dir": "x", "frozen_encoder_ratio": 0.9}
+    with pytest.raises(ValueError, match="frozen_encoder_ratio=0.9 and warmup_ratio=0.1 take all steps"):
+        make_recipe("can-adapt", asked)
 
 
 def test_decoder_and_heads_learn_first_and_a_resumed_run_is_exact(start, tmp_path):
@@ -66,6 +85,8 @@ def test_decoder_and_heads_learn_first_and_a_resumed_run_is_exact(start, tmp_pat
     assert all(torch.equal(at[1][name], at[3][name]) for name in encoder)
     assert not any(torch.equal(at[3][name], at[5][name]) for name in encoder)
     assert not torch.equal(at[1]["decoder.head.weight"], at[3]["decoder.head.weight"])
+    state = torch.load(tmp_path / "whole/checkpoints/step-3/shared.pt", weights_only=False)["optimizer"]["state"]
+    assert not any(state[name]["exp_avg"].any() for name in state if name.startswith("can."))
     # The earlier a block, the less it moves
     moved = [(at[5][f"can.layers.{i}.mlp.fc1.bias"] - at[3][f"can.layers.{i}.mlp.fc1.bias"]).norm() for i in (0, 1)]
     assert 0.6 < moved[0] / moved[1] < 0.9  # AdamW's first steps are of the size of the rate: 0.75
