@@ -129,7 +129,7 @@ def main():
         try:
             results = {}
             for number in arguments.numbers:
-                images = (arguments.images or folder) / str(number)
+                images = (arguments.images or folder).resolve() / str(number)
                 if not images.exists():
                     write_images(images, number)
                 results[number] = of_a_folder(images, checkouts, arguments.rounds)
