@@ -58,26 +58,33 @@ def list_folder(folder: str) -> Listing:
         ValueError: if the path of an image is not UTF-8 text.
     """
     left_out, unreadable = Counter(), []
-    paths, sizes, digest = _paths_and_sizes(folder, image_paths(folder, left_out, unreadable))
-    left_out = +left_out  # without zeros
-    line = sentence(f"data_dir={folder}", len(paths), left_out, unreadable)
-    if not len(paths):
-        return Listing(None, None, dict(left_out), line)
-    file = _cache_file(folder, digest)
-    table = _read(file)
+    table = _table(folder, image_paths(folder, left_out, unreadable))
+    pyarrow.default_memory_pool().release_unused()  # what it took to make the table
+    left_out, number = +left_out, 0 if table is None else len(table)  # without zeros
+    line = sentence(f"data_dir={folder}", number, left_out, unreadable)
     if table is None:
-        table = _shuffled(folder, paths, sizes)
-        if len(paths) >= _CACHED_FROM:
-            table = _kept(table, file)
+        return Listing(None, None, dict(left_out), line)
     found = table.schema.metadata[b"fingerprint"].decode()
     # Without a fingerprint, datasets would hash the table.
     return Listing(datasets.Dataset(table, fingerprint=found), found, dict(left_out), line)
 
 
+def _table(folder: str, images: Iterator[str]) -> MemoryMappedTable | InMemoryTable | None:
+    paths, sizes, digest = _paths_and_sizes(folder, images)
+    if not len(paths):
+        return None
+    file = _cache_file(folder, digest)
+    table = _read(file)
+    if table is not None:
+        return table
+    table = _shuffled(folder, paths.combine_chunks(), sizes)
+    return table if len(paths) < _CACHED_FROM else _kept(table, file)
+
+
 # --- Names and sizes -------------------------------------------------------------------------------------------------
 
 
-def _paths_and_sizes(folder: str, paths: Iterator[str]) -> tuple[pyarrow.Array, np.ndarray, str]:
+def _paths_and_sizes(folder: str, paths: Iterator[str]) -> tuple[pyarrow.ChunkedArray, np.ndarray, str]:
     """The paths as they come, their sizes (-1 for a link that leads nowhere), and a hash of both."""
     chunks, is_main = iter(lambda: list(itertools.islice(paths, _CHUNK)), []), os.environ.get("RANK", "0") == "0"
     found, sizes, digest = [], [], hashlib.sha256()
@@ -93,8 +100,8 @@ def _paths_and_sizes(folder: str, paths: Iterator[str]) -> tuple[pyarrow.Array, 
     except UnicodeEncodeError as error:
         message = f"data_dir={folder} holds {error.object!r}, a name that is not UTF-8 text; rename the file"
         raise ValueError(message) from error
-    joined = pyarrow.chunked_array(found, pyarrow.large_string()).combine_chunks()
-    return joined, np.concatenate([np.empty(0, np.int64), *sizes]), digest.hexdigest()[:16]
+    found = pyarrow.chunked_array(found, pyarrow.large_string())
+    return found, np.concatenate([np.empty(0, np.int64), *sizes]), digest.hexdigest()[:16]
 
 
 def _look_at(paths: list[str]) -> tuple[pyarrow.Array, np.ndarray]:
