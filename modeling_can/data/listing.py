@@ -10,9 +10,10 @@ import hashlib
 import itertools
 import logging
 import os
+import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +37,10 @@ COLUMN = "image"
 _SCHEMA = datasets.Features({COLUMN: datasets.Image(decode=False)}).arrow_schema
 _FORMAT = 1  # of the cached files
 _CACHED_FROM = 10_000  # images: fewer are sorted faster than a file is worth
-_CHUNK = 1024  # paths that are Python objects at a time
+_CHUNK = 256  # paths that are looked at together
 _MOST_BYTES = 2**31  # of paths in one array
-_NUM_THREADS = 16  # that ask for sizes: where the folder is on a server, they wait for it
+_NUM_THREADS = 16  # that ask for sizes where they have to be waited for, as on a server
+_SLOW = 1e-4  # seconds for a size, from which on threads gain more than they cost
 _QUIET_SECONDS = 2  # of listing, before a bar appears
 
 
@@ -91,7 +93,7 @@ def _paths_and_sizes(folder: str, paths: Iterator[str]) -> tuple[pyarrow.Chunked
     bar = progress_bar(description="listing", unit="images", is_shown=is_main, lines=True, delay=_QUIET_SECONDS)
     try:
         with bar:
-            for some_paths, some_sizes in _in_threads(_look_at, chunks):
+            for some_paths, some_sizes in _looked_at(chunks):
                 found.append(some_paths)
                 sizes.append(some_sizes)
                 for buffer in (*some_paths.buffers()[1:], some_sizes):
@@ -109,12 +111,19 @@ def _look_at(paths: list[str]) -> tuple[pyarrow.Array, np.ndarray]:
     return pyarrow.array(paths, pyarrow.large_string()), np.array(sizes, np.int64)
 
 
-def _in_threads(function, items: Iterable) -> Iterator:
-    """`map(function, items)` in threads, a bounded number of items ahead."""
+def _looked_at(chunks: Iterator[list[str]]) -> Iterator[tuple[pyarrow.Array, np.ndarray]]:
+    """`map(_look_at, chunks)`; once that turns out slow, in threads, a bounded number of chunks ahead."""
+    for chunk in chunks:
+        began = time.perf_counter()
+        found = _look_at(chunk)
+        is_slow = time.perf_counter() - began > _SLOW * len(chunk)
+        yield found
+        if is_slow:
+            break
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for chunk in chunks:
+            waiting.append(pool.submit(_look_at, chunk))
             if len(waiting) > 2 * _NUM_THREADS:
                 yield waiting.popleft().result()
         while waiting:

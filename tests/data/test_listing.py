@@ -311,9 +311,18 @@ def test_listing_says_how_far_it_is(images, monkeypatch, capsys, rank):
     assert ("listing: 90 images, " in capsys.readouterr().err) == (rank == "0")
 
 
-def test_sizes_are_asked_for_side_by_side(images, monkeypatch):
-    """The first eight are answered when all of them have been asked for."""
+def test_sizes_that_come_slowly_are_asked_for_side_by_side(images, monkeypatch):
+    """After the first one, eight are answered when all of them have been asked for."""
     numbers, barrier = itertools.count(), threading.Barrier(8)
     monkeypatch.setattr(listing, "_CHUNK", 1)
-    monkeypatch.setattr(listing, "size_of", lambda path: barrier.wait(timeout=30) if next(numbers) < 8 else 1)
+    monkeypatch.setattr(listing, "_SLOW", 0)
+    monkeypatch.setattr(listing, "size_of", lambda path: barrier.wait(timeout=30) if 0 < next(numbers) < 9 else 1)
     assert len(listing.list_folder(str(images)).rows) == 90
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_threads_change_nothing(odd, monkeypatch, slow):
+    monkeypatch.setattr(listing, "_CHUNK", 2)
+    monkeypatch.setattr(listing, "_SLOW", slow)
+    source = ImageSource(data_dir=odd)
+    assert (paths_of(source), source.fingerprint) == plain_listing(str(odd))
