@@ -31,6 +31,7 @@ def progress_bar(
     unit: str = "it",
     is_shown: bool = True,
     lines: bool = False,
+    delay: float = 0,
 ) -> tqdm:
     """
     A bar on stderr, where that is a terminal.
@@ -40,10 +41,13 @@ def progress_bar(
         unit (`str`): In the plural.
         is_shown (`bool`): `False` on all processes but one.
         lines (`bool`): Whether there is a line every half minute where there is no terminal.
+        delay (`float`): Seconds before the bar appears.
     """
-    options = {"dynamic_ncols": True, "disable": not is_shown}
+    options = {"dynamic_ncols": True, "disable": not is_shown, "delay": delay}
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left{postfix}"
+        if total is None and not hasattr(iterable, "__len__"):
+            line = "{desc}: {n_fmt}{unit}, {rate_noinv_fmt}{postfix}"
         options = {"file": _Lines(), "bar_format": line, "mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
         options |= {"delay": LINE_SECONDS, "disable": not (is_shown and lines)}
     return tqdm(iterable, description, total, initial=initial, unit=f" {unit}", **options)

@@ -1,6 +1,6 @@
 """
-Images on their way to the model: sources (`sources`, with `folders`, `tars`, `faults`, `reading`), one image
-(`formats`, `decoding`, `arrays`, `crops`), the stream of views and its workers (`stream`, `loading`, `bad_samples`),
+Images on their way to the model: sources (`sources`, with `folders`, `listing`, `tars`, `faults`, `reading`), one
+image (`formats`, `decoding`, `arrays`, `crops`), the stream of views and its workers (`stream`, `loading`, `bad_samples`),
 images that stay on the device (`resident`), and what happens there (`augmentations`).
 """
 

@@ -5,10 +5,12 @@ Nothing is left out in silence: it is counted by kind, and a line says so.
 
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets.data_files import FILES_TO_IGNORE, SPLIT_KEYWORDS
@@ -20,9 +22,9 @@ from .arrays import ARRAY_EXTENSION
 
 
 __all__ = [
-    "SAMPLE_DATA", "counts", "fingerprint", "hash_of", "image_extensions", "images_below",
-    "left_out_of_split", "list_images", "load_arguments", "refuse_braces", "refuse_misread_folders",
-    "resolve_name", "split_names", "suffix_of",
+    "SAMPLE_DATA", "counts", "fingerprint", "hash_of", "image_extensions", "image_paths", "images_below",
+    "left_out_of_split", "load_arguments", "refuse_braces", "refuse_misread_folders", "resolve_name", "sentence",
+    "size_of", "split_names", "suffix_of",
 ]  # fmt: skip
 
 
@@ -83,27 +85,41 @@ def split_names(split: str) -> list[str]:
     return re.sub(r"\[.*?\]", "", split).split("+")
 
 
-def fingerprint(files: list[str], folder: str = "") -> str:
+def fingerprint(files: Iterable[str], folder: str = "", sizes: Iterable[int | None] | None = None) -> str:
     """
-    Tells changed sources: of local files the names, below `folder` if they lie there, and the sizes; of remote ones
-    the URLs. The same folder in another place has the same fingerprint.
+    Tells changed sources: of local files the names, below `folder` if they lie there, and the sizes (`size_of`, where
+    they are not given); of remote ones the URLs. The same folder in another place has the same fingerprint.
     """
     start = os.path.join(folder, "") if folder else ""
 
-    def identity(file: str):
+    def identity(file: str, size: int | None):
         if "://" in file:
             return file.split("?")[0]  # a signature, which is another one each time
         name = file.removeprefix(start) if start and file.startswith(start) else os.path.basename(file)
-        try:
-            return [name, os.stat(file).st_size]
-        except OSError:  # of a link that leads nowhere
-            return [name, None]
+        return [name, size]
 
-    return hash_of([identity(file) for file in files])
+    if sizes is None:
+        files = list(files)
+        sizes = (None if "://" in file else size_of(file) for file in files)
+    return hash_of(itertools.starmap(identity, zip(files, sizes, strict=True)))
 
 
-def hash_of(values: list) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+def size_of(file: str) -> int | None:
+    """Bytes; None for a link that leads nowhere."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return None
+
+
+def hash_of(values: Iterable) -> str:
+    """The hash of the list of these values as JSON, which is never held as a whole."""
+    values, digest, separator = iter(values), hashlib.sha256(b"["), b""
+    while part := list(itertools.islice(values, 4096)):
+        digest.update(separator + json.dumps(part)[1:-1].encode())
+        separator = b", "
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
 
 
 # --- Images of a folder ----------------------------------------------------------------------------------------------
@@ -116,12 +132,13 @@ def image_extensions() -> set[str]:
     return {extension for extension, kind in Image.registered_extensions().items() if kind in read}
 
 
-def _walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
+def _walk(folder: str, left_out: Counter, unreadable: list[str]) -> Iterator[tuple[str, list[str]]]:
     """
-    Every file below a folder, through symbolic links too, each folder once. Hidden files and folders are left out, as
-    `datasets` does: they hold thumbnails, earlier versions and files of macOS; their images are counted.
+    The files below a folder, through symbolic links too, each folder once: its path and their names. Hidden files and
+    folders are left out, as `datasets` does: they hold thumbnails, earlier versions and files of macOS; their images
+    are counted.
     """
-    seen, paths, extensions = set(), [], image_extensions()
+    seen, extensions = set(), image_extensions()
 
     def num_images(files: list[str]) -> int:
         return sum(os.path.splitext(file)[1].lower() in extensions for file in files)
@@ -136,10 +153,14 @@ def _walk(folder: str, left_out: Counter, unreadable: list[str]) -> list[str]:
             folders.remove(hidden)
             left_out["hidden"] += sum(num_images(names) for *_, names in os.walk(os.path.join(parent, hidden)))
         left_out["hidden"] += num_images([file for file in files if file.startswith(".")])
-        paths += (os.path.join(parent, file) for file in files if not file.startswith("."))
+        yield parent, [file for file in files if not file.startswith(".")]
     if unreadable:
         left_out[_UNREADABLE] = len(unreadable)
-    return paths
+
+
+def _paths(folder: str, left_out: Counter, unreadable: list[str]) -> Iterator[str]:
+    for parent, files in _walk(folder, left_out, unreadable):
+        yield from (os.path.join(parent, file) for file in files)
 
 
 def _kind_of(path: str) -> str:
@@ -155,30 +176,28 @@ def _holds_figures(folder: str) -> bool:
     return name == "figures" and any(map(os.path.exists, marks))
 
 
-def list_images(folder: str, arrays: bool = False) -> tuple[list[str], dict[str, int], str]:
+def image_paths(folder: str, left_out: Counter, unreadable: list[str], arrays: bool = False) -> Iterator[str]:
     """
-    The sorted paths of the images below a folder; what else is there, by kind; and a sentence about that, empty if
-    there is nothing else. The figures of runs that were written into the folder are no images of it. NumPy files are
-    images where images are read as `arrays`.
+    The images below a folder, as they are found. At the end `left_out` has counted by kind what else is there, and
+    `unreadable` has the folders that may not be read. The figures of runs that were written into the folder are no
+    images of it. NumPy files are images where images are read as `arrays`.
     """
-    left_out, unreadable, images, figures = Counter(), [], [], {folder: False}
     extensions = image_extensions() | {ARRAY_EXTENSION} if arrays else image_extensions()
-    for path in _walk(folder, left_out, unreadable):
-        parent, extension = os.path.dirname(path), os.path.splitext(path)[1].lower()
-        if extension not in extensions:
-            left_out[_kind_of(path)] += 1
-            continue
-        if parent not in figures:
-            figures[parent] = _holds_figures(parent)
-        if figures[parent]:
-            left_out["in figures of runs"] += 1
+    for parent, files in _walk(folder, left_out, unreadable):
+        start, images = os.path.join(parent, ""), []
+        for file in files:  # perhaps a million: quicker than os.path.splitext and os.path.join
+            if file[file.rfind(".") :].lower() in extensions:
+                images.append(start + file)
+            else:
+                left_out[_kind_of(file)] += 1
+        if images and parent != folder and _holds_figures(parent):
+            left_out["in figures of runs"] += len(images)
         else:
-            images.append(path)
-    left_out = +left_out  # without zeros
-    return sorted(images), dict(left_out), _sentence(f"data_dir={folder}", len(images), left_out, unreadable)
+            yield from images
 
 
-def _sentence(source: str, num_images: int, left_out: Counter, unreadable: list[str], unit: str = "images") -> str:
+def sentence(source: str, num_images: int, left_out: Counter, unreadable: list[str], unit: str = "images") -> str:
+    """What is read of a source and what is not; empty if all of it is read."""
     parts = [f"{source}: reads {num_images:,} {unit}"]
     if counted := counts({kind: number for kind, number in left_out.items() if kind != _UNREADABLE}):
         parts.append(f"left out: {counted}")
@@ -223,7 +242,7 @@ def left_out_of_split(
     kinds = {os.path.splitext(file)[1].lower() for file in split_of}
     holds_images = bool(kinds & extensions)
     kinds = kinds & extensions if holds_images else kinds
-    for path in _walk(folder, left_out, unreadable):
+    for path in _paths(folder, left_out, unreadable):
         extension, own = os.path.splitext(path)[1].lower(), split_of.get(path)
         if own in split_names(split):
             num_read += extension in kinds
@@ -236,7 +255,7 @@ def left_out_of_split(
     del left_out["hidden"]
     left_out = +left_out
     unit = "images" if holds_images else "files"
-    text = _sentence(
+    text = sentence(
         source=f"dataset_name={folder}, split {split}",
         num_images=num_read,
         left_out=left_out,
@@ -288,5 +307,5 @@ def refuse_misread_folders(folder: Path):
 def images_below(folder: Path) -> list[Path]:
     """The relative paths of the images of a folder."""
     extensions = image_extensions()
-    paths = (Path(path) for path in _walk(str(folder), Counter(), []))
+    paths = map(Path, _paths(str(folder), Counter(), []))
     return sorted(path.relative_to(folder) for path in paths if path.suffix.lower() in extensions)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import fsspec
-import numpy as np
 import pyarrow
 import pyarrow.parquet
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -30,7 +29,6 @@ from .folders import (
     fingerprint,
     hash_of,
     left_out_of_split,
-    list_images,
     load_arguments,
     refuse_braces,
     refuse_misread_folders,
@@ -38,6 +36,7 @@ from .folders import (
     split_names,
     suffix_of,
 )
+from .listing import COLUMN, list_folder
 from .reading import connection_errors, encoded, is_gone, located, read_bytes
 from .tars import PartlyDecoded
 
@@ -137,25 +136,17 @@ class ImageSource:
 
     def _list_folder(self, folder: Path) -> datasets.IterableDataset:
         refuse_missing_folder("data_dir", folder)
-        paths, self.left_out, self.left_out_line = list_images(str(folder), self.arrays)
-        for path in paths:
-            try:
-                path.encode()
-            except UnicodeEncodeError as error:
-                message = f"data_dir={folder} holds {path!r}, a name that is not UTF-8 text; rename the file"
-                raise ValueError(message) from error
-        if not paths:
+        rows, self.fingerprint, self.left_out, self.left_out_line = list_folder(str(folder), self.arrays)
+        if rows is None:
             raise ValueError(
                 f"data_dir={folder} holds no images; for parquet or tar files use "
                 f"--data_files '{folder}/*.parquet' or --dataset_name {folder}"
                 + (f". {self.left_out_line}" if self.left_out else "")
                 + ("; NumPy arrays are read where pixel_range is set" if ARRAY_EXTENSION in self.left_out else "")
             )
-        # Files of a class lie together; a shuffled list mixes them beyond the reach of a block.
-        paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
-        self.fingerprint = fingerprint(paths, str(folder))
-        features = datasets.Features({self.image_column: datasets.Image(decode=False)})
-        return self._undecoded(datasets.Dataset.from_dict({self.image_column: paths}, features=features))
+        if self.image_column != COLUMN:
+            rows = rows.rename_column(COLUMN, self.image_column)
+        return self._undecoded(rows)
 
     def _build(self, dataset_name, config_name, data_files, streaming) -> datasets.IterableDataset:
         folder = None  # a local one, of which the names make the splits
