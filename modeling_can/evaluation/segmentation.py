@@ -177,7 +177,16 @@ class Segmentation(Protocol):
 
     name, for_baselines, for_reference, rank = "segmentation", True, True, 0
 
+    @staticmethod
+    def refuse_arrays(name: str):
+        raise ValueError(
+            f"the segmentation task takes RGB and gray images, and {name} takes arrays, for its number of channels or "
+            "its pixel_range; use another task, on a set with labels (if you gave it --pixel_range: leave that out)"
+        )
+
     def check(self, setup: Setup, entry: Entry):
+        if entry.preprocessor.reads_arrays:
+            self.refuse_arrays(entry.name)
         if not entry.preprocessor.in_two_steps:
             kind = type(entry.preprocessor.processor).__name__
             raise ValueError(
