@@ -229,7 +229,12 @@ class Segmentation(Protocol):
             "num_train": len(used),
             "patches": grid,
         }
-        return figures | ({"figure": self._draw(setup, entry, head)} if entry.kind == "model" else {})
+        if entry.kind == "model":
+            try:
+                figures["figure"] = self._draw(setup, entry, head)
+            except OSError as error:  # a full disk costs the sheet, not the figures
+                tell(f"{entry.name}: the sheet of test images could not be drawn: {error}")
+        return figures
 
     @staticmethod
     def _tokens(setup: Setup, entry: Entry, split: MaskedSplit, grid: list[int]) -> dict[str, np.ndarray] | None:

@@ -333,6 +333,16 @@ def test_training_images_are_drawn_where_their_patches_would_not_fit(
     assert "can: segmentation learns from 7 of 16 training images" in capsys.readouterr().out
 
 
+def test_a_sheet_that_cannot_be_written_costs_no_figures(measured, models, shapes_folder, tmp_path, capsys):
+    _, results = measured
+    (tmp_path / "figures" / "segmentation-can.png").mkdir(parents=True)
+    flags = {"task": "segmentation", "baselines": "none"}
+    again = run_eval.main(options(models, str(shapes_folder), tmp_path, "can", **flags))
+    made, expected = (run["results"]["can"]["segmentation"] for run in (again, results))
+    assert made == {name: value for name, value in expected.items() if name != "figure"}
+    assert "can: the sheet of test images could not be drawn: " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(models, shapes_folder, tmp_path):
     results = []
