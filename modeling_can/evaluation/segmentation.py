@@ -60,7 +60,8 @@ def patch_classifier(
     its solution the same each time. The loss is that of the upsampled logits at `SAMPLED` x `SAMPLED` pixels of every
     patch, which a test compares with that at all pixels; the fractions of the classes in a patch would be a cheaper
     target, but leave the borders of objects blunt. The penalty is |W|^2 / 2C beside the sum over images of their mean
-    loss. C is chosen by the mIoU on the images held out; then all images are fitted. If none is held out, C is 1.
+    loss. C is chosen by the mIoU on the images held out; then all images are fitted. Without a pixel that counts
+    in those held out, or in the others, C is 1.
 
     Args:
         tokens (`np.ndarray` of shape `(N, h, w, d)`): Of the patches; standardized in place, as a copy may not fit.
@@ -80,7 +81,8 @@ def patch_classifier(
             counts = sum(pixel_counts(logits.argmax(dim=1), part, num_classes) for logits, part in parts)
         return float(mean_iou(counts.cpu().numpy()))
 
-    scores = held_out_scores(score, INVERSE_PENALTIES if num_fit < len(tokens) else ())
+    can_choose = all((part >= 0).any() for part in (labels[:num_fit], labels[num_fit:]))
+    scores = held_out_scores(score, INVERSE_PENALTIES if can_choose else ())
     best = max(scores, key=scores.get, default=1.0)  # the strongest of equals
     _fit(weights, tokens, labels, best)
     fitted = weights.detach().cpu().numpy()

@@ -222,6 +222,18 @@ def test_ignored_pixels_are_not_learned_from():
     assert np.isfinite(more.weight).all()
 
 
+@pytest.mark.parametrize("uncounted", [slice(4, 5), slice(0, 4)])
+def test_the_penalty_is_not_chosen_by_images_without_a_pixel_that_counts(uncounted):
+    images, masks = shapes(5)
+    labels = np.stack([sampled(mask, (SIZE, SIZE)) for mask in masks]).astype(np.float32)
+    chosen = patch_classifier(patches(images), labels, NUM_CLASSES, num_fit=4)
+    assert chosen.inverse_penalty in segmentation.INVERSE_PENALTIES and 0 < chosen.held_out_mean_iou <= 1
+    labels[uncounted] = -1
+    made, expected = (patch_classifier(patches(images), labels, NUM_CLASSES, num_fit=number) for number in (4, 5))
+    assert (made.inverse_penalty, made.held_out_mean_iou) == (1.0, None)
+    assert np.array_equal(made.weight, expected.weight)
+
+
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
