@@ -110,7 +110,10 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
             "test_size": settings.test_size,
             "seed": settings.seed,
         }
+        arrays = _reads_arrays(settings)
         if has_masks:
+            if arrays:  # before all masks are read
+                Segmentation.refuse_arrays(settings.model_name_or_path[0])
             data = load_masked(
                 **columns,
                 mask_column=settings.mask_column,
@@ -118,9 +121,7 @@ def _setup(settings: Settings, fine_tuning: FineTuning, accelerator: Accelerator
                 is_shown=accelerator.is_main_process,
             )
         else:
-            data = load_labeled(
-                **columns, label_column=settings.label_column or "label", arrays=_reads_arrays(settings)
-            )
+            data = load_labeled(**columns, label_column=settings.label_column or "label", arrays=arrays)
     if data.test_size and settings.test_size is None and accelerator.is_main_process:
         tell(
             f"{settings.dataset_name} has no test split: {data.test_size:.0%} of "

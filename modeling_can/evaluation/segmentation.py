@@ -60,7 +60,8 @@ def patch_classifier(
     its solution the same each time. The loss is that of the upsampled logits at `SAMPLED` x `SAMPLED` pixels of every
     patch, which a test compares with that at all pixels; the fractions of the classes in a patch would be a cheaper
     target, but leave the borders of objects blunt. The penalty is |W|^2 / 2C beside the sum over images of their mean
-    loss. C is chosen by the mIoU on the images held out; then all images are fitted. If none is held out, C is 1.
+    loss. C is chosen by the mIoU on the images held out; then all images are fitted. Without a pixel that counts
+    in those held out, or in the others, C is 1.
 
     Args:
         tokens (`np.ndarray` of shape `(N, h, w, d)`): Of the patches; standardized in place, as a copy may not fit.
@@ -80,7 +81,8 @@ def patch_classifier(
             counts = sum(pixel_counts(logits.argmax(dim=1), part, num_classes) for logits, part in parts)
         return float(mean_iou(counts.cpu().numpy()))
 
-    scores = held_out_scores(score, INVERSE_PENALTIES if num_fit < len(tokens) else ())
+    can_choose = all((part >= 0).any() for part in (labels[:num_fit], labels[num_fit:]))
+    scores = held_out_scores(score, INVERSE_PENALTIES if can_choose else ())
     best = max(scores, key=scores.get, default=1.0)  # the strongest of equals
     _fit(weights, tokens, labels, best)
     fitted = weights.detach().cpu().numpy()
@@ -177,7 +179,16 @@ class Segmentation(Protocol):
 
     name, for_baselines, for_reference, rank = "segmentation", True, True, 0
 
+    @staticmethod
+    def refuse_arrays(name: str):
+        raise ValueError(
+            f"the segmentation task takes RGB and gray images, and {name} takes arrays, for its number of channels or "
+            "its pixel_range; use another task, on a set with labels (if you gave it --pixel_range: leave that out)"
+        )
+
     def check(self, setup: Setup, entry: Entry):
+        if entry.preprocessor.reads_arrays:
+            self.refuse_arrays(entry.name)
         if not entry.preprocessor.in_two_steps:
             kind = type(entry.preprocessor.processor).__name__
             raise ValueError(
@@ -220,7 +231,12 @@ class Segmentation(Protocol):
             "num_train": len(used),
             "patches": grid,
         }
-        return figures | ({"figure": self._draw(setup, entry, head)} if entry.kind == "model" else {})
+        if entry.kind == "model":
+            try:
+                figures["figure"] = self._draw(setup, entry, head)
+            except OSError as error:  # a full disk costs the sheet, not the figures
+                tell(f"{entry.name}: the sheet of test images could not be drawn: {error}")
+        return figures
 
     @staticmethod
     def _tokens(setup: Setup, entry: Entry, split: MaskedSplit, grid: list[int]) -> dict[str, np.ndarray] | None:

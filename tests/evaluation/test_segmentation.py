@@ -12,11 +12,12 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
-from testing_utils import launch_evaluation, options, save
+from testing_utils import launch_evaluation, options, save, tiny_config
 from torch.nn.functional import cross_entropy, interpolate
 from transformers import ConvNextConfig, ConvNextModel, PvtConfig, PvtModel, ViTImageProcessorPil
 
 import run_eval
+from modeling_can import CANForPreTraining
 from modeling_can.evaluation import report, segmentation
 from modeling_can.evaluation.encoders import Preprocessor
 from modeling_can.evaluation.features import raw_patches
@@ -221,6 +222,18 @@ def test_ignored_pixels_are_not_learned_from():
     assert np.isfinite(more.weight).all()
 
 
+@pytest.mark.parametrize("uncounted", [slice(4, 5), slice(0, 4)])
+def test_the_penalty_is_not_chosen_by_images_without_a_pixel_that_counts(uncounted):
+    images, masks = shapes(5)
+    labels = np.stack([sampled(mask, (SIZE, SIZE)) for mask in masks]).astype(np.float32)
+    chosen = patch_classifier(patches(images), labels, NUM_CLASSES, num_fit=4)
+    assert chosen.inverse_penalty in segmentation.INVERSE_PENALTIES and 0 < chosen.held_out_mean_iou <= 1
+    labels[uncounted] = -1
+    made, expected = (patch_classifier(patches(images), labels, NUM_CLASSES, num_fit=number) for number in (4, 5))
+    assert (made.inverse_penalty, made.held_out_mean_iou) == (1.0, None)
+    assert np.array_equal(made.weight, expected.weight)
+
+
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +345,16 @@ def test_training_images_are_drawn_where_their_patches_would_not_fit(
     assert "can: segmentation learns from 7 of 16 training images" in capsys.readouterr().out
 
 
+def test_a_sheet_that_cannot_be_written_costs_no_figures(measured, models, shapes_folder, tmp_path, capsys):
+    _, results = measured
+    (tmp_path / "figures" / "segmentation-can.png").mkdir(parents=True)
+    flags = {"task": "segmentation", "baselines": "none"}
+    again = run_eval.main(options(models, str(shapes_folder), tmp_path, "can", **flags))
+    made, expected = (run["results"]["can"]["segmentation"] for run in (again, results))
+    assert made == {name: value for name, value in expected.items() if name != "figure"}
+    assert "can: the sheet of test images could not be drawn: " in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(models, shapes_folder, tmp_path):
     results = []
@@ -441,17 +464,47 @@ def test_encoders_and_processors_that_do_not_fit_are_refused_in_words(models, sh
     own = {
         "pvt": save(tmp_path / "pvt", PvtModel(PvtConfig(image_size=32, depths=[1] * 4))),
     }
-    odd = SimpleNamespace(in_two_steps=False, processor=ViTImageProcessorPil())
+    odd = SimpleNamespace(reads_arrays=False, in_two_steps=False, processor=ViTImageProcessorPil())
     with pytest.raises(ValueError, match="the ViTImageProcessorPil of odd does something else: --proc"):
         Segmentation().check(None, SimpleNamespace(name="odd", preprocessor=odd))
     for name, flags, message in (
         ("pvt", {}, "does not tell which of its tokens are patches"),
         ("can", {"task": "segmentation,knn"}, "segmentation stands alone; got task=segmentation,knn"),
         ("can", {"ignore_index": -2}, "ignore_index=-2 must be at least -1"),
+        ("can", {"pixel_range": "0,255"}, "segmentation task takes RGB and gray images, and .*can takes arrays"),
     ):
         flags = {"task": "segmentation", **flags}
         with pytest.raises(ValueError, match=message):
             run_eval.main(options(models | own, str(shapes_folder), tmp_path / "out", name, **flags))
+
+
+def test_a_model_that_reads_arrays_is_refused_before_a_mask_is_read(models, shapes_folder, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(models["can"], tmp_path / "bands"))
+    processor = ViTImageProcessorPil.from_pretrained(folder).to_dict() | {"pixel_range": [0, 255]}
+    ViTImageProcessorPil.from_dict(processor).save_pretrained(folder)
+    message = "takes RGB and gray images, and bands takes arrays, .*use another task, on a set with labels"
+    given = options(models | {"bands": str(folder)}, str(shapes_folder), tmp_path, "can", "bands", task="segmentation")
+    with pytest.raises(ValueError, match=message):  # by check: it is not the first
+        run_eval.main(given)
+    monkeypatch.setattr("modeling_can.evaluation.command.load_masked", None)
+    given = options({"bands": str(folder)}, str(shapes_folder), tmp_path, "bands", task="segmentation")
+    with pytest.raises(ValueError, match=message.replace("bands", ".*bands")):
+        run_eval.main(given)
+
+
+def test_gray_models_are_measured_and_drawn(shapes_folder, tmp_path):
+    folder = tmp_path / "gray"
+    CANForPreTraining(tiny_config(image_size=32, num_channels=1)).save_pretrained(folder)
+    gray = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, **gray).save_pretrained(folder)
+    flags = {"task": "segmentation", "baselines": "none"}
+    results = run_eval.main(options({"gray": str(folder)}, str(shapes_folder), tmp_path / "out", "gray", **flags))
+    sheet = Image.open(results["results"]["gray"]["segmentation"]["figure"]).convert("RGB")
+    red, green, blue = np.moveaxis(np.asarray(sheet).astype(int), -1, 0)
+    is_gray = (red == green) & (green == blue)
+    third = sheet.width // 3
+    assert is_gray[:, :third].all() and not is_gray[:, third:].all()
+    assert 0 < red[:, :third].mean() < 255 and len(np.unique(red[:, :third])) > 50  # neither black nor blank
 
 
 def test_images_are_seen_whole_where_the_processor_crops_and_maps_do_as_tokens_do(shapes_folder, tmp_path):
