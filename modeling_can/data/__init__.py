@@ -1,7 +1,7 @@
 """
 Images on their way to the model: sources (`sources`, with `folders`, `listing`, `tars`, `faults`, `reading`), one
-image (`formats`, `decoding`, `arrays`, `crops`), the stream of views and its workers (`stream`, `loading`, `bad_samples`),
-images that stay on the device (`resident`), and what happens there (`augmentations`).
+image (`formats`, `decoding`, `arrays`, `crops`), the stream of views and its workers (`stream`, `loading`,
+`bad_samples`), images that stay on the device (`resident`), and what happens there (`augmentations`).
 """
 
 from .bad_samples import append_line, bad_sample_line, bad_sample_lines, refuse_bad
