@@ -2,8 +2,11 @@
 
 import io
 import itertools
+import struct
 import sys
 import tarfile
+import types
+import zlib
 
 import datasets
 import numpy as np
@@ -131,6 +134,67 @@ def test_images_of_pillow_give_all_their_channels():
     turned[0x0112] = 6
     upright = decode(image_file(image, "PNG", exif=turned), 4)
     np.testing.assert_array_equal(upright, np.rot90(np.asarray(image), -1) / np.float32(255))
+
+
+DEEP = rng.integers(0, 65536, (6, 9, 4), dtype=np.uint16)  # (height, width, channels)
+
+
+def deep_png(pixels: np.ndarray, exif: bytes = b"") -> bytes:
+    """Of 16 bits, which Pillow does not write in several channels."""
+    height, width, channels = pixels.shape
+    color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    parts = [(b"IHDR", struct.pack(">2I5B", width, height, 16, color_type, 0, 0, 0)), (b"eXIf", exif)]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3, 4])
+def test_pngs_of_16_bits_keep_them(num_channels):
+    if num_channels > 1:
+        pytest.importorskip("imagecodecs")
+    pixels = DEEP[..., :num_channels]
+    made = decode(deep_png(pixels), num_channels, pixel_range=(0, 65535))
+    np.testing.assert_array_equal(made, pixels / np.float32(65535))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_jpeg_2000_keeps_its_bits(num_channels, bits):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    pixels = (DEEP.repeat(8, 0).repeat(8, 1)[..., :num_channels] >> (16 - bits)).astype("u1" if bits == 8 else "u2")
+    file = imagecodecs.jpeg2k_encode(pixels.squeeze(), level=0, bitspersample=bits, reversible=True)
+    made = decode(file, num_channels, pixel_range=(0, 2**bits - 1))
+    np.testing.assert_array_equal(made, pixels / np.float32(2**bits - 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_that_imagecodecs_reads_are_turned_as_pillow_turns(orientation, monkeypatch):
+    codecs = types.SimpleNamespace(png_decode=lambda _: DEEP, jpeg2k_decode=None)
+    monkeypatch.setitem(sys.modules, "imagecodecs", codecs)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shallow = image_file(Image.fromarray((DEEP // 257).astype(np.uint8)), "PNG", exif=exif)
+    made = decode(deep_png(DEEP, exif.tobytes().removeprefix(b"Exif\0\0")), 4)
+    np.testing.assert_array_equal((made * 65535).round() // 257, (decode(shallow, 4) * 255).round())
+
+
+def test_more_bits_than_pillow_keeps_are_bad_without_imagecodecs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    siz = b"\xff\x4f\xff\x51" + struct.pack(">2H8IH", 47, 0, 4, 4, 0, 0, 4, 4, 0, 0, 3) + bytes([11, 1, 1] * 3)
+    for file, kind in ((deep_png(DEEP[..., :3]), "PNG of 16"), (siz + b"\xff\xd9", "JPEG2000 of 12")):
+        with pytest.raises(BadImage, match=rf"a {kind} bits.* 8; save it as TIFF, or .*modeling-can\[arrays\]") as e:
+            decode(file, 3, pixel_range=(0, 65535))
+        assert e.value.reason == "bit_depth"
+    others = {"PPM": b"P6 2 2 65535\n" + bytes(24), "SGI": image_file(Image.new("RGB", (2, 2)), "SGI")}
+    others["SGI"] = others["SGI"][:3] + b"\2" + others["SGI"][4:]
+    for kind, file in others.items():
+        with pytest.raises(BadImage, match=f"a {kind} of 16 bits, of which Pillow would keep 8; save it as TIFF$"):
+            decode(file, 3, pixel_range=(0, 65535))
+    assert decode(b"P6 2 2 255\n" + bytes(12), 3, pixel_range=(0, 255)).shape == (2, 2, 3)
 
 
 BAD = {
