@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from datasets import Array2D, Array3D, Dataset, Features, List, Value
+from datasets import Array2D, Array3D, Array4D, Dataset, Features, List, Value
 from PIL import Image
 from testing_utils import add_to_tar, image_file, noise_file
 
@@ -24,6 +24,7 @@ from modeling_can.data.bad_samples import BadImage
 from modeling_can.data.crops import RandomCrops
 from modeling_can.data.decoding import decode
 from modeling_can.data.resident import crop, read_images
+from modeling_can.evaluation.sets import load_split
 
 
 rng = np.random.default_rng(0)
@@ -279,6 +280,70 @@ def test_columns_of_arrays_are_read_in_their_type(kind, tmp_path):
     assert read_rows(source) == {row[None].astype(np.float64).tobytes() for row in rows}
     block, _ = next(source.blocks(source.dataset))
     assert np.load(io.BytesIO(source.images(block)[0]["bytes"])).dtype == rows.dtype
+
+
+def rows_of(feature, shape: tuple[int, ...], dtype: str) -> Dataset:
+    rows = rng.integers(0, 256, (4, *shape)).astype(dtype)
+    rows = rows.tolist() if isinstance(feature, List) else list(rows)
+    features = Features({"image": feature, "label": Value("int64")})
+    return Dataset.from_dict({"image": rows, "label": [0, 1, 0, 1]}, features=features)
+
+
+def nested(dtype: str) -> List:
+    return List(List(List(Value(dtype))))
+
+
+@pytest.mark.parametrize(
+    ("feature", "shape", "dtype"),
+    [
+        (Array3D((8, 9, 3), "uint8"), (8, 9, 3), "uint8"),
+        (Array3D((8, 9, 4), "uint8"), (8, 9, 4), "uint8"),
+        (nested("uint8"), (8, 9, 3), "uint8"),
+        (nested("int64"), (8, 9, 3), "int64"),
+        (Array2D((8, 9), "uint8"), (8, 9), "uint8"),
+        (List(List(Value("float32"))), (8, 9), "float32"),
+    ],
+)
+def test_arrays_that_pillow_can_hold_are_images_too(feature, shape, dtype, tmp_path):
+    rows = rows_of(feature, shape, dtype)
+    rows.to_parquet(tmp_path / "train.parquet")
+    source, (split, _) = ImageSource(dataset=rows), load_split(str(tmp_path))
+    image = source.images(next(source.blocks(source.dataset))[0])[1]
+    for encoded in (image["bytes"], split.read(1)):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), rows[1]["image"])
+
+
+@pytest.mark.parametrize(
+    ("feature", "shape", "dtype"),
+    [
+        (Array3D((3, 8, 9), "uint8"), (3, 8, 9), "uint8"),
+        (Array3D((8, 9, 1), "uint8"), (8, 9, 1), "uint8"),
+        (Array3D((8, 9, 3), "uint16"), (8, 9, 3), "uint16"),  # of which datasets keeps the lower 8 bits
+        (Array3D((8, 9, 3), "float32"), (8, 9, 3), "float32"),
+        (nested("uint8"), (3, 8, 9), "uint8"),
+        (nested("float64"), (8, 9, 3), "float64"),
+    ],
+)
+def test_other_arrays_need_a_range_to_be_read(feature, shape, dtype, tmp_path):
+    rows = rows_of(feature, shape, dtype)
+    rows.to_parquet(tmp_path / "train.parquet")
+    message = "image_column=image of .*arrays.* set pixel_range .* 0,255 of uint8, or num_channels"
+    with pytest.raises(ValueError, match=message):
+        source = ImageSource(dataset=rows)
+        next(source.blocks(source.dataset))
+    with pytest.raises(ValueError, match=message):
+        load_split(str(tmp_path))
+    source = ImageSource(dataset=rows, arrays=True)
+    channels = 1 if shape[-1] == 1 else 3
+    image = source.images(next(source.blocks(source.dataset))[0])[0]
+    assert decode(image["bytes"], channels, pixel_range=(0, 255)).shape == (8, 9, channels)
+
+
+def test_a_stack_in_a_row_is_no_image():
+    made = Dataset.from_dict({"image": [np.zeros((2, 3, 4, 5))]}, Features({"image": Array4D((2, 3, 4, 5), "uint8")}))
+    for arrays in (False, True):
+        with pytest.raises(ValueError, match="not one image in each row"):
+            ImageSource(dataset=made, arrays=arrays)
 
 
 def test_rows_without_an_image_or_with_a_ragged_one_are_bad(tmp_path):
