@@ -14,7 +14,10 @@ from PIL import Image, ImageOps
 from .bad_samples import BadImage
 
 
-__all__ = ["ARRAY_EXTENSION", "arrays_of", "dtype_of", "encode_array", "in_unit_range", "read_array", "reads_arrays"]
+__all__ = [
+    "ARRAY_EXTENSION", "arrays_of", "check_pixel_range", "dtype_of", "encode_array", "in_unit_range", "read_array",
+    "reads_arrays",
+]  # fmt: skip
 
 ARRAY_EXTENSION = ".npy"
 _NUMPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # what their files begin with
@@ -151,6 +154,12 @@ def _channels_last(pixels: np.ndarray, num_channels: int) -> np.ndarray:
     )
 
 
+def check_pixel_range(pixel_range: tuple[float, float]):
+    """`ValueError` for a range of one value."""
+    if pixel_range[0] == pixel_range[1]:
+        raise ValueError(f"pixel_range={pixel_range} must be two values, that of black and that of white")
+
+
 def in_unit_range(pixels: np.ndarray, pixel_range: tuple[float, float] | None) -> np.ndarray:
     """
     Pixels in fp32, from `pixel_range` to [0, 1]; what lies beyond it is clipped.
@@ -160,18 +169,22 @@ def in_unit_range(pixels: np.ndarray, pixel_range: tuple[float, float] | None) -
             [0, 65535] of uint16.
 
     Raises:
-        ValueError: for another type without a `pixel_range`.
+        ValueError: for another type without a `pixel_range`, or for a range of one value.
         BadImage: `not_finite`.
     """
     if pixels.dtype.kind not in "biuf":
         raise BadImage("damaged", f"an array of {pixels.dtype}, which are no numbers")
     if pixel_range is None and pixels.dtype.name not in _RANGES:
-        low, high = (f"{value:.6g}" for value in (np.nanmin(pixels), np.nanmax(pixels)))
+        finite = pixels[np.isfinite(pixels)]
+        if not finite.size:
+            raise BadImage("not_finite", "no pixel that is finite")
+        low, high = (f"{value:.6g}" for value in (finite.min(), finite.max()))
         raise ValueError(
             f"pixel_range is not set, and pixels of type {pixels.dtype} do not tell which values are black and white; "
             f"set pixel_range to the two, e.g. {low},{high}, the least and the largest of one image"
         )
     low, high = pixel_range or _RANGES[pixels.dtype.name]
+    check_pixel_range((low, high))
     scaled = np.subtract(pixels, low, dtype=np.float32)
     scaled /= np.float32(high - low)
     if not np.isfinite(scaled).all():

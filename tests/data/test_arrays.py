@@ -125,6 +125,19 @@ def test_other_types_need_a_range_and_what_lies_beyond_is_clipped():
     np.testing.assert_array_equal(decode(encode_array(pixels.astype("int64")), 2, pixel_range=(-2, 6)), made)
 
 
+def test_a_range_of_one_value_is_refused_and_pixels_that_are_not_finite_suggest_none():
+    with pytest.raises(ValueError, match=r"pixel_range=\(5, 5\) must be two values") as e:
+        decode(encode_array(BANDS), 5, pixel_range=(5, 5))
+    assert not isinstance(e.value, BadImage)
+    pixels = np.full((2, 3, 4), np.nan)
+    with pytest.raises(BadImage, match="no pixel that is finite") as e:
+        decode(encode_array(pixels), 2)
+    assert e.value.reason == "not_finite"
+    pixels[0, 0] = [np.inf, 3, -1, -np.inf]
+    with pytest.raises(ValueError, match="set pixel_range to the two, e.g. -1,3, the least"):
+        decode(encode_array(pixels), 2)
+
+
 def test_images_of_pillow_give_all_their_channels():
     image = Image.effect_noise((20, 12), 60).convert("RGBA")
     image.putalpha(Image.effect_noise((20, 12), 60))

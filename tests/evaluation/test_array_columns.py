@@ -16,6 +16,7 @@ from modeling_can.data.arrays import encode_array
 from modeling_can.evaluation.encoders import ArrayPreprocessor, load_encoder, preprocessor_of
 from modeling_can.evaluation.features import Images
 from modeling_can.evaluation.sets import load_split
+from modeling_can.evaluation.settings import make_settings
 
 
 rng = np.random.default_rng(0)
@@ -114,6 +115,11 @@ def test_what_arrays_cannot_have_is_refused_in_words(model, labeled, tmp_path):
             )
     with pytest.raises(ValueError, match="the demo shows RGB and gray images, .*arrays of 2 channels"):
         demo.Demo(model)
+
+
+def test_a_range_of_one_value_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="pixel_range=.*must be two values"):
+        make_settings({"model_name_or_path": "m", "dataset_name": "d", "pixel_range": "5,5"})
 
 
 @pytest.mark.parametrize(
