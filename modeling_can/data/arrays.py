@@ -14,7 +14,10 @@ from PIL import Image, ImageOps
 from .bad_samples import BadImage
 
 
-__all__ = ["ARRAY_EXTENSION", "arrays_of", "dtype_of", "encode_array", "in_unit_range", "read_array", "reads_arrays"]
+__all__ = [
+    "ARRAY_EXTENSION", "arrays_of", "check_pixel_range", "dtype_of", "encode_array", "in_unit_range", "read_array",
+    "reads_arrays",
+]  # fmt: skip
 
 ARRAY_EXTENSION = ".npy"
 _NUMPY, _TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # what their files begin with
@@ -46,7 +49,8 @@ def read_array(
         min_size, shrink: As of `decoding.decode`; an array is never made smaller.
 
     Raises:
-        BadImage: `channels` for another number of channels, or `too_small`.
+        BadImage: `channels` for another number of channels, `too_small`, or `bit_depth` for more bits than
+            can be read.
         ValueError: if a package is missing that the file needs.
     """
     if encoded.startswith(_NUMPY):
@@ -89,11 +93,48 @@ def _missing(package: str) -> ModuleNotFoundError:
 
 
 def _read_with_pillow(encoded: bytes) -> np.ndarray:
-    """Turned upright as its EXIF says; a palette becomes colors."""
+    """Turned upright as its EXIF says; a palette becomes colors. imagecodecs reads what Pillow brings to 8 bits."""
     image = Image.open(io.BytesIO(encoded))
+    bits = _bits(encoded, image)
+    if bits > 8 and not (bits == 16 and image.mode.startswith("I")):  # Pillow keeps 16-bit gray
+        return _upright(_read_with_imagecodecs(encoded, image.format, bits), image.getexif().get(0x0112, 1))
     if image.mode in ("P", "PA"):
         image = image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
     return np.asarray(ImageOps.exif_transpose(image))
+
+
+def _bits(encoded: bytes, image: Image.Image) -> int:
+    """Of one channel in the file, at least 8; Pillow tells only what it makes of them."""
+    bits = 8
+    if image.format == "PNG":  # IHDR, which comes first
+        bits = encoded[24]
+    elif image.format == "JPEG2000":  # the SIZ segment, of the first component
+        bits = (encoded[encoded.index(b"\xff\x4f\xff\x51") + 42] & 127) + 1
+    elif image.format == "PPM":  # its largest value
+        bits = max([8, *(n.bit_length() for tile in image.tile for n in tile.args if isinstance(n, int))])
+    elif image.format == "SGI":  # bytes
+        bits = 8 * encoded[3]
+    elif image.format == "AVIF" and (place := encoded.find(b"av1C")) >= 0:  # high_bitdepth and twelve_bit
+        bits = {0x40: 10, 0x60: 12}.get(encoded[place + 6] & 0x60, 8)
+    return max(bits, 8)
+
+
+def _read_with_imagecodecs(encoded: bytes, kind: str, bits: int) -> np.ndarray:
+    fix = "save it as TIFF"
+    if kind in ("PNG", "JPEG2000"):
+        try:
+            import imagecodecs
+
+            return {"PNG": imagecodecs.png_decode, "JPEG2000": imagecodecs.jpeg2k_decode}[kind](encoded)
+        except ImportError:
+            fix += ", or install imagecodecs: pip install 'modeling-can[arrays]'"
+    raise BadImage("bit_depth", f"a {kind} of {bits} bits, of which Pillow would keep 8; {fix}")
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """As the EXIF tag says: mirrored at the diagonal, then each axis turned round or not."""
+    pixels = pixels.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else pixels
+    return pixels[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
 
 
 def _channels_last(pixels: np.ndarray, num_channels: int) -> np.ndarray:
@@ -113,6 +154,12 @@ def _channels_last(pixels: np.ndarray, num_channels: int) -> np.ndarray:
     )
 
 
+def check_pixel_range(pixel_range: tuple[float, float]):
+    """`ValueError` for a range of one value."""
+    if pixel_range[0] == pixel_range[1]:
+        raise ValueError(f"pixel_range={pixel_range} must be two values, that of black and that of white")
+
+
 def in_unit_range(pixels: np.ndarray, pixel_range: tuple[float, float] | None) -> np.ndarray:
     """
     Pixels in fp32, from `pixel_range` to [0, 1]; what lies beyond it is clipped.
@@ -122,18 +169,22 @@ def in_unit_range(pixels: np.ndarray, pixel_range: tuple[float, float] | None) -
             [0, 65535] of uint16.
 
     Raises:
-        ValueError: for another type without a `pixel_range`.
+        ValueError: for another type without a `pixel_range`, or for a range of one value.
         BadImage: `not_finite`.
     """
     if pixels.dtype.kind not in "biuf":
         raise BadImage("damaged", f"an array of {pixels.dtype}, which are no numbers")
     if pixel_range is None and pixels.dtype.name not in _RANGES:
-        low, high = (f"{value:.6g}" for value in (np.nanmin(pixels), np.nanmax(pixels)))
+        finite = pixels[np.isfinite(pixels)]
+        if not finite.size:
+            raise BadImage("not_finite", "no pixel that is finite")
+        low, high = (f"{value:.6g}" for value in (finite.min(), finite.max()))
         raise ValueError(
             f"pixel_range is not set, and pixels of type {pixels.dtype} do not tell which values are black and white; "
             f"set pixel_range to the two, e.g. {low},{high}, the least and the largest of one image"
         )
     low, high = pixel_range or _RANGES[pixels.dtype.name]
+    check_pixel_range((low, high))
     scaled = np.subtract(pixels, low, dtype=np.float32)
     scaled /= np.float32(high - low)
     if not np.isfinite(scaled).all():

@@ -13,12 +13,13 @@ import pyarrow.parquet
 from datasets.exceptions import DatasetGenerationError
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
+from .arrays import dtype_of
 from .tars import damaged
 
 
 __all__ = [
     "is_empty_tar", "load", "local_files", "refuse_cut_off_file", "refuse_damaged_file", "refuse_other_than_images",
-    "refuse_unwritable_cache",
+    "refuse_unwritable_cache", "refused_arrays",
 ]  # fmt: skip
 
 
@@ -86,16 +87,41 @@ def refuse_damaged_file(path: str):
                     raise damaged(path, member.name, error) from error
 
 
-def refuse_other_than_images(source_name: str, column: str, features: datasets.Features):
-    """`ValueError` for a column whose type cannot be one image in each row."""
+def refused_arrays(source_name: str, column: str, kind) -> ValueError:
+    """What to raise for a column of arrays that is to be read as RGB or gray of 8 bits."""
+    return ValueError(
+        f"image_column={column} of {source_name} is of type {kind}, and arrays are read as RGB only if they are of "
+        "(height, width, 3 or 4) uint8; set pixel_range to the two values that become 0 and 1, such as 0,255 of "
+        "uint8, or num_channels if they have other than 1 or 3"
+    )
+
+
+def _is_read_as_rgb(kind) -> bool:
+    """Whether datasets can make images of such arrays and keep their values; lists of Python's numbers are int64."""
+    keeps_values = dtype_of(kind) in ("uint8", "int64")
+    if isinstance(kind, datasets.Array3D):
+        return keeps_values and kind.shape[-1] in (2, 3, 4)
+    return keeps_values or isinstance(kind, datasets.Array2D) or not hasattr(kind.feature.feature, "feature")
+
+
+def refuse_other_than_images(source_name: str, column: str, features: datasets.Features, arrays: bool = False):
+    """
+    `ValueError` for a column whose type cannot be one image in each row; with `arrays`, as of `ImageSource`, it can
+    be any of arrays.
+    """
     kind = features[column]
+    if dtype_of(kind):
+        if not (arrays or _is_read_as_rgb(kind)):
+            raise refused_arrays(source_name, column, kind)
+        return
     item = getattr(kind, "feature", None)  # of a list
     if isinstance(kind, datasets.Value):
         fits = kind.dtype in ("string", "large_string", "binary", "large_binary", "binary_view", "string_view")
     elif isinstance(kind, dict):
         fits = "bytes" in kind or "path" in kind
     else:  # a list of lists of numbers holds pixels
-        fits = item is None or hasattr(item, "feature")
+        is_stack = isinstance(kind, datasets.Array4D | datasets.Array5D)
+        fits = not is_stack and (item is None or hasattr(item, "feature"))
     if fits:
         return
     others = [name for name in features if isinstance(features[name], datasets.Image)]

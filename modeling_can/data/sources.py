@@ -24,6 +24,7 @@ from .faults import (
     refuse_damaged_file,
     refuse_other_than_images,
     refuse_unwritable_cache,
+    refused_arrays,
 )
 from .folders import (
     fingerprint,
@@ -242,7 +243,7 @@ class ImageSource:
         if not columns:
             raise ValueError(f"{self.name} has no column {self.image_column!r}; set image_column to one of {names}")
         for name in columns if dataset.features else ():
-            refuse_other_than_images(self.name, name, dataset.features)
+            refuse_other_than_images(self.name, name, dataset.features, self.arrays)
         for name in self.extra_columns:
             if name not in names:
                 raise ValueError(f"extra_columns: {self.name} has no column {name!r}, only {names}")
@@ -310,6 +311,11 @@ class ImageSource:
                     yield self._columns(block), rows_state
                 return
             except GeneratorExit:  # at the end of Python, when the names in the next line may be gone
+                raise
+            except TypeError as error:  # of datasets, for lists whose shape their type does not tell
+                for name in self.image_columns:
+                    if not self.arrays and dtype_of(self.features.get(name)):
+                        raise refused_arrays(self.name, name, self.features[name]) from error
                 raise
             except (*connection_errors(), tarfile.TarError, pyarrow.ArrowException) as error:
                 self._wait_or_give_up(error, num_failures, self.is_remote)

@@ -17,7 +17,7 @@ from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
 from .advice import advice
 from .embed import embed_task
-from .encoders import load_preprocessor
+from .encoders import load_processor, takes_arrays
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
 from .finetuning import FineTuning
@@ -140,7 +140,7 @@ def _reads_arrays(settings: Settings) -> bool:
     """Whether the first model does; one that cannot be loaded is refused later, and better."""
     with contextlib.suppress(ValueError):
         name = settings.processor_name_or_path or settings.model_name_or_path[0]
-        return load_preprocessor(name, None, settings.trust_remote_code, settings.decoding).reads_arrays
+        return takes_arrays(load_processor(name, settings.trust_remote_code), settings.decoding)
     return False
 
 

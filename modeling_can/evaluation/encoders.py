@@ -32,7 +32,8 @@ from ..provenance import installed_versions
 
 __all__ = [
     "ArrayPreprocessor", "Encoder", "POOLINGS", "Preprocessor", "classifier_class", "feature_maps", "load_config",
-    "load_encoder", "load_model", "load_preprocessor", "pooled", "preprocessor_of", "untrained",
+    "load_encoder", "load_model", "load_preprocessor", "load_processor", "pooled", "preprocessor_of", "takes_arrays",
+    "untrained",
 ]  # fmt: skip
 
 POOLINGS = ("mean", "cls", "both")
@@ -166,10 +167,21 @@ class Preprocessor:
         return {**numbers, **self.sizes, "class": kind, "decoding": self.decoding, "versions": versions}
 
 
+_MODES = {2: "bilinear", 3: "bicubic"}
+# Options of a processor that are followed for arrays, or have no meaning there; any other must be off
+_FOLLOWED = {"do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+             "do_normalize", "image_mean", "image_std", "do_convert_rgb", *DECODING}  # fmt: skip
+_METADATA = {"image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "data_format",
+             "input_data_format", "return_tensors", "device", "disable_grouping", "default_to_square"}  # fmt: skip
+
+
 class ArrayPreprocessor(Preprocessor):
     """
     Of images that are read as arrays, fp32 in [0, 1]: what the processor says is done here, because transformers does
     not resize any number of channels. Resizing is with antialiasing, as in `RandomCrops`.
+
+    Raises:
+        ValueError: for a processor that does anything else than resize, crop the center and normalize.
     """
 
     reads_arrays = True
@@ -177,7 +189,44 @@ class ArrayPreprocessor(Preprocessor):
     def __init__(self, processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None):
         self.processor, self.num_channels = processor, _num_channels(processor)
         self.decoding, self.in_two_steps = _decoding(processor, decoding), True
+        if others := self._not_followed():
+            raise self._refused(", ".join(f"{name}={value}" for name, value in others.items()))
         self.sizes = self._sizes(image_size)
+        self._compare()
+
+    def _not_followed(self) -> dict:
+        options = self.processor.to_dict()
+        others = {name: value for name, value in options.items() if value and not name.startswith("_")}
+        others = {name: value for name, value in others.items() if name not in _FOLLOWED | _METADATA}
+        size, crop_size = (
+            {name for name, edge in (options.get(key) or {}).items() if edge} for key in ("size", "crop_size")
+        )
+        if options.get("do_resize"):
+            if options.get("resample") not in _MODES:
+                others["resample"] = options.get("resample")
+            if size not in ({"height", "width"}, {"shortest_edge"}):
+                others["size"] = options.get("size")
+        if options.get("do_center_crop") and crop_size != {"height", "width"}:
+            others["crop_size"] = options.get("crop_size")
+        if options.get("do_rescale") and not math.isclose(options["rescale_factor"], 1 / 255, rel_tol=1e-4):
+            others["rescale_factor"] = options["rescale_factor"]
+        return others
+
+    def _compare(self):
+        """With the processor itself, of three channels, but for its rounding: some do more than their options say."""
+        image = np.random.default_rng(0).integers(64, 192, (40, 50, 3), dtype=np.uint8)  # bicubic clips nothing
+        ours = 255 * self._resized(image / np.float32(255), self.sizes)
+        numbers = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+        theirs = self.processor([image], **numbers, **self.sizes)["pixel_values"][0]
+        if theirs.shape != ours.shape or (theirs - ours).abs().max() > 2:
+            raise self._refused("a way of its own to resize or crop")
+
+    def _refused(self, what: str) -> ValueError:
+        return ValueError(
+            f"the {type(self.processor).__name__} has {what}, which is not done to images read as arrays; name a "
+            "model whose processor resizes (bilinear or bicubic), crops the center and normalizes, and no more: "
+            "--processor_name_or_path"
+        )
 
     def _shape(self, height: int, width: int, sizes: dict) -> tuple[int, ...]:
         return tuple(self._resized(np.zeros((height, width, self.num_channels), np.float32), sizes).shape[-2:])
@@ -188,13 +237,12 @@ class ArrayPreprocessor(Preprocessor):
     def _resized(self, pixels: np.ndarray, sizes: dict) -> torch.Tensor:
         """`(height, width, channels)` in [0, 1] -> `(channels, height, width)` of the processor's size."""
         wanted, images = {**self.processor.to_dict(), **sizes}, torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
-        if wanted["do_resize"]:
+        if wanted.get("do_resize"):
             size = (wanted["size"].get("height"), wanted["size"].get("width"))
             if edge := wanted["size"].get("shortest_edge"):
                 short = min(images.shape[-2:])
                 size = tuple(int(edge * side / short) for side in images.shape[-2:])
-            mode = {2: "bilinear", 3: "bicubic"}[wanted["resample"]]
-            images = interpolate(images, size, mode=mode, antialias=True).clamp_(0, 1)
+            images = interpolate(images, size, mode=_MODES[wanted["resample"]], antialias=True).clamp_(0, 1)
         if wanted.get("do_center_crop"):
             height, width = wanted["crop_size"]["height"], wanted["crop_size"]["width"]
             top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
@@ -219,12 +267,17 @@ def _decoding(processor, decoding: dict | None) -> dict:
     return {**named, **(decoding or {})}
 
 
+def takes_arrays(processor, decoding: dict | None = None) -> bool:
+    """Whether images for it are read as arrays."""
+    return reads_arrays(_num_channels(processor), _decoding(processor, decoding).get("pixel_range"))
+
+
 def preprocessor_of(
     processor, image_size: tuple[int, int] | None = None, decoding: dict | None = None
 ) -> Preprocessor:
     """The one that suits the channels; the arguments are those of `Preprocessor`."""
-    as_arrays = reads_arrays(_num_channels(processor), _decoding(processor, decoding).get("pixel_range"))
-    return (ArrayPreprocessor if as_arrays else Preprocessor)(processor, image_size, decoding)
+    kind = ArrayPreprocessor if takes_arrays(processor, decoding) else Preprocessor
+    return kind(processor, image_size, decoding)
 
 
 class Encoder(nn.Module):
@@ -443,17 +496,21 @@ def load_encoder(
 def load_preprocessor(
     name: str, image_size: tuple[int, int] | None = None, trust_remote_code=False, decoding: dict | None = None
 ) -> Preprocessor:
+    """Raises ValueError where there is none, or none that can be applied."""
+    return preprocessor_of(load_processor(name, trust_remote_code), image_size, decoding)
+
+
+def load_processor(name: str, trust_remote_code=False):
     """Raises ValueError where there is none."""
     with quiet():
         try:
-            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"{name} has no image processor that can be loaded ({reason}); name a model that "
                 "was trained on images prepared alike: --processor_name_or_path"
             ) from error
-    return preprocessor_of(processor, image_size, decoding)
 
 
 def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, ...] = (), **options) -> nn.Module:

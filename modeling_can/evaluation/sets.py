@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..data import located, read_bytes
 from ..data.arrays import dtype_of, encode_array
-from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cache
+from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cache, refused_arrays
 from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
 
 
@@ -153,6 +153,8 @@ def load_split(
         if dtype is None:
             images = images.cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, pyarrow.ArrowException) as error:
+        if dtype_of(rows.features[image_column]):  # lists whose shape their type does not tell
+            raise refused_arrays(name, image_column, rows.features[image_column]) from error
         raise ValueError(
             f"{name}: image_column={image_column!r} holds {rows.features[image_column]} and no images; set it to one "
             f"of {', '.join(rows.column_names)}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from huggingface_hub.constants import HF_HOME
 
+from ..data.arrays import check_pixel_range
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, option, parse_values, read_flags
 from .encoders import POOLINGS
@@ -128,6 +129,8 @@ class Settings:
         check(self)
         if self.transparent_background:
             check_color(self.transparent_background)
+        if self.pixel_range:
+            check_pixel_range(self.pixel_range)
         for shots in self.shots:
             if not re.fullmatch(r"[1-9]\d*|\d+(\.\d+)?%", shots):
                 raise ValueError(f"shots={shots!r} must be a number of images, such as 5, or a share, such as 10%")

@@ -190,7 +190,8 @@ def changed_fields(recipe: Recipe, shared: dict, weights: dict, model) -> list[s
     fields = [*training_fields(), *model_fields()]
     before = {field.name: field.default for field in fields} | EARLIER | current_names(shared["recipe"])
     harmless = ("output_dir", "save_steps", "save_total_limit", "logging_steps", "log_with", "model_name_or_path",
-                "dataloader_num_workers", "gradient_checkpointing", "data_on_device")  # fmt: skip
+                "dataloader_num_workers", "gradient_checkpointing", "data_on_device",
+                "display_channels")  # fmt: skip
     now = recipe.to_dict()
     changed = [
         f"{name} was {before[name]}, is {value}"

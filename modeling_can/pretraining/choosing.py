@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..configuration_can import CANConfig
 from ..data import ImageSource
+from ..data.arrays import reads_arrays
 from ..data.decoding import decode
 from ..progress import duration, tell
 from .batch_size import largest_step
@@ -222,8 +223,11 @@ def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
 def _views(images: Images, values: dict) -> list[Choice]:
     """Of the values so far, the user's among them."""
     found, size = [], values["image_size"]
-    if values.get("num_channels", 3) != 3 and not {"image_mean", "image_std"} & values.keys():
-        found.append(Choice({"measure_mean_std": True}, "the images are not RGB"))
+    number = values.get("num_channels", 3)
+    is_rgb = number == 3 and not reads_arrays(number, values.get("pixel_range"))
+    if not is_rgb and not {"image_mean", "image_std"} & values.keys():
+        reason = "the images are not RGB" if number != 3 else "arrays have no usual mean, also of 3 channels"
+        found.append(Choice({"measure_mean_std": True}, reason))
     if images.is_gray:
         gray = {"color_jitter": (0.4, 0.4, 0.0, 0.0), "grayscale_probability": 0.0, "measure_mean_std": True}
         if "image_mean" in values or "image_std" in values:

@@ -43,7 +43,7 @@ from .step import TrainStep
 from .stopping import StoppedWaiting, StopSignals
 
 
-__all__ = ["Run", "run", "train"]
+__all__ = ["Run", "earlier_augmentation", "run", "train"]
 
 
 def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
@@ -275,8 +275,7 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
     changed = changed_fields(recipe, shared, weights, trained.bare)
     restore(trained.model, trained.optimizer.optimizer, weights, shared["optimizer"])
     remarks = [f"settings that changed since: {', '.join(changed)}"] if changed else []
-    if "data_on_device" not in shared["recipe"]:
-        remarks.append("an earlier version wrote it, whose augmentation drew other random numbers")
+    remarks += earlier_augmentation(shared["recipe"])
     if len(own) == accelerator.num_processes:
         mine = own[accelerator.process_index]
         set_rng_state(mine["rng"])
@@ -291,6 +290,20 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
             "the order of the data and the random numbers are new"
         )
     return "; ".join(remarks) or "from here on the run is what it would have been without the interruption"
+
+
+def earlier_augmentation(recipe: dict) -> list[str]:
+    """What the augmentation of the version that wrote a checkpoint did otherwise; `recipe` is the checkpoint's."""
+    remarks = []
+    if "data_on_device" not in recipe:
+        remarks.append("an earlier version wrote it, whose augmentation drew other random numbers")
+    is_jittered = recipe.get("color_jitter_probability", 0) > 0
+    if recipe.get("num_channels") == 1 and "pixel_range" not in recipe and is_jittered:
+        remarks.append(
+            "an earlier version wrote it, which left brightness and contrast of one channel as they are; they change "
+            "from here on (color_jitter_probability=0 leaves them)"
+        )
+    return remarks
 
 
 # --- Stopping --------------------------------------------------------------------------------------------------------

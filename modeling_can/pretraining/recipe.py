@@ -14,7 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..configuration_can import CANConfig
 from ..conversion.names import ENCODER_FIELDS
-from ..data.arrays import reads_arrays
+from ..data.arrays import check_pixel_range, reads_arrays
 from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, option, parse_values, read_flags
 from ..former_names import current_names
@@ -252,8 +252,8 @@ class Recipe:
 
     def _check_arrays(self):
         num_channels = self.config.num_channels
-        if self.pixel_range and self.pixel_range[0] == self.pixel_range[1]:
-            raise ValueError(f"pixel_range={self.pixel_range} must be two values, that of black and that of white")
+        if self.pixel_range:
+            check_pixel_range(self.pixel_range)
         for channel in self.display_channels or ():
             if channel >= num_channels:
                 raise ValueError(

@@ -2,15 +2,18 @@
 
 import io
 import itertools
+import struct
 import sys
 import tarfile
+import types
+import zlib
 
 import datasets
 import numpy as np
 import pytest
 import tifffile
 import torch
-from datasets import Array2D, Array3D, Dataset, Features, List, Value
+from datasets import Array2D, Array3D, Array4D, Dataset, Features, List, Value
 from PIL import Image
 from testing_utils import add_to_tar, image_file, noise_file
 
@@ -21,6 +24,7 @@ from modeling_can.data.bad_samples import BadImage
 from modeling_can.data.crops import RandomCrops
 from modeling_can.data.decoding import decode
 from modeling_can.data.resident import crop, read_images
+from modeling_can.evaluation.sets import load_split
 
 
 rng = np.random.default_rng(0)
@@ -121,6 +125,19 @@ def test_other_types_need_a_range_and_what_lies_beyond_is_clipped():
     np.testing.assert_array_equal(decode(encode_array(pixels.astype("int64")), 2, pixel_range=(-2, 6)), made)
 
 
+def test_a_range_of_one_value_is_refused_and_pixels_that_are_not_finite_suggest_none():
+    with pytest.raises(ValueError, match=r"pixel_range=\(5, 5\) must be two values") as e:
+        decode(encode_array(BANDS), 5, pixel_range=(5, 5))
+    assert not isinstance(e.value, BadImage)
+    pixels = np.full((2, 3, 4), np.nan)
+    with pytest.raises(BadImage, match="no pixel that is finite") as e:
+        decode(encode_array(pixels), 2)
+    assert e.value.reason == "not_finite"
+    pixels[0, 0] = [np.inf, 3, -1, -np.inf]
+    with pytest.raises(ValueError, match="set pixel_range to the two, e.g. -1,3, the least"):
+        decode(encode_array(pixels), 2)
+
+
 def test_images_of_pillow_give_all_their_channels():
     image = Image.effect_noise((20, 12), 60).convert("RGBA")
     image.putalpha(Image.effect_noise((20, 12), 60))
@@ -131,6 +148,67 @@ def test_images_of_pillow_give_all_their_channels():
     turned[0x0112] = 6
     upright = decode(image_file(image, "PNG", exif=turned), 4)
     np.testing.assert_array_equal(upright, np.rot90(np.asarray(image), -1) / np.float32(255))
+
+
+DEEP = rng.integers(0, 65536, (6, 9, 4), dtype=np.uint16)  # (height, width, channels)
+
+
+def deep_png(pixels: np.ndarray, exif: bytes = b"") -> bytes:
+    """Of 16 bits, which Pillow does not write in several channels."""
+    height, width, channels = pixels.shape
+    color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    parts = [(b"IHDR", struct.pack(">2I5B", width, height, 16, color_type, 0, 0, 0)), (b"eXIf", exif)]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    parts += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 3, 4])
+def test_pngs_of_16_bits_keep_them(num_channels):
+    if num_channels > 1:
+        pytest.importorskip("imagecodecs")
+    pixels = DEEP[..., :num_channels]
+    made = decode(deep_png(pixels), num_channels, pixel_range=(0, 65535))
+    np.testing.assert_array_equal(made, pixels / np.float32(65535))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_jpeg_2000_keeps_its_bits(num_channels, bits):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    pixels = (DEEP.repeat(8, 0).repeat(8, 1)[..., :num_channels] >> (16 - bits)).astype("u1" if bits == 8 else "u2")
+    file = imagecodecs.jpeg2k_encode(pixels.squeeze(), level=0, bitspersample=bits, reversible=True)
+    made = decode(file, num_channels, pixel_range=(0, 2**bits - 1))
+    np.testing.assert_array_equal(made, pixels / np.float32(2**bits - 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_that_imagecodecs_reads_are_turned_as_pillow_turns(orientation, monkeypatch):
+    codecs = types.SimpleNamespace(png_decode=lambda _: DEEP, jpeg2k_decode=None)
+    monkeypatch.setitem(sys.modules, "imagecodecs", codecs)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shallow = image_file(Image.fromarray((DEEP // 257).astype(np.uint8)), "PNG", exif=exif)
+    made = decode(deep_png(DEEP, exif.tobytes().removeprefix(b"Exif\0\0")), 4)
+    np.testing.assert_array_equal((made * 65535).round() // 257, (decode(shallow, 4) * 255).round())
+
+
+def test_more_bits_than_pillow_keeps_are_bad_without_imagecodecs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    siz = b"\xff\x4f\xff\x51" + struct.pack(">2H8IH", 47, 0, 4, 4, 0, 0, 4, 4, 0, 0, 3) + bytes([11, 1, 1] * 3)
+    for file, kind in ((deep_png(DEEP[..., :3]), "PNG of 16"), (siz + b"\xff\xd9", "JPEG2000 of 12")):
+        with pytest.raises(BadImage, match=rf"a {kind} bits.* 8; save it as TIFF, or .*modeling-can\[arrays\]") as e:
+            decode(file, 3, pixel_range=(0, 65535))
+        assert e.value.reason == "bit_depth"
+    others = {"PPM": b"P6 2 2 65535\n" + bytes(24), "SGI": image_file(Image.new("RGB", (2, 2)), "SGI")}
+    others["SGI"] = others["SGI"][:3] + b"\2" + others["SGI"][4:]
+    for kind, file in others.items():
+        with pytest.raises(BadImage, match=f"a {kind} of 16 bits, of which Pillow would keep 8; save it as TIFF$"):
+            decode(file, 3, pixel_range=(0, 65535))
+    assert decode(b"P6 2 2 255\n" + bytes(12), 3, pixel_range=(0, 255)).shape == (2, 2, 3)
 
 
 BAD = {
@@ -215,6 +293,70 @@ def test_columns_of_arrays_are_read_in_their_type(kind, tmp_path):
     assert read_rows(source) == {row[None].astype(np.float64).tobytes() for row in rows}
     block, _ = next(source.blocks(source.dataset))
     assert np.load(io.BytesIO(source.images(block)[0]["bytes"])).dtype == rows.dtype
+
+
+def rows_of(feature, shape: tuple[int, ...], dtype: str) -> Dataset:
+    rows = rng.integers(0, 256, (4, *shape)).astype(dtype)
+    rows = rows.tolist() if isinstance(feature, List) else list(rows)
+    features = Features({"image": feature, "label": Value("int64")})
+    return Dataset.from_dict({"image": rows, "label": [0, 1, 0, 1]}, features=features)
+
+
+def nested(dtype: str) -> List:
+    return List(List(List(Value(dtype))))
+
+
+@pytest.mark.parametrize(
+    ("feature", "shape", "dtype"),
+    [
+        (Array3D((8, 9, 3), "uint8"), (8, 9, 3), "uint8"),
+        (Array3D((8, 9, 4), "uint8"), (8, 9, 4), "uint8"),
+        (nested("uint8"), (8, 9, 3), "uint8"),
+        (nested("int64"), (8, 9, 3), "int64"),
+        (Array2D((8, 9), "uint8"), (8, 9), "uint8"),
+        (List(List(Value("float32"))), (8, 9), "float32"),
+    ],
+)
+def test_arrays_that_pillow_can_hold_are_images_too(feature, shape, dtype, tmp_path):
+    rows = rows_of(feature, shape, dtype)
+    rows.to_parquet(tmp_path / "train.parquet")
+    source, (split, _) = ImageSource(dataset=rows), load_split(str(tmp_path))
+    image = source.images(next(source.blocks(source.dataset))[0])[1]
+    for encoded in (image["bytes"], split.read(1)):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), rows[1]["image"])
+
+
+@pytest.mark.parametrize(
+    ("feature", "shape", "dtype"),
+    [
+        (Array3D((3, 8, 9), "uint8"), (3, 8, 9), "uint8"),
+        (Array3D((8, 9, 1), "uint8"), (8, 9, 1), "uint8"),
+        (Array3D((8, 9, 3), "uint16"), (8, 9, 3), "uint16"),  # of which datasets keeps the lower 8 bits
+        (Array3D((8, 9, 3), "float32"), (8, 9, 3), "float32"),
+        (nested("uint8"), (3, 8, 9), "uint8"),
+        (nested("float64"), (8, 9, 3), "float64"),
+    ],
+)
+def test_other_arrays_need_a_range_to_be_read(feature, shape, dtype, tmp_path):
+    rows = rows_of(feature, shape, dtype)
+    rows.to_parquet(tmp_path / "train.parquet")
+    message = "image_column=image of .*arrays.* set pixel_range .* 0,255 of uint8, or num_channels"
+    with pytest.raises(ValueError, match=message):
+        source = ImageSource(dataset=rows)
+        next(source.blocks(source.dataset))
+    with pytest.raises(ValueError, match=message):
+        load_split(str(tmp_path))
+    source = ImageSource(dataset=rows, arrays=True)
+    channels = 1 if shape[-1] == 1 else 3
+    image = source.images(next(source.blocks(source.dataset))[0])[0]
+    assert decode(image["bytes"], channels, pixel_range=(0, 255)).shape == (8, 9, channels)
+
+
+def test_a_stack_in_a_row_is_no_image():
+    made = Dataset.from_dict({"image": [np.zeros((2, 3, 4, 5))]}, Features({"image": Array4D((2, 3, 4, 5), "uint8")}))
+    for arrays in (False, True):
+        with pytest.raises(ValueError, match="not one image in each row"):
+            ImageSource(dataset=made, arrays=arrays)
 
 
 def test_rows_without_an_image_or_with_a_ragged_one_are_bad(tmp_path):

@@ -7,8 +7,15 @@ import pytest
 import tifffile
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, List, Value, load_dataset
-from testing_utils import tiny_model
-from transformers import AutoModelForImageClassification, ViTImageProcessor, ViTImageProcessorPil
+from testing_utils import TINY, tiny_model
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextImageProcessorPil,
+    LevitImageProcessorPil,
+    MobileViTImageProcessorPil,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+)  # fmt: skip
 
 import run_eval
 from modeling_can import demo
@@ -16,6 +23,9 @@ from modeling_can.data.arrays import encode_array
 from modeling_can.evaluation.encoders import ArrayPreprocessor, load_encoder, preprocessor_of
 from modeling_can.evaluation.features import Images
 from modeling_can.evaluation.sets import load_split
+from modeling_can.evaluation.settings import make_settings
+from modeling_can.pretraining.builders import image_processor
+from modeling_can.pretraining.recipe import Recipe
 
 
 rng = np.random.default_rng(0)
@@ -116,6 +126,11 @@ def test_what_arrays_cannot_have_is_refused_in_words(model, labeled, tmp_path):
         demo.Demo(model)
 
 
+def test_a_range_of_one_value_is_refused_before_anything_is_read():
+    with pytest.raises(ValueError, match="pixel_range=.*must be two values"):
+        make_settings({"model_name_or_path": "m", "dataset_name": "d", "pixel_range": "5,5"})
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,6 +148,43 @@ def test_the_geometry_is_that_of_transformers(options):
     assert isinstance(preprocessor, ArrayPreprocessor)
     ours = preprocessor.normalize(preprocessor.decode(encode_array(image))[None])[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1.5 / 255)
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (ViTImageProcessorPil(resample=0), "ViTImageProcessorPil has resample=0"),
+        (ViTImageProcessorPil(resample=1), "resample=1"),
+        (ViTImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64}), "size=.*longest_edge"),
+        (ViTImageProcessorPil(do_pad=True, pad_size={"height": 256, "width": 256}), "do_pad=True"),
+        (ViTImageProcessorPil(rescale_factor=1 / 127.5), "rescale_factor="),
+        (ConvNextImageProcessorPil(size={"shortest_edge": 224}), "ConvNextImageProcessorPil has crop_pct=0.875"),
+        (MobileViTImageProcessorPil(), "do_flip_channel_order=True"),
+        (
+            LevitImageProcessorPil(),
+            "LevitImageProcessorPil has a way of its own",
+        ),  # resizes to 256/224 of what it says
+    ],
+)
+def test_a_processor_that_does_more_is_refused_by_its_option(processor, message):
+    with pytest.raises(ValueError, match=f"{message}.*--processor_name_or_path"):
+        preprocessor_of(processor, decoding={"pixel_range": (0, 255)})
+    assert preprocessor_of(processor, (32, 32) if "longest" in message else None) is not None  # of RGB
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("shape", [32, (32, 48), 224, (17, 111)])
+@pytest.mark.parametrize("num_channels", [1, 3, 5])
+def test_processors_of_the_trainer_are_taken(num_channels, shape, resample):
+    recipe = Recipe.from_dict(
+        {
+            **TINY, "num_channels": num_channels, "image_mean": (0.5,) * num_channels, "pixel_range": [0, 9],
+            "image_std": (0.5,) * num_channels, "image_size": shape, "patch_size": 1, "resample": resample,
+            "data_dir": "x", "max_steps": 1,
+        }
+    )  # fmt: skip
+    for image_size in (None, (64, 64)):
+        assert isinstance(preprocessor_of(image_processor(recipe), image_size), ArrayPreprocessor)
 
 
 def test_another_size_keeps_the_proportions(model):

@@ -12,11 +12,14 @@ from datasets import Array3D, ClassLabel, Dataset, Features
 from huggingface_hub import ModelCard
 from matplotlib.image import imread
 from testing_utils import TINY, save, tiny_model
+from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 import modeling_can
 from modeling_can.evaluation.encoders import ArrayPreprocessor, load_preprocessor
 from modeling_can.plots import displayed
+from modeling_can.pretraining.checkpoints import changed_fields
+from modeling_can.pretraining.loop import earlier_augmentation
 from modeling_can.pretraining.recipe import Recipe
 
 
@@ -129,6 +132,26 @@ def test_settings_are_chosen_for_arrays_too_also_from_rgb_weights(images, tmp_pa
 def test_settings_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict({**RUN, "data_dir": "x", **changes})
+
+
+def test_channels_of_figures_are_no_change_of_what_is_trained():
+    recipe = Recipe.from_dict({**RUN, "data_dir": "x"})
+    shared = {"recipe": {**recipe.to_dict(), "display_channels": (0,)}, "optimizer": {"state": {}}}
+    assert changed_fields(recipe, shared, {}, nn.Module()) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "is_told"),
+    [
+        ({"num_channels": 1}, True),
+        ({"num_channels": 1, "pixel_range": None}, False),
+        ({"num_channels": 3}, False),
+        ({"num_channels": 1, "color_jitter_probability": 0}, False),
+    ],
+)
+def test_a_checkpoint_of_one_channel_says_that_brightness_now_changes(recipe, is_told):
+    remarks = earlier_augmentation({"data_on_device": False, "color_jitter_probability": 0.8, **recipe})
+    assert is_told == any("brightness and contrast of one channel" in remark for remark in remarks)
 
 
 def test_floating_point_images_without_a_range_stop_the_run_at_once(tmp_path):

@@ -94,6 +94,15 @@ def test_gray_images_keep_three_channels_and_get_their_own_normalization():
     assert "measure_mean_std" not in chosen(Images(100, 64, True), CPU, image_mean=(0.5, 0.5, 0.5))
 
 
+@pytest.mark.parametrize("arrays", [{"num_channels": 1}, {"num_channels": 4}, {"pixel_range": (0, 4095)}])
+def test_images_other_than_rgb_of_8_bits_get_their_own_normalization(arrays):
+    images = Images(100, 64, False)
+    assert chosen(images, CPU, **arrays)["measure_mean_std"] is True
+    mean = (0.5,) * arrays.get("num_channels", 3)
+    assert "measure_mean_std" not in chosen(images, CPU, image_mean=mean, **arrays)
+    assert "measure_mean_std" not in chosen(images, CPU, num_channels=3)
+
+
 def test_weights_to_start_from_decide_the_encoder(tmp_path):
     tiny_model().can.save_pretrained(tmp_path)
     found = chosen(Images(1000, 400, False), GPU, model_name_or_path=str(tmp_path))
