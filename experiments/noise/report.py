@@ -59,7 +59,7 @@ def report():
         "Written by `python experiments/noise/study.py --stage report`. By how many dB the noise in test images gets "
         "weaker: at\nthe largest level, at half of it (mean), and over sigma ~ U[0, sigma_max] (uniform). Accuracies "
         "in %; under noise on\nCIFAR-10 on a fifth of the test images. A: mean "
-        "square error on masked patches, while training. What has no\nfigure under noise is still to be measured.\n\n"
+        "square error on masked patches, while training.\n\n"
         "The base has a noise head of its own, N relative to its trivial loss with weight 1, sigma_max 0.5 and "
         "patches of 4.\n`sigma-0.05` and so on say what differs.",
         f"## CIFAR-10: 2,000 steps of 512 images, encoder 128 x 4, decoder 64 x 2\n\n{table('cifar10')}",
