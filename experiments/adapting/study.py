@@ -26,17 +26,17 @@ from modeling_can.pretraining.sizes import sizes_of_start  # noqa: E402
 
 RESULTS, README = Path(__file__).parent / "results", Path(__file__).parent / "README.md"
 KEPT = ROOT / "model_cards" / "can-toy-patch4-32-cifar10"
-NEW = {"base_learning_rate": 2e-3, "layer_decay": 1, "frozen_encoder_ratio": 0}  # as of new weights
+NEW = {"layer_decay": 1, "frozen_encoder_ratio": 0}  # as of new weights
 # Row of the table: where it starts (the whole model, its encoder alone, or new weights), what differs from can-adapt,
 # and the number of seeds
 ROWS = {
     "can-adapt": ("model", {}, 3),
-    "from scratch": ("new", NEW, 3),
-    "as if it were new": ("model", NEW, 3),
+    "new weights": ("new", NEW, 3),
+    "nothing held back": ("model", NEW, 3),
     "its encoder alone": ("encoder", {}, 3),
     "its encoder alone, nothing frozen": ("encoder", {"frozen_encoder_ratio": 0}, 3),
-    "the same rate for all blocks": ("model", {"layer_decay": 1}, 1),
-    "a fifth of the rate": ("model", {"base_learning_rate": 1e-4}, 1),
+    "a quarter of the rate": ("model", {"base_learning_rate": 5e-4}, 1),
+    "a quarter of the rate, the same for all blocks": ("model", {"base_learning_rate": 5e-4, "layer_decay": 1}, 1),
 }  # fmt: skip
 
 
@@ -60,7 +60,11 @@ def do(row: str, seed: int, arguments):
         name: ",".join(map(str, value)) if isinstance(value, tuple) else value
         for name, value in sizes_of_start(str(KEPT), {}).items()
     }
-    begin = {"model": {"model_name_or_path": str(KEPT)}, "encoder": {"model_name_or_path": str(encoder)}, "new": sizes}
+    begin = {
+        "model": {"model_name_or_path": str(KEPT)},
+        "encoder": {"model_name_or_path": str(encoder)},
+        "new": {**sizes, "base_learning_rate": 2e-3},
+    }
     flags = as_flags({**begin[start], **settings, "seed": seed, "dataset_name": arguments.data})
     flags += as_flags({"output_dir": str(folder), "log_with": "none", "resume_from_checkpoint": "latest"})
     run_script(arguments.threads, "run_pretraining.py", "can-adapt", *flags, log=folder.with_suffix(".log"))

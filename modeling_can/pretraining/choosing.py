@@ -26,7 +26,7 @@ from .batch_size import largest_step
 from .cost import step_seconds
 from .plan import Plan
 from .recipe import LENGTH, Recipe, model_fields
-from .sizes import sizes_of, sizes_of_start
+from .sizes import rate_of, sizes_of, sizes_of_start
 
 
 __all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at", "tell_time"]
@@ -39,12 +39,6 @@ _PATCHES = {32: 4, 64: 8, 128: 8, 224: 16}  # image size -> patch size
 _ON_GPU = (("ViT-base", 1_000_000, 16), ("ViT-small", 100_000, 8), ("ViT-tiny", 0, 0))
 # Images seen, and the most epochs, on a CPU and on a GPU; a GPU does at least _MIN_EPOCHS
 _NUM_SEEN, _MAX_EPOCHS, _MIN_EPOCHS = {"cpu": 1_000_000, "cuda": 5_000_000}, {"cpu": 400, "cuda": 800}, 100
-# Learning rate by the width of the encoder, up to
-_RATES = (
-    (128, 2e-3, "the best in the search of the CIFAR-10 study, for this width"),
-    (767, 5e-4, "as for ViT-tiny in the CIFAR-10 study"),
-    (10**9, 2.5e-4, "the paper's authors', for ViT-base"),
-)
 _UNKNOWN_NUMBER = 100_000  # what a source counts as that does not tell how many images it has
 _MOST_WORKERS = 8
 
@@ -261,7 +255,7 @@ def _batch(number: int, machine: Machine, given: dict) -> Choice:
 
 
 def _learning_rate(width: int) -> Choice:
-    rate, reason = next((rate, reason) for most, rate, reason in _RATES if width <= most)
+    rate, reason = rate_of(width)
     return Choice({"base_learning_rate": rate, "warmup_ratio": 0.1, "max_grad_norm": 3.0}, reason)
 
 

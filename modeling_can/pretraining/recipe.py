@@ -19,7 +19,7 @@ from ..data.decoding import DECODING, HIGH_BIT_DEPTH, check_color
 from ..fields import check, expand_paths, option, parse_values, read_flags
 from ..former_names import current_names
 from .presets import LENGTH, begun, merged, output_dir, presets, recipe_for
-from .sizes import OF_START, sizes_of_start
+from .sizes import OF_START, rate_of, sizes_of_start
 
 
 __all__ = ["Recipe", "make_recipe", "model_fields", "parse_arguments", "training_fields"]
@@ -385,12 +385,17 @@ def make_recipe(recipe: str | Path | dict | None, overrides: dict, has_dataset: 
 
 
 def _of_start(values: dict) -> dict:
-    """Encoder, decoder, heads and normalization of the weights, or of the run that goes on, which began with them."""
+    """
+    Encoder, decoder, heads and normalization of the weights, and the learning rate for that width; or those of the run
+    that goes on, which began with them.
+    """
     known = begun(values.get("resume_from_checkpoint"), values.get("output_dir", "out"))
     if known:
         return {name: value for name, value in merged(known, {}).items() if name in OF_START}
     values = parse_values(values, [*training_fields(), *model_fields()])
-    return sizes_of_start(str(Path(values["model_name_or_path"]).expanduser()), values)
+    found = sizes_of_start(str(Path(values["model_name_or_path"]).expanduser()), values)
+    rate, _ = rate_of(values.get("hidden_size", found["hidden_size"]))
+    return {**found, "base_learning_rate": rate}
 
 
 def _open_recipe(overrides: dict) -> Recipe:

@@ -1,4 +1,4 @@
-"""The sizes of encoder and decoder: from a table, or of the weights that a run begins with."""
+"""The sizes of encoder and decoder, from a table or of the weights that a run begins with; and their learning rate."""
 
 import functools
 
@@ -9,7 +9,7 @@ from ..conversion.names import ENCODER_FIELDS
 from ..conversion.reading import is_file_of_weights
 
 
-__all__ = ["ENCODERS", "OF_START", "sizes_of", "sizes_of_start"]
+__all__ = ["ENCODERS", "OF_START", "rate_of", "sizes_of", "sizes_of_start"]
 
 # Width, layers and heads of encoder and decoder
 ENCODERS = {
@@ -18,13 +18,19 @@ ENCODERS = {
     "ViT-small": ((384, 12, 6), (256, 4, 8)),
     "ViT-base": ((768, 12, 12), (512, 8, 16)),
 }
+# Learning rate by the width of the encoder, up to
+_RATES = (
+    (128, 2e-3, "the best in the search of the CIFAR-10 study, for this width"),
+    (767, 5e-4, "as for ViT-tiny in the CIFAR-10 study"),
+    (10**9, 2.5e-4, "the paper's authors', for ViT-base"),
+)
 # What of a CAN says how its decoder and heads are built
 _HEADS = (
     "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size",
     "projection_hidden_size", "projection_size", "noise_head", "norm_noise_loss", "noise_std_max",
     "noise_level_embedding", "norm_pix_loss",
 )  # fmt: skip
-OF_START = (*ENCODER_FIELDS, "image_size", *_HEADS, "image_mean", "image_std")
+OF_START = (*ENCODER_FIELDS, "image_size", *_HEADS, "image_mean", "image_std", "base_learning_rate")
 
 
 def sizes_of(name: str, given: dict) -> dict:
@@ -44,6 +50,11 @@ def sizes_of(name: str, given: dict) -> dict:
             f"{prefix}intermediate_size": 4 * width,
         }
     return values
+
+
+def rate_of(width: int) -> tuple[float, str]:
+    """The learning rate for 256 images of an encoder of that width, and why."""
+    return next((rate, reason) for most, rate, reason in _RATES if width <= most)
 
 
 @functools.lru_cache(maxsize=1)  # a file is read for it

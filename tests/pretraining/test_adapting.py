@@ -50,7 +50,9 @@ def adapt(start, out, **settings):
 
 
 def test_a_recipe_without_sizes_gets_those_of_the_weights(start, tmp_path):
-    config = make_recipe("can-adapt", {"model_name_or_path": str(start), "data_dir": "x"}).config
+    recipe = make_recipe("can-adapt", {"model_name_or_path": str(start), "data_dir": "x"})
+    config = recipe.config
+    assert recipe.base_learning_rate == 2e-3  # of that width
     assert (config.hidden_size, config.num_hidden_layers, config.patch_size) == (32, 2, (8, 8))
     own = tiny_model(decoder_hidden_size=16, projection_size=24)
     own.save_pretrained(tmp_path)
