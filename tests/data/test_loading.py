@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import datasets
@@ -138,16 +139,19 @@ def test_a_stop_signal_ends_a_wait_for_data(tmp_path, num_workers, number):
         stderr=subprocess.PIPE,
         text=True,
     )
+    too_late = threading.Timer(120, process.kill)
+    too_late.start()
     try:
-        waited = {"stalls": False, "step": False}
-        for line in process.stdout:
-            waited |= {word: True for word in waited if line.startswith(word)}
-            if all(waited.values()):
-                break
+        told = ""  # of the worker and of the run, which share the pipe
+        while not ("stalls" in told and "step " in told):
+            line = process.stdout.readline()
+            assert line, told  # it ended, or was killed
+            told += line
         time.sleep(2)  # the batches that were there before are trained on
         process.send_signal(number)
         _, errors = process.communicate(timeout=40)
     finally:
+        too_late.cancel()
         process.kill()
     assert process.returncode == 1
     assert f"stopped by {number.name} after step" in errors and "waited for data; go on with" in errors
