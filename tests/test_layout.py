@@ -173,6 +173,7 @@ outlive_stop_signals(0)
 """
 
 
+@pytest.mark.slow
 def test_windows_lacks_nothing_that_is_needed(tmp_path):
     command = [sys.executable, "-c", WITHOUT_POSIX, str(ROOT), str(tmp_path)]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=300)

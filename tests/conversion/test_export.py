@@ -344,6 +344,7 @@ def test_timms_preprocessing_goes_there_and_back(source, tmp_path):
     assert {"crop_pct": 1.0, "crop_mode": "squash"}.items() <= processors.timm_preprocessing(squashed).items()
 
 
+@pytest.mark.slow
 def test_a_file_of_an_onnx_graph_tells_nothing_of_this_machine(source, tmp_path):
     to_onnx(to_can(str(source)), tmp_path / "model.onnx")
     content = (tmp_path / "model.onnx").read_bytes()

@@ -101,6 +101,7 @@ def test_decoder_and_heads_learn_first_and_a_resumed_run_is_exact(start, tmp_pat
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_other_rates_after_a_checkpoint(start, tmp_path, capsys):
     adapt(start, tmp_path / "first", save_steps=3)
     for name, settings in {"same": {}, "plain": {"layer_decay": 1, "frozen_encoder_ratio": 0}}.items():

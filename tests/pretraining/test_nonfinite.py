@@ -64,7 +64,7 @@ def test_a_planted_number_stops_the_run_by_name(tmp_path, value):
 
 
 @pytest.mark.parametrize("num_processes, step, logging_steps", [
-    (2, 4, 3),
+    pytest.param(2, 4, 3, marks=pytest.mark.slow),
     pytest.param(1, 4, 3, marks=pytest.mark.slow),
     pytest.param(1, 5, 1, marks=pytest.mark.slow),  # the line of the log has no other step
     pytest.param(1, 5, 3, marks=pytest.mark.slow),  # and it is the last step, whose pixels the log looks at
