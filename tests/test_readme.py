@@ -13,6 +13,8 @@ from datasets import load_dataset
 from PIL import Image
 from testing_utils import ROOT, free_port
 
+from modeling_can import CANConfig, CANForPreTraining
+
 
 NOTEBOOK = ROOT / "docs" / "first-steps.ipynb"
 PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -75,7 +77,13 @@ def test_every_command_runs_at_toy_size(command, tmp_path):
     command = command.replace("modeling-can ", f"{sys.executable} -m modeling_can ")
     if "--config_file" in command:
         command = command.replace("--num_processes 8", f"--num_processes 2 --main_process_port {free_port()}")
-    said = run(f"{command} {TOY} --output_dir {tmp_path / 'out'}")
+    toy = TOY
+    if "WEIGHTS" in command:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        CANForPreTraining(CANConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "weights")
+        command = command.replace("WEIGHTS", str(tmp_path / "weights")).replace("LABELED", "sample_data")
+        toy = TOY.replace("--probe_dataset_name none", "")
+    said = run(f"{command} {toy} --output_dir {tmp_path / 'out'}")
     assert "Model, card and figures" in said or "preflight: ready" in said
 
 
