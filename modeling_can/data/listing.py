@@ -184,7 +184,7 @@ def _kept(table: InMemoryTable, file: Path) -> MemoryMappedTable | InMemoryTable
                 checksum = 0
                 while part := content.read(1 << 20):
                     checksum = zlib.crc32(part, checksum)
-                content.write(checksum.to_bytes(4, "big"))  # readers of Arrow stop before it
+                content.write(checksum.to_bytes(4, "big"))  # Arrow stops reading before it
     except OSError as error:
         logger.info("the list of images is not kept in %s: %s", file, error)
     return _read(file) or table

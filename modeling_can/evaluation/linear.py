@@ -34,13 +34,13 @@ class LinearClassifier(NamedTuple):
         weight (`np.ndarray` of shape `(num_classes, d)`), bias (`np.ndarray` of shape `(num_classes,)`): On features
             as they are, so that they can become the last layer of a model.
         inverse_penalty (`float`): C, which was chosen.
-        held_out_accuracy (`float`, *optional*): What it was chosen by, in [0, 1].
+        held_out_score (`float`, *optional*): What C was chosen by, in [0, 1]: accuracy, of patches mIoU.
     """
 
     weight: np.ndarray
     bias: np.ndarray
     inverse_penalty: float
-    held_out_accuracy: float | None
+    held_out_score: float | None
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         return (features @ self.weight.T + self.bias).argmax(axis=1)
@@ -172,7 +172,7 @@ class LinearProbe(Protocol):
         return {
             **setup.score(predicted),
             "C": probe.inverse_penalty,
-            "held_out_accuracy": probe.held_out_accuracy,
+            "held_out_accuracy": probe.held_out_score,
         }
 
     def rows(self, figures: dict, pooling: str) -> dict[str, Measure]:

@@ -5,7 +5,6 @@ the mask (as DINOv2, arXiv 2304.07193, sec. 7.4).
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from ..plots import segmentation_sheet
 from ..progress import tell
 from .encoders import Preprocessor
 from .features import Images
-from .linear import held_out_scores, mean_and_std
+from .linear import LinearClassifier, held_out_scores, mean_and_std
 from .masks import MaskedSplit
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 from .scores import bootstrap_interval_of
@@ -23,7 +22,7 @@ from .sets import hold_out
 
 
 __all__ = [
-    "INVERSE_PENALTIES", "PatchClassifier", "SAMPLED", "Segmentation", "iou", "mean_iou", "patch_classifier",
+    "INVERSE_PENALTIES", "SAMPLED", "Segmentation", "iou", "mean_iou", "patch_classifier",
     "pixel_counts", "sampled", "upsampled_classes",
 ]  # fmt: skip
 
@@ -35,26 +34,9 @@ _MAX_LOGITS = 2**25  # upsampled at a time
 _NUM_DRAWN = 6  # rows of the sheet
 
 
-class PatchClassifier(NamedTuple):
-    """
-    Logits = tokens @ weight.T + bias.
-
-    Args:
-        weight (`np.ndarray` of shape `(num_classes, d)`), bias (`np.ndarray` of shape `(num_classes,)`): On tokens as
-            they are.
-        inverse_penalty (`float`): C, which was chosen.
-        held_out_mean_iou (`float`, *optional*): What it was chosen by, in [0, 1].
-    """
-
-    weight: np.ndarray
-    bias: np.ndarray
-    inverse_penalty: float
-    held_out_mean_iou: float | None
-
-
 def patch_classifier(
     tokens: np.ndarray, labels: np.ndarray, num_classes: int, num_fit: int, device: str | torch.device = "cpu"
-) -> PatchClassifier:
+) -> LinearClassifier:
     """
     Multinomial logistic regression on standardized patch tokens, by L-BFGS on all of them: the problem is convex, and
     its solution the same each time. The loss is that of the upsampled logits at `SAMPLED` x `SAMPLED` pixels of every
@@ -87,7 +69,7 @@ def patch_classifier(
     _fit(weights, tokens, labels, best)
     fitted = weights.detach().cpu().numpy()
     weight = (fitted[:-1] / std[:, None]).T
-    return PatchClassifier(weight, fitted[-1] - weight @ mean, best, scores.get(best))
+    return LinearClassifier(weight, fitted[-1] - weight @ mean, best, scores.get(best))
 
 
 def _fit(weights: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor, inverse_penalty: float):
@@ -227,7 +209,7 @@ class Segmentation(Protocol):
                 for name, value in zip(data.class_names, of_class, strict=True)
             },
             "C": head.inverse_penalty,
-            "held_out_mean_iou": head.held_out_mean_iou,
+            "held_out_mean_iou": head.held_out_score,
             "num_train": len(used),
             "patches": grid,
         }
@@ -257,7 +239,7 @@ class Segmentation(Protocol):
             raise ValueError(f"{entry.name} gives patch tokens that are not finite; try --mixed_precision no")
         return made
 
-    def _counts(self, setup: Setup, entry: Entry, head: PatchClassifier) -> np.ndarray | None:
+    def _counts(self, setup: Setup, entry: Entry, head: LinearClassifier) -> np.ndarray | None:
         """`pixel_counts` of every test image, `(N, 3, num_classes)`; on the first process, elsewhere `None`."""
         test = setup.data.test
 
@@ -274,7 +256,7 @@ class Segmentation(Protocol):
         return made and made["counts"].astype(np.float64)
 
     @staticmethod
-    def _draw(setup: Setup, entry: Entry, head: PatchClassifier) -> str:
+    def _draw(setup: Setup, entry: Entry, head: LinearClassifier) -> str:
         test = setup.data.test
         rows = np.random.default_rng(setup.settings.seed).permutation(len(test))[:_NUM_DRAWN]
         images = torch.stack([entry.preprocessor.whole(test.read(row)) for row in rows])
@@ -313,7 +295,7 @@ def _token_shape(setup: Setup, entry: Entry) -> tuple[int, int, int]:
         return tuple(entry.patch_tokens(images).shape[1:])
 
 
-def _logits(entry: Entry, head: PatchClassifier, images: torch.Tensor) -> torch.Tensor:
+def _logits(entry: Entry, head: LinearClassifier, images: torch.Tensor) -> torch.Tensor:
     """Of the patches of prepared images, `(B, num_classes, h, w)`."""
     weight, bias = (torch.from_numpy(part).to(images.device) for part in (head.weight, head.bias))
     return torch.einsum("bdhw,kd->bkhw", entry.patch_tokens(images).float(), weight) + bias[:, None, None]

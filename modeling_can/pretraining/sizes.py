@@ -79,6 +79,8 @@ def sizes_of_start(name_or_path: str, given: dict) -> dict:
     values = {name: getattr(config, name) for name in (*ENCODER_FIELDS, "image_size")}
     if "CANForPreTraining" in (config.architectures or ()):
         values |= {name: getattr(config, name) for name in _HEADS}
+        if not config.noise_std_max:  # trained without noise: whether there is some now is the recipe's to say
+            del values["noise_std_max"]
     else:
         near = min(ENCODERS, key=lambda name: abs(ENCODERS[name][0][0] - config.hidden_size))
         values |= {name: value for name, value in sizes_of(near, {}).items() if name.startswith("decoder")}

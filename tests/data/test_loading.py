@@ -98,7 +98,7 @@ def test_fewer_images_than_workers(caplog):
         view_loader(ViewStream(source, stream.make_views, num_processes=4), 4)
 
 
-@pytest.mark.parametrize("num_workers", [0, 4])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_worker_without_rows_does_not_spin(num_workers):
     source = ImageSource(dataset=rows(3).to_iterable_dataset())  # which does not tell its length
     make_views = lambda encoded, epoch: torch.zeros(2, 3, 8, 8, dtype=torch.uint8)  # noqa: E731

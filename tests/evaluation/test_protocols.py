@@ -98,7 +98,7 @@ def test_the_penalty_is_chosen_on_a_held_out_fifth():
         model = LogisticRegression(C=inverse_penalty, max_iter=2000).fit(scaled[fit], labels[fit])
         accuracy[inverse_penalty] = model.score(scaled[held_out], labels[held_out])
     assert len(set(accuracy.values())) > 1
-    assert probe.held_out_accuracy == pytest.approx(max(accuracy.values()), abs=0.02)
+    assert probe.held_out_score == pytest.approx(max(accuracy.values()), abs=0.02)
     assert accuracy[probe.inverse_penalty] >= max(accuracy.values()) - 0.02
 
 

@@ -21,6 +21,7 @@ from modeling_can import CANForPreTraining
 from modeling_can.evaluation import report, segmentation
 from modeling_can.evaluation.encoders import Preprocessor
 from modeling_can.evaluation.features import raw_patches
+from modeling_can.evaluation.linear import LinearClassifier
 from modeling_can.evaluation.masks import load_masked
 from modeling_can.evaluation.scores import bootstrap_interval_of
 from modeling_can.evaluation.segmentation import (
@@ -77,7 +78,7 @@ def patches(images: np.ndarray, patch: int = PATCH) -> np.ndarray:
     return raw_patches(pixels, (SIZE // patch, SIZE // patch)).movedim(1, -1).numpy().copy()
 
 
-def fitted(images: np.ndarray, masks: np.ndarray, patch: int = PATCH) -> segmentation.PatchClassifier:
+def fitted(images: np.ndarray, masks: np.ndarray, patch: int = PATCH) -> LinearClassifier:
     """With C = 1, as no image is held out."""
     size = (4 * SIZE // patch, 4 * SIZE // patch)
     labels = np.stack([sampled(mask, size) for mask in masks]).astype(np.float32)
@@ -227,10 +228,10 @@ def test_the_penalty_is_not_chosen_by_images_without_a_pixel_that_counts(uncount
     images, masks = shapes(5)
     labels = np.stack([sampled(mask, (SIZE, SIZE)) for mask in masks]).astype(np.float32)
     chosen = patch_classifier(patches(images), labels, NUM_CLASSES, num_fit=4)
-    assert chosen.inverse_penalty in segmentation.INVERSE_PENALTIES and 0 < chosen.held_out_mean_iou <= 1
+    assert chosen.inverse_penalty in segmentation.INVERSE_PENALTIES and 0 < chosen.held_out_score <= 1
     labels[uncounted] = -1
     made, expected = (patch_classifier(patches(images), labels, NUM_CLASSES, num_fit=number) for number in (4, 5))
-    assert (made.inverse_penalty, made.held_out_mean_iou) == (1.0, None)
+    assert (made.inverse_penalty, made.held_out_score) == (1.0, None)
     assert np.array_equal(made.weight, expected.weight)
 
 

@@ -4,14 +4,19 @@ import json
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file, save_file
-from testing_utils import tiny_model
+from testing_utils import ROOT, tiny_model
 from transformers import ViTConfig, ViTModel
 
 import run_pretraining
+from modeling_can.configuration_can import SIMCLR
 from modeling_can.conversion.export import to_timm
 from modeling_can.optimization import layer_groups, learning_rate
 from modeling_can.pretraining.recipe import make_recipe
+
+
+TILES = ROOT / "modeling_can" / "data" / "sample_data"
 
 
 def test_the_encoder_alone_has_the_rates_of_its_blocks():
@@ -58,6 +63,9 @@ def test_a_recipe_without_sizes_gets_those_of_the_weights(start, tmp_path):
     own.save_pretrained(tmp_path)
     config = make_recipe("can-adapt", {"model_name_or_path": str(tmp_path), "data_dir": "x"}).config
     assert (config.decoder_hidden_size, config.projection_size) == (16, 24)
+    tiny_model(**SIMCLR).save_pretrained(tmp_path / "simclr")  # which had no noise, and no decoder to train
+    objective = make_recipe({"model_name_or_path": str(tmp_path / "simclr"), "max_steps": 1}, {"data_dir": "x"}).config
+    assert objective.noise_std_max > 0 and objective.denoising_loss_weight > 0
     asked = {"model_name_or_path": str(start), "data_dir": "x", "hidden_size": 64}
     assert make_recipe("can-adapt", asked).config.hidden_size == 64  # which the run then refuses, with the flags
     with pytest.raises(ValueError, match="num_channels='four'"):
@@ -113,7 +121,11 @@ def test_other_rates_after_a_checkpoint(start, tmp_path, capsys):
 
 
 def test_the_start_stands_beside_the_run(start, tmp_path, capsys):
-    results = adapt(start, tmp_path / "run", probe_dataset_name="sample_data", probe_every=3)
+    for split in ("train", "test"):
+        some = load_dataset("parquet", data_files=str(TILES / f"{split}-*.parquet"), split="train").shuffle(seed=0)
+        (tmp_path / "labeled").mkdir(exist_ok=True)
+        some.select(range(100)).to_parquet(tmp_path / "labeled" / f"{split}.parquet")
+    results = adapt(start, tmp_path / "run", probe_dataset_name=tmp_path / "labeled", probe_every=3)
     probe = results["probe"]
     assert list(probe) == ["raw pixels", "the start", "CAN, pre-trained"]
     out = capsys.readouterr().out

@@ -89,10 +89,8 @@ def test_a_run_killed_25_times_ends_with_the_same_bits(uninterrupted, tmp_path):
         kill_and_resume(tmp_path / f"run-{attempt}", rng.uniform(0, 0.3, size=1), uninterrupted)
 
 
-OTHERS = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGINT)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, *OTHERS], ids=lambda number: number.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
 def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_path, number):
     folder = tmp_path / "run"
     process = start(folder)
