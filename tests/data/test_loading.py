@@ -53,6 +53,7 @@ def test_a_slow_batch_is_awaited_and_none_is_lost():
     assert [int(x) for x in batches] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_batch_that_never_comes_is_an_error():
     batches = numbers(lambda: time.sleep(60), patience=0.8)
     assert [int(next(batches)), int(next(batches))] == [0, 1]

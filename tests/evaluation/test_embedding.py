@@ -278,11 +278,8 @@ def is_running(process_id: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT],
-    ids=["the process is killed", "Ctrl-C"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["the process is killed", "Ctrl-C"])
 def test_no_worker_outlives_its_process(places, tmp_path, number):
     code = (  # no fork of this process, which has threads
         "import functools, sys\nfrom pathlib import Path\nfrom test_embedding import *\nplaces, place = sys.argv[1:]\n"

@@ -198,7 +198,8 @@ def test_a_run_tells_what_it_chose_and_goes_on_with_it(folder, capfd):
     assert again == json.loads((folder / "out" / "results.json").read_text())
 
 
-@pytest.mark.parametrize("batch_size", [None, pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [None, "auto"])
 def test_a_run_that_goes_on_keeps_what_was_chosen(folder, batch_size):
     """Also where there are more and larger images by now, for which a new run chooses otherwise."""
     out = folder / "out"

@@ -219,6 +219,7 @@ def test_grayscale_non_square_images_train_probe_and_draw(tmp_path):
     assert (tmp_path / "out" / "figures" / "reconstructions.png").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
