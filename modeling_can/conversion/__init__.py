@@ -6,7 +6,8 @@ Weights from other models and for them:
 - `names`: what they call the same tensors.
 - `reading`: a folder, a Hub id or a file as a configuration and weights.
 - `importing`: `warm_start` continues from a CAN, ViT-MAE, ViT, DINOv2 or DINOv3 checkpoint, or from a file of weights
-  under timm's names: timm's own, those of MAE's and CAN's authors. `to_can` makes such weights an encoder of ours.
+  under names like timm's: timm's own, those of the authors of MAE, CAN, DINOv2 and DINOv3. `to_can` makes such weights
+  an encoder of ours.
 - `export`: `to_dinov2`, `to_dinov3_vit`, `to_vit` and `to_timm` make an encoder of ours one that needs no code of
   ours. `convert` writes it, or the graph of `onnx`, into a folder.
 - `processors`: the image processor that goes along.
@@ -20,7 +21,8 @@ The encoders are the same under other names, with these differences:
 - DINOv3's positions are rotary, and its keys have no bias: fields of CANConfig (`ENCODER_VARIANTS`) say so, and which
   registers and gates there are. In training it rescales its coordinates at random; ours does not, and what we write
   does not either.
-- timm keeps the projections to queries, keys and values in one matrix.
+- timm and the authors keep the projections to queries, keys and values in one matrix, some also a gate and what it
+  gates.
 - Positions belong to the source's patch grid. They are resized to ours and, learned or not, go into our frozen table,
   with the class token's row as it is.
 - DINOv2's classifier reads the class token and, beside it, the mean of the patch tokens, ours the mean alone.

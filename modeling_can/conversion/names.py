@@ -1,8 +1,8 @@
 """
 The names of one thing in different models: ours on the left, theirs on the right, to be read in either direction.
 
-A table holds modules and tensors; {} is the number of a layer. timm keeps the projections to queries, keys and values
-in one matrix, which is split before its names are looked up.
+A table holds modules and tensors; {} is the number of a layer. Files of timm's and of the authors of DINOv2 and DINOv3
+have several spellings of timm's names, and keep some matrices in one: they are brought to one form before.
 """
 
 import re
@@ -26,6 +26,7 @@ __all__ = [
     "TIMM_LAYER_SCALE",
     "VIT",
     "VIT_MAE",
+    "in_one_form",
     "join_qkv",
     "split_qkv",
     "their_name",
@@ -94,10 +95,12 @@ TIMM_LAYER_SCALE = {
     "can.layers.{}.attention.o_proj": "blocks.{}.ls1.gamma",
     "can.layers.{}.mlp.fc2": "blocks.{}.ls2.gamma",
 }
-# Further parts of facebookresearch/mae and, with the head, of shlokk/mae-contrastive. That one contrasts the mean of
-# all tokens, the class token included, and tells the noise level to the encoder's tokens, by layers that ours has not.
+# Further parts of facebookresearch/dinov2, mae and, with the head, shlokk/mae-contrastive. That one contrasts the mean
+# of all tokens, the class token included, and tells the noise level to the encoder's tokens, by layers that ours has
+# not.
 MAE_FILE = {
     **TIMM,
+    "can.embeddings.register_tokens": "register_tokens",
     "projection_head.fc1": "projection_head.0",
     "projection_head.fc2": "projection_head.2",
     "decoder.embed": "decoder_embed",
@@ -111,6 +114,15 @@ MAE_FILE = {
     "decoder.layernorm": "decoder_norm",
     "decoder.head": "decoder_pred",
 }
+# What timm (in its Eva, as which it has DINOv3) and facebookresearch/dinov2 and dinov3 call parts of timm's ViT
+_OTHER_SPELLINGS = (
+    (r"^(reg_token|storage_tokens)$", "register_tokens"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
+    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+    (r"\.mlp\.(w1|fc1_g)\.", ".mlp.gate_proj."),
+    (r"\.mlp\.(w2|w12|fc1_x)\.", ".mlp.fc1."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+)
 # transformers' names of activations -> timm's
 TIMM_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 # What must agree for two configurations to mean the same encoder
@@ -137,6 +149,28 @@ def their_name(name: str, table: dict[str, str]) -> str | None:
         if name == ours or name.startswith(f"{ours}."):
             return theirs + name[len(ours) :]
     return None
+
+
+def in_one_form(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a file of weights under the names of `MAE_FILE`: queries, keys and values apart, gates apart from
+    what they gate, and without the biases that DINOv3 masks out.
+    """
+    renamed = {}
+    for key, tensor in split_qkv(state).items():
+        for theirs, name in _OTHER_SPELLINGS:
+            key = re.sub(theirs, name, key)
+        renamed[key] = tensor
+    for key in [key for key in renamed if key.endswith(".bias_mask")]:
+        if not renamed.pop(key).any():
+            del renamed[key.removesuffix("_mask")]
+    for key in [key for key in renamed if key.endswith(".mlp.fc2.weight")]:
+        mlp, width = key.removesuffix("fc2.weight"), renamed[key].shape[1]
+        for name in ("weight", "bias"):
+            both = renamed.get(f"{mlp}fc1.{name}", ())
+            if len(both) == 2 * width:  # SiLU(first half) * second half
+                renamed[f"{mlp}gate_proj.{name}"], renamed[f"{mlp}fc1.{name}"] = both.chunk(2)
+    return renamed
 
 
 def split_qkv(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

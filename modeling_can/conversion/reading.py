@@ -1,5 +1,6 @@
 """
-Checkpoints of other models: a folder or Hub id of transformers' or timm's, or a file of weights under timm's names.
+Checkpoints of other models: a folder or Hub id of transformers' or timm's, or a file of weights under names like
+timm's, as the authors of MAE, CAN, DINOv2 and DINOv3 have published them.
 
 Weights are read from safetensors. What there is in other files alone is a pickle, which could execute anything; only
 here is it read, by `torch.load(weights_only=True)`, and a warning says so.
@@ -44,7 +45,7 @@ from .names import (
     TIMM_LAYER_SCALE,
     VIT,
     VIT_MAE,
-    split_qkv,
+    in_one_form,
     their_name,
 )
 
@@ -95,7 +96,7 @@ _SOURCES = {
     "dinov3_vit": Source(DINOv3ViTModel, DINOV3, DINOV3_LAYER_SCALE, _REMARKS),
 }
 # The numbers of heads of the published ViTs, by their widths
-_PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+_PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 
 
 def read_checkpoint(
@@ -205,11 +206,11 @@ def _read_file(path: Path, model_args: dict, num_heads: int | None, num_decoder_
             state = state[key]
     tensors = state.items() if isinstance(state, dict) else ()
     state = {key.removeprefix("module."): x.float() for key, x in tensors if isinstance(x, torch.Tensor)}
-    if not {"pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
+    if not {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state.keys():
         raise ValueError(
             f"model_name_or_path={str(path)!r} holds no ViT under timm's names, such as blocks.0.attn.qkv.weight, but "
-            f"{', '.join(list(state)[:3]) or 'no tensors'}; give a file of timm's, MAE's or CAN's authors, or a "
-            "folder with a config.json"
+            f"{', '.join(list(state)[:3]) or 'no tensors'}; give a file of timm's or of the authors of MAE, CAN, "
+            "DINOv2 or DINOv3, or a folder with a config.json"
         )
     return from_timm(
         name=str(path), state=state, model_args=model_args, num_heads=num_heads, num_decoder_heads=num_decoder_heads
@@ -235,31 +236,43 @@ def from_timm(
     A state dict under timm's names; its sizes are those of its tensors and, where they do not tell, of timm's
     `model_args`. Raises ValueError, in which it is called `name`, for what CAN's encoder cannot be.
     """
+    state = in_one_form(state)
     width, channels, *patch = state["patch_embed.proj.weight"].shape
-    num_patches, side = state["pos_embed"].shape[1] - 1, math.isqrt(state["pos_embed"].shape[1] - 1)
-    image_size = model_args.get("img_size", (side * patch[0], side * patch[1]))
-    if math.prod(pixels // each for pixels, each in zip(as_pair(image_size), patch, strict=True)) != num_patches:
-        raise ValueError(f"model_name_or_path={name!r} has positions of {num_patches} patches, which is no square")
-    num_heads = model_args.get("num_heads") or num_heads or _PUBLISHED_HEADS.get(width)
+    fc1, registers = state.get("blocks.0.mlp.fc1.weight"), state.get("register_tokens")
+    if fc1 is None:
+        raise ValueError(f"model_name_or_path={name!r} has other MLPs than CAN's encoder: no blocks.0.mlp.fc1.weight")
+    activation = model_args.get("act_layer") or "gelu"
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": _num_blocks(state, "blocks"),
+        "intermediate_size": len(fc1),
+        "patch_size": tuple(patch),
+        "num_channels": channels,
+        "qkv_bias": "blocks.0.attn.q.bias" in state,
+        "key_bias": "blocks.0.attn.k.bias" in state or "blocks.0.attn.q.bias" not in state,
+        "hidden_act": {theirs: ours for ours, theirs in TIMM_ACTIVATIONS.items()}.get(activation, activation),
+    }
+    if "blocks.0.mlp.gate_proj.weight" in state:
+        sizes |= {"gated_mlp": True, "hidden_act": "silu"}
+    if registers is not None:
+        sizes["num_register_tokens"] = registers.shape[1]
+    if "pos_embed" in state:
+        sizes["image_size"] = _add_class_position(name, state, patch, model_args.get("img_size"))
+        sizes["interpolate_antialias"] = registers is not None  # as DINOv2's, which have them
+    else:
+        sizes |= _rotary(name, state, model_args)
+    num_heads = model_args.get("num_heads") or sizes.get("num_attention_heads") or num_heads
+    num_heads = num_heads or _PUBLISHED_HEADS.get(width)
     if not num_heads or width % num_heads:
         raise ValueError(
             f"model_name_or_path={name!r} is {width} wide and does not tell its number of attention heads; say it: "
             "--num_attention_heads"
         )
-    activation = model_args.get("act_layer") or "gelu"
-    sizes = {
-        "hidden_size": width,
-        "num_hidden_layers": _num_blocks(state, "blocks"),
-        "num_attention_heads": num_heads,
-        "intermediate_size": len(state["blocks.0.mlp.fc1.weight"]),
-        "image_size": image_size,
-        "patch_size": tuple(patch),
-        "num_channels": channels,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-        "hidden_act": {theirs: ours for ours, theirs in TIMM_ACTIVATIONS.items()}.get(activation, activation),
-    }
+    sizes["num_attention_heads"] = num_heads
     decoder_width = len(state.get("decoder_embed.weight", ()))
-    if decoder_width and decoder_width % num_decoder_heads == 0:  # else the decoder does not fit, and stays new
+    if not decoder_width:
+        state.pop("mask_token", None)  # DINO's, of the encoder
+    elif decoder_width % num_decoder_heads == 0:  # else the decoder does not fit, and stays new
         sizes["decoder_hidden_size"] = decoder_width
         sizes["decoder_num_hidden_layers"] = _num_blocks(state, "decoder_blocks")
         sizes["decoder_num_attention_heads"] = num_decoder_heads
@@ -269,16 +282,52 @@ def from_timm(
     has_scales = "blocks.0.ls1.gamma" in state
     remarks = ("layer scale folded into the output projections",) if has_scales else ()
     source = Source(None, MAE_FILE, TIMM_LAYER_SCALE if has_scales else {}, remarks)
-    config, state = encoder_config(**sizes), split_qkv(state)
+    config = encoder_config(**sizes)
     with torch.device("meta"):
         names = CANModel(config).state_dict()
     known = {key for ours in names for key in their_keys(f"can.{ours}", source)}
-    foreign = [
-        key for key in state if re.match(r"blocks\.|patch_embed\.|norm_pre|reg_token", key) and key not in known
-    ]
+    foreign = [key for key in state if re.match(r"blocks\.|patch_embed\.|norm_pre|cls_norm", key) and key not in known]
     if foreign:
         raise ValueError(f"model_name_or_path={name!r} has parts that CAN's encoder has not, such as {foreign[0]}")
     return Checkpoint(source, config, state)
+
+
+def _add_class_position(name: str, state: dict, patch: list[int], image_size) -> tuple[int, int]:
+    """The image size of a table of positions, which gets a row of zeros for the class token if it has none."""
+    positions = state["pos_embed"]
+    if "rope.freqs" in state or "blocks.0.attn.v.bias" in state and "blocks.0.attn.k.bias" not in state:
+        raise ValueError(
+            f"model_name_or_path={name!r} has rotary positions beside learned ones, as CAN's encoder has not"
+        )
+    for has_class in (True, False):
+        num_patches = positions.shape[1] - has_class
+        side = math.isqrt(num_patches)
+        size = as_pair(image_size or (side * patch[0], side * patch[1]))
+        if num_patches and math.prod(pixels // each for pixels, each in zip(size, patch, strict=True)) == num_patches:
+            if not has_class:
+                state["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+            return size
+    raise ValueError(
+        f"model_name_or_path={name!r} has positions of {positions.shape[1] - 1} patches, which is no square"
+    )
+
+
+def _rotary(name: str, state: dict, model_args: dict) -> dict:
+    """The fields of DINOv3's positions, of whose authors' files the periods are checked; timm's do not tell them."""
+    periods = state.get("rope_embed.periods")
+    head_dim = 64 if periods is None else 4 * len(periods)
+    expected = 100 ** (torch.arange(head_dim // 4) / (head_dim // 4))
+    if "register_tokens" not in state or periods is not None and not torch.allclose(periods, expected, rtol=0.01):
+        raise ValueError(
+            f"model_name_or_path={name!r} has no pos_embed, and is not DINOv3 either, which has registers and rotary "
+            "positions of base 100"
+        )
+    return {
+        "position_embedding_type": "rotary",
+        "num_attention_heads": state["cls_token"].shape[-1] // head_dim,
+        "image_size": model_args.get("img_size", 224),  # any will do
+        "layer_norm_eps": 1e-5,
+    }
 
 
 def _num_blocks(state: dict, name: str) -> int:

@@ -1,11 +1,13 @@
 """DINOv3 and DINOv2 with registers, in and out: tokens and gradients of transformers' classes, masked ones too."""
 
 import json
+import re
 from functools import partial
 
 import pytest
 import torch
 from other_encoders import SQUARE, can, dinov2, dinov2_with_registers, dinov3, randomized, tokens
+from safetensors.torch import save_file
 from testing_utils import TINY, tiny_model
 from torch import nn
 from transformers import (
@@ -213,6 +215,116 @@ def test_the_tables_name_every_tensor():
         found = {their_name(f"can.{name}", names) for name in ours}
         found |= {their_name(f"can.{name}".rpartition(".")[0], scales) for name in ours} - {None}
         assert found == source.state_dict().keys() - {"embeddings.mask_token"}
+
+
+# --- Files of weights ------------------------------------------------------------------------------------------------
+
+
+def as_the_authors(source) -> dict[str, torch.Tensor]:
+    """A state dict under the names of facebookresearch/dinov2 or dinov3."""
+    is_third = source.config.model_type == "dinov3_vit"
+    words = (
+        (r"^embeddings\.patch_embeddings(\.projection)?\.", "patch_embed.proj."),
+        (r"^embeddings\.position_embeddings", "pos_embed"),
+        (r"^embeddings\.register_tokens", "storage_tokens" if is_third else "register_tokens"),
+        (r"^embeddings\.", ""),
+        (r"^(model|encoder)\.layer\.", "blocks."),
+        (r"attention\.o_proj", "attn.proj"),
+        (r"attention\.([qkv])_proj", r"attn.\1"),
+        (r"layer_scale([12])\.lambda1", r"ls\1.gamma"),
+        (r"^layernorm\.", "norm."),
+    )
+    state = {}
+    for key, tensor in source.state_dict().items():
+        for theirs, name in words:
+            key = re.sub(theirs, name, key)
+        state[key] = tensor
+    for layer in range(source.config.num_hidden_layers):
+        mlp, attn = f"blocks.{layer}.mlp", f"blocks.{layer}.attn"
+        for kind in ("weight", "bias"):
+            parts = [state.pop(f"{attn}.{part}.{kind}", None) for part in "qkv"]
+            if is_third and kind == "bias":  # the keys' bias is masked out
+                masks = [torch.ones_like(parts[0]), torch.zeros_like(parts[0]), torch.ones_like(parts[0])]
+                parts[1], state[f"{attn}.qkv.bias_mask"] = torch.full_like(parts[0], 7), torch.cat(masks)
+            state[f"{attn}.qkv.{kind}"] = torch.cat(parts)
+            if f"{mlp}.gate_proj.{kind}" in state:
+                gate, up, down = (state.pop(f"{mlp}.{part}_proj.{kind}") for part in ("gate", "up", "down"))
+                gates = {"w1": gate, "w2": up} if is_third else {"w12": torch.cat([gate, up])}
+                state |= {f"{mlp}.{name}.{kind}": tensor for name, tensor in {**gates, "w3": down}.items()}
+            elif f"{mlp}.up_proj.{kind}" in state:
+                state[f"{mlp}.fc1.{kind}"] = state.pop(f"{mlp}.up_proj.{kind}")
+                state[f"{mlp}.fc2.{kind}"] = state.pop(f"{mlp}.down_proj.{kind}")
+    if is_third:
+        quarter = source.config.hidden_size // source.config.num_attention_heads // 4
+        state["rope_embed.periods"] = 100 ** (torch.arange(quarter) / quarter)
+    return state
+
+
+def as_timm(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The authors' state dict as timm writes it, by timm.models.eva or timm.models.vision_transformer."""
+    made = {}
+    for key, tensor in state.items():
+        if key.endswith((".periods", ".bias_mask", "mask_token")):
+            continue
+        if "storage_tokens" in state:
+            if key.endswith("qkv.bias"):
+                made[key.replace("qkv.bias", "q_bias")], _, made[key.replace("qkv.bias", "v_bias")] = tensor.chunk(3)
+                continue
+            key = re.sub(r"ls([12])\.gamma", r"gamma_\1", key).replace("w1", "fc1_g").replace("w2", "fc1_x")
+        made[re.sub(r"^(storage|register)_tokens", "reg_token", key.replace("w12", "fc1").replace("w3", "fc2"))] = (
+            tensor
+        )
+    if "register_tokens" in state:  # the class token's position is part of it there
+        made["cls_token"], made["pos_embed"] = made["cls_token"] + made["pos_embed"][:, :1], made["pos_embed"][:, 1:]
+    return made
+
+
+WIDE = dict(hidden_size=192, num_attention_heads=3, num_hidden_layers=2)  # by which the number of heads is known
+FILES = {
+    "dinov3": lambda: dinov3(**WIDE, layer_norm_eps=1e-5),
+    "dinov3 gated": lambda: dinov3(**WIDE, layer_norm_eps=1e-5, use_gated_mlp=True, hidden_act="silu"),
+    "dinov2 with registers": lambda: dinov2_with_registers(**WIDE),
+    "dinov2 with registers, gated": lambda: dinov2_with_registers(**WIDE, use_swiglu_ffn=True),
+    "dinov2 gated": lambda: dinov2(**WIDE, use_swiglu_ffn=True),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_the_authors_or_of_timm_is_what_transformers_has(kind, tmp_path):
+    source = FILES[kind]()
+    state = as_the_authors(source)
+    torch.save(state, tmp_path / "authors.pth")
+    save_file({key: tensor.contiguous() for key, tensor in as_timm(state).items()}, tmp_path / "timm.safetensors")
+    source.save_pretrained(tmp_path / "transformers")
+    expected = to_can(str(tmp_path / "transformers"))
+    for file in ("authors.pth", "timm.safetensors"):
+        made = to_can(str(tmp_path / file))
+        theirs, ours = expected.config.to_dict(), made.config.to_dict()
+        different = {name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)}
+        assert different <= {"image_size"}  # of DINOv3's, a file does not tell
+        assert made.config.image_shape == ((224, 224) if source.config.model_type == "dinov3_vit" else (32, 32))
+        for size in ((32, 32), (48, 24)):
+            expected_tokens = tokens(source.double(), pixels_of(*size))
+            torch.testing.assert_close(tokens(made.double(), pixels_of(*size)), expected_tokens, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"register_tokens": None}, "has no pos_embed, and is not DINOv3 either"),
+        ({"rope_embed.periods": 50 ** (torch.arange(16) / 16)}, "rotary positions of base 100"),
+        ({"pos_embed": torch.ones(1, 17, 192)}, "rotary positions beside learned ones"),
+        ({"cls_norm.weight": torch.ones(192)}, "has parts that CAN's encoder has not, such as cls_norm.weight"),
+        ({"blocks.0.mlp.fc1.weight": None}, "has other MLPs than CAN's encoder: no blocks.0.mlp.fc1.weight"),
+    ],
+)
+def test_files_that_are_near_to_dinov3_are_refused(change, message, tmp_path):
+    state = {"register_tokens": None, **as_the_authors(FILES["dinov3"]()), **change}
+    if "register_tokens" in change:
+        del state["storage_tokens"]
+    torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=message):
+        to_can(str(tmp_path / "other.pth"))
 
 
 GATED = {"gated_mlp": True, "hidden_act": "silu"}

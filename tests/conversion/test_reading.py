@@ -174,15 +174,16 @@ def test_an_encoder_alone_leaves_the_rest_new_and_layer_scale_is_folded(mae_file
             {"blocks.0.attn.q_norm.weight": torch.ones(16)},
             "has parts that CAN's encoder has not, such as blocks.0.attn.q_norm",
         ),
-        ({"blocks.0.gamma_1": torch.ones(32)}, "has parts that CAN's encoder has not, such as blocks.0.gamma_1"),
+        ({"blocks.0.gamma_1": torch.ones(32)}, r"lacks 3 tensors of its encoder.*blocks\.0\.ls2\.gamma"),
         ({"patch_embed.backbone.weight": torch.ones(32)}, "such as patch_embed.backbone.weight"),
         (
-            {"blocks.1.mlp.fc2.weight": torch.ones(32, 32)},
-            r"has a tensor of shape \(32, 32\) where CAN's can.layers.1.mlp",
+            {"blocks.1.mlp.fc2.weight": torch.ones(32, 48)},
+            r"has a tensor of shape \(32, 48\) where CAN's can.layers.1.mlp",
         ),
-        ({"pos_embed": torch.zeros(1, 16, 32)}, "has positions of 15 patches, which is no square"),
+        ({"pos_embed": torch.zeros(1, 15, 32)}, "has positions of 14 patches, which is no square"),
         ({"norm.bias": None}, r"lacks 1 tensors of its encoder.*norm\.bias"),
-        ({"pos_embed": None}, "holds no ViT under timm's names"),
+        ({"pos_embed": None}, "has no pos_embed, and is not DINOv3 either"),
+        ({"cls_token": None}, "holds no ViT under timm's names"),
     ],
 )
 def test_files_that_are_no_vit_are_refused(mae_file, tmp_path, change, message):
