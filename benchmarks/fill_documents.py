@@ -22,6 +22,7 @@ ROOT = FOLDER.parent
 sys.path.insert(0, str(ROOT))  # which need not be installed
 import experiments.cifar10.report as cifar10  # noqa: E402
 import experiments.noise.report as noise  # noqa: E402
+import experiments.views as views  # noqa: E402
 
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -305,6 +306,7 @@ FIGURES = {
     "claims_tiny": partial(claims, "main", "tiny"),
     "order": partial(claims, "order"),
     "views": partial(claims, "views"),
+    "views_tiles": views.table,
     "downstream": partial(cifar10.downstream_table, "toy"),
     "scaling": partial(claims, "scaling"),
 }
