@@ -31,7 +31,7 @@ def run(num_views: int, seed: int) -> dict:
     flags = {
         "num_views": num_views,
         "per_device_train_batch_size": round(2 * recipe["per_device_train_batch_size"] / num_views),
-        "base_learning_rate": recipe["base_learning_rate"] * num_views / 2,  # the same peak
+        "base_learning_rate": float(recipe["base_learning_rate"]) * num_views / 2,  # the same peak
         "seed": seed,
     }
     with tempfile.TemporaryDirectory() as folder:
