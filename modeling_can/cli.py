@@ -47,8 +47,8 @@ def evaluate(argv: list[str] | None = None, program: str = "modeling-can eval") 
         modeling-can eval --model_name_or_path MINE OTHERS --task knn,linear_probe --dataset_name FOLDER
         modeling-can eval --model_name_or_path MINE --task linear_probe --dataset_name FOLDER --export_classifier DIR
 
-    Tasks: knn, linear_probe, linear_probe_sgd, few_shot, finetune, robustness, reconstruction, retrieval; and embed,
-    which needs no labels and stands alone.
+    Tasks: knn, linear_probe, linear_probe_sgd, few_shot, finetune, robustness, reconstruction, retrieval, features,
+    segmentation; and embed, which needs no labels and stands alone.
     """
     argv = sys.argv[1:] if argv is None else argv
     look_at_evaluation(argv, program)

@@ -841,7 +841,7 @@ class CANForPreTraining(CANPreTrainedModel):
         if pixel_values.ndim != 5:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; CANForPreTraining takes the views of each image "
-                "as (batch_size, 2, num_channels, height, width), e.g. torch.stack([view_1, view_2], dim=1)"
+                "as (batch_size, num_views, num_channels, height, width), e.g. torch.stack([view_1, view_2], dim=1)"
             )
         if not pixel_values.is_floating_point():  # before noise makes it one
             raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalized pixels, e.g. from the processor")

@@ -58,7 +58,7 @@ def table(scale: str, stage: str, columns: tuple[str, ...] = ()) -> str:
         row["TFLOP in all"] = f"{facts['train_flops'] / 1e12:.0f}"
         if rate:
             minutes = facts["train_flops"] / facts["flops_per_image"] / rate / 60
-            row |= {"images/s": f"{rate:.0f}", "minutes": f"{minutes:.0f}", "GB at most": f"{memory / 1e9:.2f}"}
+            row |= {"images/s": f"{rate:.0f}", "minutes": f"{minutes:.1f}", "GB at most": f"{memory / 1e9:.2f}"}
         rows.append(row)
     names = ("", *columns) if columns else list(dict.fromkeys(name for row in rows for name in row))
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]

@@ -156,7 +156,7 @@ def handed_over(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _collate(samples: list[dict]) -> dict:
-    """Samples -> `{"views": (B, 2, C, H, W), "bad": [reason], "images": [name]}`."""
+    """Samples -> `{"views": (B, V, C, H, W), "bad": [reason], "images": [name]}`."""
     return {
         "views": handed_over(torch.stack([sample["views"] for sample in samples])),
         "bad": [reason for sample in samples for reason in sample["bad"]],

@@ -188,7 +188,7 @@ def mean_and_std(stream: ViewStream, num_images: int = 1000) -> tuple[tuple[floa
             break
         views = sample["views"]
         is_array = views.dtype != torch.uint8
-        pixels = views.double().div(1 if is_array else 255).transpose(0, 1).flatten(1)  # (C, pixels of both views)
+        pixels = views.double().div(1 if is_array else 255).transpose(0, 1).flatten(1)  # (C, pixels of all views)
         count, total, squares = count + pixels.shape[1], total + pixels.sum(1), squares + pixels.square().sum(1)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()

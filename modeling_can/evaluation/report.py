@@ -13,7 +13,7 @@ from .tasks import PROTOCOLS
 
 __all__ = ["CAPTION", "card_results", "evaluation_figure", "measures", "remarks", "table"]
 
-CAPTION = "in % or dB; ± half the 95 % interval over the test images, of labels a class the deviation of the draws"
+CAPTION = "in % (noise: dB); ± is half the 95 % interval of the test images; of few labels, the spread of the draws"
 
 
 def measures(figures: dict, pooling: str = "mean") -> dict[str, Measure]:
