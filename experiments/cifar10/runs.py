@@ -196,6 +196,8 @@ def main_rows() -> list[Run]:
 
 def rate() -> list[Run]:
     more_views = {f"CAN, {number} views": {**found()["CAN"], **of_views(number)} for number in (2, 3, 4)}
+    for settings in more_views.values():
+        settings.pop("num_train_epochs", None)
     return [
         Run("rate", method, {**more, "max_steps": 60}, seed, ())
         for seed in SEEDS

@@ -148,7 +148,7 @@ def test_a_report_of_gpu_runs_has_times_and_no_search(tmp_path, monkeypatch, cap
     (tmp_path / "tiny" / "trial" / "mae.json").write_text(json.dumps(tried))
     report("tiny")
     text = (tmp_path / "tiny" / "README.md").read_text()
-    assert "| SimCLR | 1 | 90.0 | 88.0 | 4000 | 40000 | 34000 | 5.00 |" in text
+    assert "| SimCLR | 1 | 90.0 | 88.0 | 4000 | 40000 | 34000 | 4.9 | 5.00 |" in text
     assert "| CAN | 40 TFLOP, 1.5 min | 40 TFLOP, 1.5 min |  |  |  |" in text
     assert "| MAE | 0.003 | 50.0 | 60.0 |" in text and "Search" not in text
     assert (tmp_path / "tiny" / "figure.png").exists()
