@@ -143,9 +143,9 @@ class Augmentation(nn.Module):
     Views -> flipped, turned, color-jittered, grayscaled, blurred, solarized, normalized fp32 views. Each view of
     each image draws its own numbers, from torch's generator of the device.
 
-    With other than three channels, color jitter is brightness and contrast alone; saturation, hue and grayscale are
-    skipped, with a message. The factor is one for all channels, as of a change of light, and contrast is about each
-    channel's own mean: no channel depends on another.
+    With other than three channels, color jitter is brightness and contrast alone, with a factor of its own for each
+    channel, and contrast about its own mean; saturation, hue and grayscale are skipped, with a message. As in RGB, the
+    balance of the channels then does not tell that two crops are of one image (SimCLR, arXiv 2002.05709, section 3.2).
 
     Nothing waits for the device, and no shape depends on what was drawn: each step is computed for all images and
     selected for some. A step of probability 0 is not computed. Move the module to the device of the views, and call it
@@ -207,6 +207,7 @@ class Augmentation(nn.Module):
         if "blur" in probabilities:
             ranges["sigma"] = blur_sigma
         self.steps, self.ranges = tuple(probabilities), tuple(ranges)
+        self.num_factors = 1 if len(mean) == 3 else len(mean)
         # Constants are buffers, so that they are on the device before the first step; they are not saved.
         constants = {
             "probability": list(probabilities.values()),
@@ -230,14 +231,16 @@ class Augmentation(nn.Module):
     def draw(self, num_images: int, device: torch.device | str) -> dict[str, torch.Tensor]:
         """
         For each image, which steps apply (`bool`), the factors of the color jitter, the hue's turn and the blur's
-        sigma, which is 0 where there is none; each `(num_images, 1, 1, 1)`.
+        sigma, which is 0 where there is none; each `(num_images, 1, 1, 1)`, but the factors of other than three
+        channels `(num_images, num_channels, 1, 1)`.
         """
-        shape = (len(self.steps) + len(self.ranges), num_images, 1, 1, 1)
+        shape = (len(self.steps) + len(self.ranges), num_images, self.num_factors, 1, 1)
         chosen, numbers = torch.rand(shape, device=device).split([len(self.steps), len(self.ranges)])
+        chosen = chosen[:, :, :1]
         chosen = dict(zip(self.steps, chosen < self.probability, strict=True))
         numbers = dict(zip(self.ranges, torch.lerp(self.low, self.high, numbers), strict=True))
         if "blur" in chosen:
-            numbers["sigma"] = numbers["sigma"] * chosen.pop("blur")
+            numbers["sigma"] = numbers["sigma"][:, :1] * chosen.pop("blur")
         return chosen | numbers
 
     def transform(self, views: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -474,8 +474,21 @@ def test_no_channel_depends_on_another_where_there_are_not_three():
     views[:, :, 2] = torch.rand(6, 2, 16, 16)
     changed = (augment.transform(views, drawn) != made).flatten(3).any(dim=3)  # (images, views, channels)
     assert changed[:, :, 2].all() and not changed[:, :, [0, 1, 3, 4]].any()
-    order = torch.randperm(5)
-    assert torch.equal(augment.transform(views[:, :, order], drawn), augment.transform(views, drawn)[:, :, order])
+    order = torch.tensor([3, 0, 4, 1, 2])
+    reordered = {name: values[:, order] if values.shape[1] == 5 else values for name, values in drawn.items()}
+    made = augment.transform(views, drawn)[:, :, order]
+    assert torch.equal(augment.transform(views[:, :, order], reordered), made)
+
+
+def test_each_channel_draws_its_own_factors_where_there_are_not_three():
+    augment = Augmentation((0.5,) * 4, (0.2,) * 4, blur_kernel_size=5)
+    drawn = augment.draw(5000, "cpu")
+    for name in ("brightness", "contrast"):
+        factors = drawn[name].squeeze()
+        assert factors.shape == (5000, 4) and 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4
+        between = torch.corrcoef(factors.T) - torch.eye(4)
+        assert between.abs().max() < 0.08, "channels share a factor"
+    assert all(drawn[name].shape == (5000, 1, 1, 1) for name in ("flip", "jitter", "sigma"))
 
 
 def test_brightness_and_contrast_are_about_each_channels_own_mean():
