@@ -145,7 +145,7 @@ class Augmentation(nn.Module):
 
     With other than three channels, color jitter is brightness and contrast alone, with a factor of its own for each
     channel, and contrast about its own mean; saturation, hue and grayscale are skipped, with a message. As in RGB, the
-    balance of the channels then does not tell that two crops are of one image (SimCLR, arXiv 2002.05709, section 3.2).
+    balance of the channels then does not tell that two crops are of one image (SimCLR, arXiv 2002.05709, section 3.1).
 
     Nothing waits for the device, and no shape depends on what was drawn: each step is computed for all images and
     selected for some. A step of probability 0 is not computed. Move the module to the device of the views, and call it
