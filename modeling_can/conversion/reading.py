@@ -95,6 +95,7 @@ _SOURCES = {
     "dinov2_with_registers": Source(Dinov2WithRegistersModel, DINOV2, DINOV2_LAYER_SCALE, _REMARKS),
     "dinov3_vit": Source(DINOv3ViTModel, DINOV3, DINOV3_LAYER_SCALE, _REMARKS),
 }
+_OF_ENCODER = re.compile(r"^(?!\w*(?:decode|head|neck))(?:.*\.)?(?:layers?\.\d+\.|register_tokens$)")
 # The numbers of heads of the published ViTs, by their widths
 _PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1536: 24}
 
@@ -186,6 +187,14 @@ def read_weights(name_or_path: str, source: Source) -> dict[str, torch.Tensor]:
             _warn_of_pickle(name_or_path)
     except (OSError, SafetensorError, pickle.UnpicklingError) as error:
         raise _unreadable(name_or_path, error) from error
+    # Poolers, classifiers and other models' decoders may stay behind, but nothing that the encoder computes with.
+    left_out = [key for key in sorted(info["unexpected_keys"]) if _OF_ENCODER.search(key)]
+    if left_out:
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} has {len(left_out)} tensors in its file for which its config.json "
+            f"has no place, e.g. {left_out[0]}; make config.json say what the file has (number of layers, gates, "
+            "biases, registers)"
+        )
     drawn = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
     return {key: tensor for key, tensor in model.state_dict().items() if key not in drawn}
 

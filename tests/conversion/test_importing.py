@@ -15,6 +15,8 @@ from other_encoders import (
     dinov2,
     dinov2_with_registers,
     dinov3,
+    equal,
+    features,
     pixels_of,
     tokens,
     vit,
@@ -34,7 +36,7 @@ from transformers import (
 
 from modeling_can import CANForImageClassification, CANForPreTraining, CANModel
 from modeling_can.configuration_can import MAE
-from modeling_can.conversion import DINOV2, DINOV2_LAYER_SCALE, VIT, VIT_MAE, their_name, warm_start
+from modeling_can.conversion import DINOV2, DINOV2_LAYER_SCALE, VIT, VIT_MAE, their_name, to_can, warm_start
 from modeling_can.pretraining.recipe import Recipe
 
 
@@ -413,6 +415,45 @@ def test_a_table_that_its_config_belies_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 64}))
     refused("another shape than its config.json says, e.g. embeddings.position_embeddings", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source, changes, key",
+    [
+        (
+            lambda: dinov3(use_gated_mlp=True, hidden_act="silu"),
+            {"use_gated_mlp": False, "hidden_act": "gelu"},
+            "layer.0.mlp.gate_proj.bias",
+        ),
+        (lambda: dinov3(key_bias=True), {"key_bias": False}, "layer.0.attention.k_proj.bias"),
+        (lambda: vit(), {"num_hidden_layers": 1}, "layers.1.attention.k_proj.bias"),
+        (lambda: vit_mae(), {"qkv_bias": False}, "layers.0.attention.k_proj.bias"),
+        (lambda: can(**SQUARE, num_register_tokens=2), {"num_register_tokens": 0}, "can.embeddings.register_tokens"),
+        (lambda: can(CANModel, **SQUARE), {"num_hidden_layers": 1}, "layers.1.attention"),
+    ],
+)
+def test_layers_that_the_config_does_not_name_are_refused(source, changes, key, tmp_path):
+    source().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=rf"e\.g\. \S*{re.escape(key)}\S*; make config.json say what the file has"):
+        to_can(str(tmp_path))
+
+
+def test_heads_and_buffers_beside_the_encoder_are_left_behind(tmp_path):
+    source = dinov3()
+    source.save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    others = (
+        "rope_embed.inv_freq",
+        "pooler.dense.weight",
+        "classifier.weight",
+        "decoder.layers.0.mlp.fc1.weight",
+        "head.layers.0.bias",
+    )
+    weights |= {name: torch.ones(2) for name in others}
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    equal(features(to_can(str(tmp_path)), pixels_of(32, 32)), tokens(source, pixels_of(32, 32)))
 
 
 def test_an_incomplete_decoder_stays_new(tmp_path):
