@@ -3,10 +3,17 @@
 import math
 from pathlib import Path
 
-from transformers import ImageProcessingMixin, PreTrainedConfig
+from transformers import ImageProcessingMixin, PreTrainedConfig, ViTImageProcessorPil
+
+from ..data.decoding import DECODING
 
 
-__all__ = ["from_timm_preprocessing", "normalization", "preprocessing", "timm_preprocessing"]
+__all__ = ["dinov3_processor", "from_timm_preprocessing", "normalization", "preprocessing", "timm_preprocessing"]
+
+_OPTIONS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
+    "image_mean", "image_std", "do_convert_rgb", *DECODING,
+)  # fmt: skip
 
 
 def normalization(name_or_path: str) -> tuple[list[float], list[float]] | None:
@@ -24,7 +31,7 @@ def preprocessing(name_or_path: str) -> dict:
     try:
         values, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
         values.pop("auto_map", None)  # code of the source's, which stays there
-        return values
+        return _for_pillow(values)
     except OSError:
         pass
     try:
@@ -32,6 +39,29 @@ def preprocessing(name_or_path: str) -> dict:
     except OSError:
         return {}
     return from_timm_preprocessing(values.get("pretrained_cfg") or {})
+
+
+def dinov3_processor(name_or_path: str) -> ViTImageProcessorPil | None:
+    """DINOv3's without torchvision, as `_for_pillow` describes it; `None` where it is another or says too little."""
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+    except OSError:
+        return None
+    made = _for_pillow(values)
+    return None if made is values else ViTImageProcessorPil.from_dict(made)
+
+
+def _for_pillow(processor: dict) -> dict:
+    """
+    A preprocessor_config.json of DINOv3's, whose class exists for torchvision alone, for `ViTImageProcessor`, which
+    does the same with Pillow: it resizes before the values are scaled to [0, 1], and so rounds to 1/255. Others, and
+    one that does not say its size and normalization, are returned as they are.
+    """
+    said = {name: processor[name] for name in _OPTIONS if processor.get(name) is not None}
+    is_dinov3 = str(processor.get("image_processor_type")).startswith("DINOv3ViTImageProcessor")
+    if not is_dinov3 or not {"size", "image_mean", "image_std"} <= said.keys():
+        return processor
+    return {"image_processor_type": "ViTImageProcessor", "do_convert_rgb": len(said["image_mean"]) == 3, **said}
 
 
 def timm_preprocessing(processor: dict) -> dict:

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from .. import __version__
+from ..conversion.processors import dinov3_processor
 from ..conversion.reading import no_conversion_service
 from ..data.arrays import encode_array, reads_arrays
 from ..data.decoding import DECODING, decode
@@ -501,11 +502,13 @@ def load_preprocessor(
 
 
 def load_processor(name: str, trust_remote_code=False):
-    """Raises ValueError where there is none."""
+    """DINOv3's as `dinov3_processor` makes it without torchvision. Raises ValueError where there is none."""
     with quiet():
         try:
             return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:
+            if isinstance(error, ImportError) and (found := dinov3_processor(name)):
+                return found
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"{name} has no image processor that can be loaded ({reason}); name a model that "

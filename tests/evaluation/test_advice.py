@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from testing_utils import options
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 import run_eval
 from modeling_can.evaluation.advice import MARGIN, Difference, paired_difference, sentence
@@ -159,3 +160,22 @@ def test_a_start_that_transformers_cannot_load_is_left_out_with_the_fix(mine, fo
     said = capsys.readouterr().out
     assert "not compared with" in said and f"modeling_can.conversion {start} --to can FOLDER" in said
     assert list(results["results"]) == ["pixels", "can"]
+
+
+def test_a_start_of_dinov3_as_the_hub_has_it_is_compared(mine, folder, tmp_path):
+    start = tmp_path / "dinov3"
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=8)
+    DINOv3ViTModel(DINOv3ViTConfig(**sizes, image_size=32)).save_pretrained(start)
+    processor = {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",  # whose class needs torchvision
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 2,
+        "do_center_crop": None,
+    }
+    (start / "preprocessor_config.json").write_text(json.dumps(processor))
+    (tmp_path / "can" / "recipe.yaml").write_text(json.dumps({"model_name_or_path": str(start)}))
+    flags = {"task": "knn", "feature_cache": "none", "baselines": "start"}
+    results = run_eval.main(options(mine, folder, tmp_path / "out", "can", **flags))
+    assert list(results["results"]) == ["dinov3", "can"] and set(results["advice"]["can"]["differences"]) == {"start"}

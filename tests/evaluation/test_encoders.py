@@ -13,6 +13,7 @@ from testing_utils import TINY, tiny_model
 from transformers import BertConfig, BertModel, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from modeling_can import CANForImageClassification
+from modeling_can.conversion import convert
 from modeling_can.evaluation.encoders import Preprocessor, feature_maps, load_encoder, load_model, pooled, untrained
 
 
@@ -251,6 +252,33 @@ def test_a_model_without_a_processor_can_borrow_one(tmp_path):
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"no image processor .*orchvision.*--processor_name_or_path"):
         load_encoder(str(tmp_path / "model"))
+
+
+# As the Hub has it for DINOv3, but for the size and the mean
+PUBLISHED = {
+    "crop_size": None, "data_format": "channels_first", "default_to_square": True, "device": None,
+    "disable_grouping": None, "do_center_crop": None, "do_convert_rgb": None, "do_normalize": True,
+    "do_rescale": True, "do_resize": True, "image_mean": [0.43, 0.411, 0.296],
+    "image_processor_type": "DINOv3ViTImageProcessorFast", "image_std": [0.213, 0.156, 0.143],
+    "input_data_format": None, "resample": 2, "rescale_factor": 0.00392156862745098, "return_tensors": None,
+    "size": {"height": 32, "width": 32},
+}  # fmt: skip
+
+
+def test_dinov3s_processor_is_applied_without_torchvision(tmp_path):
+    build("DINOv3ViTModel").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PUBLISHED))
+    encoder, image = load_encoder(str(tmp_path)), np.random.default_rng(0).integers(0, 256, (48, 40, 3), np.uint8)
+    # In the order of the original: to [0, 1], resize with antialiasing, normalize.
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    pixels = torch.nn.functional.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(PUBLISHED[name])[:, None, None] for name in ("image_mean", "image_std"))
+    made = encoder.preprocessor.normalize(encoder.preprocessor(image)[None])
+    assert ((made - (pixels - mean) / std) * std).abs().max() <= 1.1 / 255  # rounded twice, once a direction
+    assert encoder.preprocessor.in_two_steps and encoder.preprocessor.image_size == (32, 32)
+    convert(str(tmp_path), "can", tmp_path / "can")
+    again = load_encoder(str(tmp_path / "can")).preprocessor
+    assert torch.equal(again.normalize(again(image)[None]), made)
 
 
 def test_a_size_that_the_model_refuses_names_the_one_it_takes(tmp_path):
