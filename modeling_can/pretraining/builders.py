@@ -270,10 +270,14 @@ def trained_model(recipe: Recipe, plan: Plan, accelerator: Accelerator, compiled
 def _tell_of_warm_start(recipe: Recipe, taken: list[str], new: list[str]):
     tell(f"taken from {recipe.model_name_or_path}: {', '.join(taken)}; new: {', '.join(new) or 'nothing'}")
     theirs = normalization(recipe.model_name_or_path)
-    if (
-        theirs
-        and len(theirs[0]) == recipe.config.num_channels
-        and theirs != (list(recipe.image_mean), list(recipe.image_std))
-    ):
+    if theirs is None:
+        mean, std = (
+            ", ".join(f"{number:g}" for number in numbers) for numbers in (recipe.image_mean, recipe.image_std)
+        )
+        tell(
+            f"{recipe.model_name_or_path} has no image processor that says its normalization: images are normalized "
+            f"by mean {mean}, std {std}; set --image_mean and --image_std if it was trained otherwise"
+        )
+    elif len(theirs[0]) == recipe.config.num_channels and theirs != (list(recipe.image_mean), list(recipe.image_std)):
         mean, std = (",".join(map(str, numbers)) for numbers in theirs)
         tell(f"its images were normalized otherwise; to do so as well: --image_mean {mean} --image_std {std}")

@@ -7,12 +7,13 @@ import torch
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 from testing_utils import ROOT, tiny_model
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 import run_pretraining
 from modeling_can.configuration_can import SIMCLR
 from modeling_can.conversion.export import to_timm
 from modeling_can.optimization import layer_groups, learning_rate
+from modeling_can.pretraining.builders import _tell_of_warm_start
 from modeling_can.pretraining.recipe import make_recipe
 
 
@@ -82,6 +83,20 @@ def test_a_file_of_weights_tells_its_sizes_too(tmp_path):
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 2)
 
 
+def test_a_line_says_by_what_is_normalized_where_the_weights_do_not(tmp_path, capsys):
+    tiny_model(image_size=32).save_pretrained(tmp_path)
+    asked = {"model_name_or_path": str(tmp_path), "data_dir": "x", "image_mean": "0.5,0.25,0.1"}
+    _tell_of_warm_start(make_recipe("can-adapt", asked), ["encoder"], [])
+    says = (
+        f"{tmp_path} has no image processor that says its normalization: images are normalized by mean 0.5, 0.25, 0.1"
+    )
+    assert says in capsys.readouterr().out
+    ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path)
+    _tell_of_warm_start(make_recipe("can-adapt", asked), ["encoder"], [])
+    out = capsys.readouterr().out
+    assert "no image processor" not in out and "to do so as well: --image_mean 0.5,0.5,0.5" in out
+
+
 def test_a_frozen_encoder_leaves_steps_for_its_learning_rate(start):
     asked = {"model_name_or_path": str(start), "data_dir": "x", "frozen_encoder_ratio": 0.9}
     with pytest.raises(ValueError, match="frozen_encoder_ratio=0.9 and warmup_ratio=0.1 take all steps"):
@@ -129,6 +144,7 @@ def test_the_start_stands_beside_the_run(start, tmp_path, capsys):
     probe = results["probe"]
     assert list(probe) == ["raw pixels", "the start", "CAN, pre-trained"]
     out = capsys.readouterr().out
+    assert f"{start} has no image processor that says its normalization: images are normalized by mean 0.485, " in out
     assert f"(the start: {100 * probe['the start']['knn']:.1f} %)" in out
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| the start |" in card
