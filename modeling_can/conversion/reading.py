@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..configuration_can import CANConfig
+from ..files import refuse_missing_path
 from ..modeling_can import CANForPreTraining, CANModel
 from ..progress import quiet
 from .names import (
@@ -112,6 +113,7 @@ def read_checkpoint(
     Raises:
         ValueError: for what cannot be read or is of another kind; the message names the fix.
     """
+    refuse_missing_path("model_name_or_path", name_or_path)
     if is_file_of_weights(name_or_path):
         return _read_file(Path(name_or_path), {}, num_attention_heads, decoder_num_attention_heads)
     source, config = read_config(name_or_path)
@@ -131,6 +133,7 @@ def is_file_of_weights(name_or_path: str) -> bool:
 
 def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[None, dict]:
     """The kind of a folder or Hub id, and its configuration; of timm's ViTs `None` and its arguments."""
+    refuse_missing_path("model_name_or_path", name_or_path)
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path)
     except OSError as error:
