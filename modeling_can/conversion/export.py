@@ -82,11 +82,7 @@ _VARIANTS = {
 def export_kind(config: CANConfig) -> str:
     """`native_kind` where an export to it will do, else ONNX, which takes all."""
     kind = native_kind(config)
-    try:
-        _check_kind(kind, config) if kind == "dinov3_vit" else check_dinov2(config, kind)
-    except ValueError:
-        return "onnx"
-    return kind
+    return "onnx" if _misfit(kind, config) else kind
 
 
 def native_kind(config: CANConfig) -> str:
@@ -107,16 +103,54 @@ def _lacks(target: str, config: CANConfig) -> list[str]:
     ]
 
 
-def _others(config: CANConfig, targets: tuple[str, ...] = tuple(_VARIANTS)) -> str:
-    """The exports that remain, in words."""
-    found = ", ".join(target for target in targets if not _lacks(target, config))
-    return f"{found} or onnx" if found else "onnx"
+def _check(target: str, config: CANConfig):
+    """Raises ValueError for an encoder that is none of the export, with the exports that it can be."""
+    if reason := _misfit(target, config):
+        others = ", ".join(other for other in _VARIANTS if not _misfit(other, config))
+        raise ValueError(f"{reason}; export to {f'{others} or onnx' if others else 'onnx'}")
 
 
-def _check_kind(target: str, config: CANConfig):
+def _misfit(target: str, config: CANConfig) -> str | None:
+    """What of the encoder the class of an export has not, in words; `None` if it can be that."""
     if lacks := _lacks(target, config):
         values = ", ".join(f"{name}={getattr(config, name)!r}" for name in lacks)
-        raise ValueError(f"{values} is nothing that {target} has; export to {_others(config)}")
+        return f"{values} is nothing that {target} has"
+    if target == "dinov2_with_registers" and not config.interpolate_antialias:
+        return (
+            "interpolate_antialias=False, but DINOv2 with registers resizes positions with antialiasing (write "
+            '"interpolate_antialias": true into config.json, which changes the outputs at other sizes than '
+            f"{config.image_size} alone)"
+        )
+    if target in _DINOV2:
+        return _misfit_of_dinov2(config)
+    if target == "timm" and config.layer_norm_eps != 1e-6:
+        return f"layer_norm_eps={config.layer_norm_eps}, but timm's ViT has 1e-6"
+    if target == "timm" and config.hidden_act not in TIMM_ACTIVATIONS:
+        return f"hidden_act={config.hidden_act!r} is none of timm's"
+    return None
+
+
+def _misfit_of_dinov2(config: CANConfig) -> str | None:
+    """Of its sizes."""
+    rows, columns = config.grid_shape
+    if rows != columns:
+        return (
+            f"image_size={config.image_size} with patch_size={config.patch_size} makes a grid of {rows} x {columns} "
+            "patches, and DINOv2's positions need a square one"
+        )
+    width, ratio = config.hidden_size, _mlp_ratio(config)
+    if config.gated_mlp and config.hidden_act != "silu":
+        return f"hidden_act={config.hidden_act!r}, but DINOv2's gate has 'silu'"
+    if config.gated_mlp and gated_width(width, ratio) != config.intermediate_size:
+        return (
+            f"intermediate_size={config.intermediate_size} is none that DINOv2's gated MLPs have with "
+            f"hidden_size={width}"
+        )
+    if not config.gated_mlp and config.intermediate_size % width:
+        return (
+            f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={width}, as DINOv2 needs it"
+        )
+    return None
 
 
 def to_dinov2(model: CANPreTrainedModel, head: nn.Linear | None = None, model_type: str = "dinov2") -> PreTrainedModel:
@@ -180,32 +214,7 @@ def _load_dino(theirs: PreTrainedModel, weights: dict[str, torch.Tensor]):
 
 def check_dinov2(config: CANConfig, model_type: str = "dinov2"):
     """Raises ValueError for an encoder that DINOv2's class cannot be; see `to_dinov2`."""
-    _check_kind(model_type, config)
-    others = _others(config, ("vit", "timm", "dinov3_vit"))
-    if model_type == "dinov2_with_registers" and not config.interpolate_antialias:
-        raise ValueError(
-            "interpolate_antialias=False, but DINOv2 with registers resizes positions with antialiasing; write "
-            '"interpolate_antialias": true into config.json, which changes the outputs at other sizes than '
-            f"{config.image_size} alone"
-        )
-    rows, columns = config.grid_shape
-    if rows != columns:
-        raise ValueError(
-            f"image_size={config.image_size} with patch_size={config.patch_size} makes a grid of {rows} x {columns} "
-            f"patches, and DINOv2's positions need a square one; export to {others}"
-        )
-    if config.gated_mlp and config.hidden_act != "silu":
-        raise ValueError(f"hidden_act={config.hidden_act!r}, but DINOv2's gate has 'silu'; export to {others}")
-    if config.gated_mlp and gated_width(config.hidden_size, _mlp_ratio(config)) != config.intermediate_size:
-        raise ValueError(
-            f"intermediate_size={config.intermediate_size} is none that DINOv2's gated MLPs have with hidden_size="
-            f"{config.hidden_size}; export to {others}"
-        )
-    if not config.gated_mlp and config.intermediate_size % config.hidden_size:
-        raise ValueError(
-            f"intermediate_size={config.intermediate_size} is no multiple of hidden_size={config.hidden_size}, as "
-            f"DINOv2 needs it; export to {others}"
-        )
+    _check(model_type, config)
 
 
 def _mlp_ratio(config: CANConfig) -> int:
@@ -230,7 +239,7 @@ def to_dinov3_vit(model: CANPreTrainedModel) -> DINOv3ViTModel:
         ValueError: for an encoder whose positions are not rotary.
     """
     config = model.config
-    _check_kind("dinov3_vit", config)
+    _check("dinov3_vit", config)
     fields = _shared_fields(config)
     has_bias = fields.pop("qkv_bias")
     theirs = DINOv3ViTModel(
@@ -271,7 +280,7 @@ def to_vit(model: CANPreTrainedModel) -> ViTModel:
         ValueError: for `ENCODER_VARIANTS` that are not at their defaults.
     """
     config = model.config
-    _check_kind("vit", config)
+    _check("vit", config)
     theirs = ViTModel(
         ViTConfig(**_shared_fields(config), intermediate_size=config.intermediate_size), add_pooling_layer=False
     )
@@ -313,11 +322,7 @@ def to_timm(model: CANPreTrainedModel) -> tuple[dict[str, torch.Tensor], dict]:
             `ENCODER_VARIANTS` that are not at their defaults.
     """
     config = model.config
-    _check_kind("timm", config)
-    if config.layer_norm_eps != 1e-6:
-        raise ValueError(f"layer_norm_eps={config.layer_norm_eps}, but timm's ViT has 1e-6; export to vit or onnx")
-    if config.hidden_act not in TIMM_ACTIVATIONS:
-        raise ValueError(f"hidden_act={config.hidden_act!r} is none of timm's; export to vit, dinov2 or onnx")
+    _check("timm", config)
     ratio = config.intermediate_size / config.hidden_size
     if int(config.hidden_size * ratio) != config.intermediate_size:  # as timm has it, and rounding can fall short
         ratio = (config.intermediate_size + 0.5) / config.hidden_size

@@ -333,14 +333,21 @@ GATED = {"gated_mlp": True, "hidden_act": "silu"}
 @pytest.mark.parametrize(
     "export, changes, message",
     [
-        (to_vit, {"num_register_tokens": 4}, "=4 is nothing that vit has; export to dinov2_with_registers or onnx"),
-        (to_timm, {"gated_mlp": True}, "gated_mlp=True is nothing that timm has; export to dinov2, .* or onnx"),
+        (
+            to_vit,
+            {"num_register_tokens": 4, "interpolate_antialias": True},
+            "=4, interpolate_antialias=True is nothing that vit has; export to dinov2_with_registers or onnx$",
+        ),
+        (to_vit, {"num_register_tokens": 4}, "=4 is nothing that vit has; export to onnx$"),
+        (to_vit, {"gated_mlp": True}, "gated_mlp=True is nothing that vit has; export to onnx$"),  # GELU gates
+        (to_timm, GATED, "gated_mlp=True is nothing that timm has; export to dinov2 or onnx$"),
         (
             to_dinov2,
             {"position_embedding_type": "rotary", "key_bias": False},
             "key_bias=False, position_embedding_type='rotary' is nothing that dinov2 has; export to dinov3_vit or",
         ),
-        (to_dinov3_vit, {}, "_type='absolute' is nothing that dinov3_vit has; export to vit, timm, .* or onnx"),
+        (to_dinov3_vit, {}, "_type='absolute' is nothing that dinov3_vit has; export to vit, timm, dinov2 or onnx$"),
+        (to_timm, {"hidden_act": "quick_gelu"}, "'quick_gelu' is none of timm's; export to vit, dinov2 or onnx$"),
         (to_dinov2, {"gated_mlp": True}, "hidden_act='gelu', but DINOv2's gate has 'silu'; export to onnx"),
         (to_dinov2, GATED | {"intermediate_size": 72}, "intermediate_size=72 is none that DINOv2's gated MLPs have"),
         (
@@ -353,6 +360,33 @@ GATED = {"gated_mlp": True, "hidden_act": "silu"}
 def test_what_a_class_cannot_be_is_refused_in_words(export, changes, message):
     with pytest.raises(ValueError, match=message):
         export(can(CANModel, **SQUARE, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gated_mlp": True},
+        GATED,
+        {"num_register_tokens": 2},
+        {"num_register_tokens": 2, "interpolate_antialias": True},
+        {"interpolate_antialias": True, "image_size": (32, 48)},
+        {"intermediate_size": 80, "layer_norm_eps": 1e-5},
+        {"hidden_act": "quick_gelu", "image_size": (32, 48)},
+        {"position_embedding_type": "rotary", "num_register_tokens": 2},
+    ],
+)
+def test_the_exports_that_a_refusal_names_work(changes):
+    model = can(CANModel, **SQUARE | changes)
+    exports = {"dinov2": to_dinov2, "vit": to_vit, "timm": to_timm, "dinov3_vit": to_dinov3_vit}
+    exports["dinov2_with_registers"] = partial(to_dinov2, model_type="dinov2_with_registers")
+    refusals = {}
+    for name, export in exports.items():
+        try:
+            export(model)
+        except ValueError as error:
+            refusals[name] = set(re.findall(r"\w+", str(error).rpartition("; export to ")[2])) - {"or", "onnx"}
+    assert refusals and all(named == exports.keys() - refusals.keys() for named in refusals.values())
 
 
 def test_the_command_says_that_a_classifier_stays_and_its_card_takes_the_mean_of_the_patches(tmp_path, capsys):
