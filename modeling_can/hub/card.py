@@ -135,6 +135,7 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         recipe=recipe,
         config=config,
         as_arrays=reads_arrays(config.num_channels, recipe.get("pixel_range")),
+        in_unit_range=_in_unit_range(recipe.get("pixel_range")),
         results=results,
         is_sample=is_sample,
         source=source,
@@ -149,6 +150,13 @@ def write_card(folder: Path, recipe: dict, config: PreTrainedConfig, results: di
         launch=_launcher(results["num_processes"]),
     )
     write(folder / "README.md", f"{card}\n")
+
+
+def _in_unit_range(pixel_range: list[float] | None) -> str:
+    """What the pixels of arrays have become before they are normalized."""
+    if pixel_range is None:
+        return "All values of the type, uint8 or uint16, became [0, 1]."
+    return f"Values from {' to '.join(map(str, pixel_range))} became [0, 1]."
 
 
 def short_name(name: str) -> str:
@@ -357,6 +365,7 @@ def export_card(
             is_file=Path(source).is_file(),
             has_processor=bool(processor),
             as_arrays=reads_arrays(config.num_channels, processor.get("pixel_range")),
+            in_unit_range=_in_unit_range(processor.get("pixel_range")),
             described=EXPORTS[target],
             config=config,
             layers=_counted(config.num_hidden_layers, "layer"),

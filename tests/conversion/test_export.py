@@ -315,8 +315,23 @@ def test_the_snippets_of_sources_without_processor_or_color_run(target, num_chan
         others = {"image_mean": [0.5] * num_channels, "image_std": [0.2] * num_channels, "do_convert_rgb": False}
         ViTImageProcessor(size={"height": 32, "width": 32}, **others).save_pretrained(tmp_path / "source")
     convert(str(tmp_path / "source"), target, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("All values of the type, uint8 or uint16, became [0, 1]." in card) == (num_channels == 4)
     names = run_the_cards_snippet(tmp_path / "out")
     assert names["pixel_values"].shape == (1, num_channels, 32, 32) and names["embedding"].shape == (1, 32)
+
+
+@pytest.mark.parametrize("target", ["can", "vit", "timm"])
+def test_the_card_says_which_values_became_the_unit_range(source, target, tmp_path):
+    path = source / "preprocessor_config.json"
+    said = {}
+    for name, changes in {"photos": {}, "scans": {"pixel_range": [-1000.0, 400.0]}}.items():
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        convert(str(source), target, tmp_path / name)
+        said[name] = (tmp_path / name / "README.md").read_text()
+    assert "Values from -1000.0 to 400.0 became [0, 1]." in said["scans"] and "became" not in said["photos"]
+    assert ("modeling-can embed" in said["scans"]) == (target != "timm")  # which loads none of timm's
+    assert "```\n\nValues" in said["scans"] or target == "timm"
 
 
 def test_classifiers_that_are_left_out_are_mentioned(source, tmp_path, capsys):
