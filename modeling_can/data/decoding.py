@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageColor
+from PIL.TiffImagePlugin import SAMPLESPERPIXEL
 
 from .arrays import in_unit_range, read_array, reads_arrays
 from .bad_samples import BadImage
@@ -53,8 +54,8 @@ def decode(
 ) -> np.ndarray:
     """
     An encoded image as uint8 `(height, width, num_channels)`, RGB (3 channels) or grayscale (1 channel), upright. Of
-    an animation, the first frame. JPEGs go through simplejpeg (libjpeg-turbo: the same pixels as Pillow's, sooner),
-    the rest through Pillow.
+    an animation, the first frame; a TIFF of several pages is bad. JPEGs go through simplejpeg (libjpeg-turbo: the same
+    pixels as Pillow's, sooner), the rest through Pillow.
 
     With another number of channels, or a `pixel_range`, it is read as an array (`arrays.read_array`): fp32 in [0, 1].
 
@@ -73,8 +74,8 @@ def decode(
             sooner.
 
     Raises:
-        BadImage: `not_an_image`, `damaged`, `too_large` (Pillow's guard against decompression bombs), `too_small`, or
-            `bit_depth`; of an array also `channels` and `not_finite`.
+        BadImage: `not_an_image`, `damaged`, `too_large` (Pillow's guard against decompression bombs), `too_small`,
+            `bit_depth`, or `channels` for a TIFF of which only a part would be read; of an array also `not_finite`.
         ValueError: for an array whose range must be stated, or that needs a package which is not installed.
     """
     try:
@@ -110,6 +111,8 @@ def _decode_colors(
     shrink: Callable[[tuple[int, int]], float] | None,
 ) -> np.ndarray:
     image = Image.open(io.BytesIO(encoded))  # reads the header only
+    if image.format == "TIFF":
+        _refuse_pages(encoded)
     orientation = _orientation(image)
     if image.height < min_size[0] or image.width < min_size[1]:
         height, width = min_size
@@ -121,6 +124,27 @@ def _decode_colors(
         image = _convert(image, num_channels, transparent_background, high_bit_depth)
         pixels = np.array(image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image)
     return pixels.reshape(*pixels.shape[:2], num_channels)
+
+
+def _refuse_pages(encoded: bytes):
+    """`BadImage` for a TIFF of more pages or bands than are read. Pillow reads the first ones and does not say so."""
+    image = Image.open(io.BytesIO(encoded))  # anew, as going to another page changes it
+    size, num_read, num_bands = image.size, len(image.getbands()), image.tag_v2.get(SAMPLESPERPIXEL, 1)
+    if num_bands > max(num_read, 4):
+        raise BadImage(
+            "channels",
+            f"a TIFF of {num_bands} bands, of which {num_read} would be read; set num_channels to {num_bands} and "
+            "pixel_range, or keep the colors alone",
+        )
+    try:
+        image.seek(1)
+        is_page = image.size == size and not image.tag_v2.get(254, 0) & 5  # NewSubfileType: a smaller copy, a mask
+    except Exception:  # there is none, or none that Pillow reads
+        return
+    if is_page:
+        number = image.n_frames
+        fix = f"set num_channels to {number} and pixel_range, or keep" if num_read == 1 else "keep"
+        raise BadImage("channels", f"a TIFF of {number} pages, of which 1 would be read; {fix} one page a file")
 
 
 def upright_size(encoded: bytes) -> tuple[int, int]:

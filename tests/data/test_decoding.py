@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image, ImageOps
 from testing_utils import encoded_image, image_file
 
@@ -82,3 +83,60 @@ def test_the_least_size_is_height_and_width():
         decode(wide, min_size=(21, 8))
     with pytest.raises(BadImage):
         decode(wide, min_size=(8, 41))
+
+
+PAGE = np.arange(30 * 40, dtype=np.uint16).reshape(30, 40)
+COLORS = np.zeros((30, 40, 3), np.uint8)
+
+
+def tiff_of(*pages: np.ndarray, options: tuple = ({}, {})) -> bytes:
+    """The last `options` are those of all further pages."""
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        for index, page in enumerate(pages):
+            writer.write(page, contiguous=False, **options[min(index, 1)])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "encoded, message",
+    [
+        (
+            tiff_of(*[PAGE] * 5),
+            "a TIFF of 5 pages, of which 1 would be read; set num_channels to 5 and pixel_range, or keep one page a "
+            "file",
+        ),
+        (tiff_of(*[COLORS] * 2), "a TIFF of 2 pages, of which 1 would be read; keep one page a file"),
+        (
+            tiff_of(np.zeros((30, 40, 6), np.uint8), options=({"photometric": "rgb"},)),
+            "a TIFF of 6 bands, of which 3 would be read; set num_channels to 6 and pixel_range, or keep the colors "
+            "alone",
+        ),
+    ],
+)
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_a_tiff_of_which_a_part_would_be_read_is_bad(encoded, message, num_channels):
+    with pytest.raises(BadImage) as error:
+        decode(encoded, num_channels=num_channels)
+    assert (error.value.reason, str(error.value)) == ("channels", message)
+
+
+@pytest.mark.parametrize(
+    "second, options",
+    [
+        (COLORS[::2, ::2], {"subfiletype": 1}),  # a pyramid
+        (COLORS[:16, :16], {}),  # a thumbnail
+        (COLORS[..., 0] > 0, {"subfiletype": 4}),  # the mask of a GeoTIFF
+    ],
+)
+def test_a_tiff_may_hold_smaller_copies_and_a_mask(second, options):
+    assert decode(tiff_of(COLORS + 7, second, options=({}, options))).tolist() == (COLORS + 7).tolist()
+    assert decode(tiff_of(PAGE), num_channels=1).shape == (30, 40, 1)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_read(file_format):
+    first, second = Image.new("RGB", (40, 30), (255, 0, 0)), Image.new("RGB", (40, 30), (0, 0, 255))
+    encoded = image_file(first, file_format, save_all=True, append_images=[second])
+    assert Image.open(io.BytesIO(encoded)).n_frames == 2
+    assert decode(encoded)[0, 0].argmax() == 0
