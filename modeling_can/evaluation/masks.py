@@ -40,6 +40,7 @@ class MaskedSplit:
         folder (`str`, *optional*): Where relative paths are looked for before the working directory.
         ignore_index (`int`): Value of the pixels that do not count.
         values (`np.ndarray` of shape `(num_classes,)`): Of the classes in the masks, ascending.
+        rows (`np.ndarray` of shape `(N,)`, *optional*): As of `Split`.
     """
 
     name: str
@@ -48,6 +49,11 @@ class MaskedSplit:
     folder: str | None
     ignore_index: int
     values: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.rows is None:
+            self.rows = np.arange(len(self))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -57,7 +63,8 @@ class MaskedSplit:
         return len(self.values)
 
     def select(self, indices: np.ndarray) -> "MaskedSplit":
-        return replace(self, images=self.images.select(indices), masks=self.masks.select(indices))
+        parts = {"images": self.images.select(indices), "masks": self.masks.select(indices)}
+        return replace(self, **parts, rows=self.rows[indices])
 
     def read(self, index: int) -> bytes:
         return read_bytes(located(self.images[int(index)]["image"], self.folder))
@@ -66,11 +73,11 @@ class MaskedSplit:
         """Class indices `(height, width)`, -1 where a pixel does not count."""
         pixels = self._pixels(index)
         places = np.searchsorted(self.values, pixels).clip(max=len(self.values) - 1)
-        return np.where((self.values[places] == pixels) & (pixels != self.ignore_index), places, -1)
+        return np.where(self.values[places] == pixels, places, -1)
 
     def mask_name(self, index: int) -> str:
         row = self.masks[int(index)]["mask"]
-        return f"{self.name}: the mask {row['path'] if row and row['path'] else f'of row {index}'}"
+        return f"{self.name}: the mask {row['path'] if row and row['path'] else f'of row {self.rows[index]}'}"
 
     def _pixels(self, index: int) -> np.ndarray:
         name = self.mask_name(index)
@@ -93,7 +100,9 @@ class MaskedSplit:
         try:
             size = upright_size(self.read(index))
         except BadImage as error:
-            raise ValueError(f"{self.name}: the image of row {index} is {error.reason} ({error}); fix it") from error
+            raise ValueError(
+                f"{self.name}: the image of row {self.rows[index]} is {error.reason} ({error}); fix it"
+            ) from error
         if pixels.shape != size:
             raise ValueError(
                 f"{self.mask_name(index)} has {pixels.shape[0]} x {pixels.shape[1]} pixels, and its image {size[0]} x "

@@ -34,12 +34,19 @@ class Split:
         images (`datasets.Dataset`): One column, `image`, of encoded images.
         labels (`np.ndarray` of shape `(N,)`): Class indices.
         folder (`str`, *optional*): Where images with relative paths are looked for before the working directory.
+        rows (`np.ndarray` of shape `(N,)`, *optional*):
+            Their numbers in the split that was loaded, for messages; by default 0 to N - 1.
     """
 
     name: str
     images: datasets.Dataset
     labels: np.ndarray
     folder: str | None = None  # that relative paths begin at
+    rows: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.rows is None:
+            self.rows = np.arange(len(self))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,7 +57,7 @@ class Split:
         return len(np.unique(self.labels))
 
     def select(self, indices: np.ndarray) -> "Split":
-        return Split(self.name, self.images.select(indices), self.labels[indices], self.folder)
+        return Split(self.name, self.images.select(indices), self.labels[indices], self.folder, self.rows[indices])
 
     def read(self, index: int) -> bytes:
         return read_bytes(located(self.images[int(index)]["image"], self.folder))

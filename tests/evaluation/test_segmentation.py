@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
-from testing_utils import launch_evaluation, options, save, tiny_config
+from testing_utils import image_file, launch_evaluation, options, save, tiny_config
 from torch.nn.functional import cross_entropy, interpolate
 from transformers import ConvNextConfig, ConvNextModel, PvtConfig, PvtModel, ViTImageProcessorPil
 
@@ -446,6 +446,39 @@ def test_what_the_user_can_fix_is_said_with_the_fix(shapes_folder, tmp_path, cha
     change(folder)
     with pytest.raises(ValueError, match=message):
         load_masked(str(folder), test_size=None)
+
+
+def columns(folder: Path, **damaged: int) -> str:
+    """A parquet set of 8 images and masks, those of the rows in `damaged` cut in half."""
+    images, masks = shapes(8)
+    rows = {"image": images, "mask": masks}
+    for kind, pixels in rows.items():
+        files = [image_file(Image.fromarray(one), "PNG") for one in pixels]
+        if kind in damaged:
+            files[damaged[kind]] = files[damaged[kind]][: len(files[damaged[kind]]) // 2]
+        rows[kind] = [{"bytes": file, "path": None} for file in files]
+    features = datasets.Features({kind: datasets.Image() for kind in rows})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("test_size", [0.0, 0.5])
+def test_a_damaged_image_is_named_by_its_row_in_the_set(models, tmp_path, test_size):
+    folder = columns(tmp_path, image=5)
+    flags = {"task": "segmentation", "baselines": "none", "test_split": "train", "test_size": test_size}
+    with pytest.raises(ValueError, match=r", train: the image of row 5 is damaged"):
+        run_eval.main(options(models, folder, tmp_path / "out", "can", **flags))
+
+
+def test_a_damaged_mask_is_named_by_its_row_in_the_set(tmp_path):
+    with pytest.raises(ValueError, match=r", train: the mask of row 5 cannot be read"):
+        load_masked(columns(tmp_path, mask=5))
+    data = load_masked(columns(tmp_path), test_size=0.5)
+    found = {data.train.mask_name(0), data.test.mask_name(0), data.test.select(np.array([3, 1])).mask_name(1)}
+    held_out = [int(row) for row in data.test.rows]
+    assert sorted([*held_out, *data.train.rows]) == list(range(8)) and held_out != list(range(4))
+    rows = (data.train.rows[0], held_out[0], held_out[1])
+    assert found == {f"{tmp_path}, train: the mask of row {row}" for row in rows}
 
 
 def test_255_is_a_class_where_nothing_is_ignored(shapes_folder, tmp_path):
