@@ -17,6 +17,7 @@ from ..data import located, read_bytes
 from ..data.bad_samples import BadImage
 from ..data.decoding import upright_size
 from ..data.folders import images_below, resolve_name
+from ..data.formats import describe
 from ..progress import progress_bar
 from .sets import HELD_OUT, LabeledSet, hold_out, load_rows
 
@@ -86,7 +87,8 @@ class MaskedSplit:
             image = Image.open(io.BytesIO(encoded))
             image.load()
         except (BadImage, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{name} cannot be read ({error}); fix it, or remove it and its image") from error
+            reason = describe(encoded) if isinstance(error, Image.UnidentifiedImageError) else error
+            raise ValueError(f"{name} cannot be read ({reason}); fix it, or remove it and its image") from error
         fix = "save class indices as a grayscale or palette PNG, of 8 or 16 bits"
         if image.format in ("JPEG", "MPO"):
             raise ValueError(f"{name} is a JPEG, which changes the values of its pixels; {fix}")

@@ -431,7 +431,7 @@ def without_masks(folder: Path):
         (drop, r"1 images have no mask, the first is .*train/images/003.jpg; put its mask at .*masks/003.png"),
         (colored, r"train/masks/003.png has pixels of type RGB, .*save class indices as a grayscale or palette PNG"),
         (compressed, r"train/masks/003.jpg is a JPEG, which changes .*PNG"),
-        (damaged, r"test/masks/003.png cannot be read .*remove it and its image"),
+        (damaged, r"test/masks/003.png cannot be read \(text, 'no image'\); fix it, or remove it and its image$"),
         (unknown, r"test/masks/003.png has pixels of class 9, which no mask to learn from has; .*--ignore_index 9"),
         (empty, r"test: no image in .*test/images; put some there"),
         (gone, r"test: no folder .*test/images; make it, or name other splits"),
