@@ -15,6 +15,7 @@ reported; a shard that is gone stops the run.
 
 import copy
 import itertools
+import json
 import logging
 
 import numpy as np
@@ -163,9 +164,13 @@ class ViewStream(torch.utils.data.IterableDataset):
     def _refuse_bad(self, last: str, worker: int, num_workers: int):
         num_bad, num_seen = self._state["num_bad"], self._state["num_seen"]
         if num_bad == num_seen:
+            bad, of_worker, fix = json.loads(last), "", ""
+            if num_workers > 1:
+                of_worker = f" of worker {worker} of {num_workers}"
+                fix = "; use fewer workers, if other rows are good"
             raise ValueError(
-                f"{self.source.name} has no usable image among the {num_seen} rows of worker {worker} of {num_workers}"
-                f"; use fewer workers, or check that the files are images. The last bad one: {last}"
+                f"{self.source.name} has no usable image: {bad['reason']}, {bad['detail']} "
+                f"({bad['path'] or bad['sha256']}, the last of {num_seen} rows{of_worker}){fix}"
             )
         refuse_bad(
             source_name=self.source.name,

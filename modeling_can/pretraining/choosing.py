@@ -4,7 +4,6 @@ What a run on one's own images gets where no recipe is named: chosen from the im
 docs/recipes.md has the tables, their reasons, and what of it is measured.
 """
 
-import io
 import os
 import statistics
 from dataclasses import dataclass, replace
@@ -20,7 +19,8 @@ from PIL import Image
 from ..configuration_can import CANConfig
 from ..data import ImageSource
 from ..data.arrays import reads_arrays
-from ..data.decoding import decode
+from ..data.bad_samples import BadImage
+from ..data.decoding import DECODING, decode, upright_size
 from ..progress import duration, tell
 from .batch_size import largest_step
 from .cost import step_seconds
@@ -76,13 +76,20 @@ def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Rec
     stands at the top of `recipe.yaml`.
 
     Raises:
-        ValueError: if what the user set does not go with what is chosen; it names the fields.
+        ValueError: if what the user set does not go with what is chosen; it names the fields. If none of the images
+            looked at can be read.
     """
     answer, given = [None], recipe.given
     if accelerator.is_main_process:
-        images, machine = look_at(source, **_decoding(given)), _machine(accelerator)
-        answer = [(images, machine, choices(images, machine, given))]
-    images, machine, found = broadcast_object_list(answer)[0]
+        try:
+            images, machine = look_at(source, **_decoding(given)), _machine(accelerator)
+            answer = [(images, machine, choices(images, machine, given))]
+        except ValueError as error:  # the others wait for an answer
+            answer = [str(error)]
+    (answer,) = broadcast_object_list(answer)
+    if isinstance(answer, str):
+        raise ValueError(answer)
+    images, machine, found = answer
     place = _described_device(accelerator.device.type, machine)
     head = f"no recipe is named; chosen for {_described(images)} from {source.name}, on {place}:"
     recipe = filled(recipe, found, head)
@@ -126,30 +133,40 @@ def filled(recipe: Recipe, found: list[Choice], head: str = "") -> Recipe:
 
 
 def _decoding(given: dict) -> dict:
-    return {name: given[name] for name in ("num_channels", "pixel_range") if given.get(name)}
+    return {name: given[name] for name in ("num_channels", *DECODING) if given.get(name)}
 
 
 def look_at(source: ImageSource, **decoding) -> Images:
     """
-    Reads the first `_NUM_LOOKED_AT` images; those that cannot be read count later, in training. Of a source of arrays,
-    `decoding` is what `decode` takes.
+    Reads the first `_NUM_LOOKED_AT` images. Those that cannot be read count later, in training.
+
+    Args:
+        decoding: What `decode` takes.
+
+    Raises:
+        ValueError: if none of them can be read, with the reason of the first; and what `decode` raises.
+        OSError: as of `ImageSource.fetch`.
     """
-    sides, is_gray = [], True
+    sides, is_gray, bad = [], True, []
     blocks = source.blocks(source.dataset, block_size=8)  # small ones: a stream may be slow
     for row in islice((row for block, _ in blocks for row in source.images(block)), _NUM_LOOKED_AT):
         try:
+            encoded = source.fetch(row)
             if source.arrays:
-                sides.append(min(decode(source.fetch(row), **decoding).shape[:2]))
+                sides.append(min(decode(encoded, **decoding).shape[:2]))
                 is_gray = False
                 continue
-            image = Image.open(io.BytesIO(source.fetch(row)))
-            sides.append(min(image.size))
-            image.draft("RGB", (64, 64))
+            pixels = decode(encoded, **{**decoding, "num_channels": 3}, shrink=lambda size: min(size) / 64)
+            sides.append(min(upright_size(encoded)))
+            image = Image.fromarray(pixels)
             image.thumbnail((64, 64))
-            pixels = np.asarray(image.convert("RGB")).astype(int)
-            is_gray = is_gray and np.ptp(pixels, axis=2).max() <= _COLOR_DIFFERENCE
-        except Exception:  # Pillow raises nearly anything on damaged files
-            continue
+            is_gray = is_gray and np.ptp(np.asarray(image).astype(int), axis=2).max() <= _COLOR_DIFFERENCE
+        except BadImage as error:
+            bad.append(f"{row['path']}: {error}" if row and row["path"] else error)
+    if bad and not sides:
+        raise ValueError(
+            f"{source.name}: none of the first {len(bad)} images can be read. The reason of one: {bad[0]}"
+        )
     side = round(statistics.median(sides)) if sides else 224
     return Images(source.num_images(), side, bool(is_gray and sides))
 

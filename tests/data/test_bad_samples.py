@@ -115,8 +115,11 @@ def test_a_folder_with_bad_files_is_read_and_its_log_names_each_once(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
     assert sorted(Path(line["path"]).name for line in lines) == ["b.jpg", "c.jpg", "d.png"]
     (images / "a.jpg").unlink()
-    with pytest.raises(ValueError, match="no usable image among the 4 rows .* The last bad one: .*"):
+    with pytest.raises(ValueError, match=r"no usable image: [a-z_]+, .* \(.*, the last of 4 rows\)$"):
         read(ViewStream(source, RandomCrops((16, 16)), max_bad_fraction=0.8), 1)
+    stream = ViewStream(source, RandomCrops((16, 16)), process_index=1, num_processes=2)
+    with pytest.raises(ValueError, match=r"the last of 2 rows of worker 1 of 2\); use fewer workers, if other rows"):
+        read(stream, 1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import yaml
 from accelerate import Accelerator
@@ -116,6 +117,23 @@ def test_images_are_looked_at(tmp_path):
     assert look_at(ImageSource(data_dir=str(tmp_path))) == Images(21, 50, False)
     gray = [{"bytes": image_file(Image.effect_noise((80, 90), 60), "JPEG"), "path": None} for _ in range(3)]
     assert look_at(ImageSource(dataset=Dataset.from_dict({"image": gray}))) == Images(3, 80, True)
+
+
+def test_nothing_is_chosen_for_images_of_which_none_can_be_read(tmp_path, capfd):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.zeros((5, 40, 40), np.uint16))
+    message = r"none of the first 3 images can be read\. .*\d\.npy: 5 channels .*; set num_channels to 5 if all"
+    with pytest.raises(ValueError, match=message):
+        modeling_can.pretrain(data_dir=str(tmp_path), num_channels=4, output_dir=str(tmp_path / "out"), max_steps=1)
+    assert "median" not in capfd.readouterr().out
+    pages = Image.fromarray(np.zeros((40, 40), np.uint16))
+    for number in range(3):
+        (tmp_path / f"{number}.npy").unlink()
+        pages.save(tmp_path / f"{number}.tif", save_all=True, append_images=[pages] * 4)
+    with pytest.raises(
+        ValueError, match=r"\d\.tif: a TIFF of 5 pages, of which 1 would be read; set num_channels to 5"
+    ):
+        look_at(ImageSource(data_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "generator"])
