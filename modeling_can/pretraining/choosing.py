@@ -226,6 +226,8 @@ def _image_size(images: Images, on_gpu: bool, given: dict) -> Choice:
         patch = _PATCHES[max([size for size in _PATCHES if size <= side], default=min(_PATCHES))]
         return Choice({"patch_size": patch}, "patches that suit the image size")
     reason = f"half of the images have {images.side} pixels or more on their shorter side"
+    if images.side < size:
+        reason = f"the smallest size; the images have {images.side} pixels on their shorter side and are enlarged"
     if not on_gpu and images.side >= 128:
         reason += "; larger ones take a CPU days"
     return Choice({"image_size": size, "patch_size": _PATCHES[size]}, reason)

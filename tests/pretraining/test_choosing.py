@@ -66,6 +66,14 @@ def test_every_choice_is_a_valid_recipe(number, side, machine):
         assert type(made).from_dict(yaml.safe_load(made.to_yaml())).to_dict() == made.to_dict()
 
 
+@pytest.mark.parametrize("side, is_enlarged", [(6, True), (31, True), (32, False)])
+def test_images_below_the_smallest_size_are_said_to_be_enlarged(side, is_enlarged):
+    found = choices(Images(1000, side, False), CPU, {})
+    (reason,) = [choice.reason for choice in found if "image_size" in choice.values]
+    expected = f"the smallest size; the images have {side} pixels on their shorter side and are enlarged"
+    assert (reason == expected) == is_enlarged and ("half of the images" in reason) != is_enlarged
+
+
 def test_what_the_user_sets_stays_and_the_rest_follows_it():
     given = {"data_dir": "x", "image_size": "96", "max_steps": "10", "mask_ratio": "0.6", "hidden_size": "64"}
     recipe = make_recipe(None, given)
