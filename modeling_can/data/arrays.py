@@ -149,8 +149,8 @@ def _channels_last(pixels: np.ndarray, num_channels: int) -> np.ndarray:
         raise BadImage("channels", f"{what}, not (channels, height, width); keep one image in a file")
     raise BadImage(
         "channels",
-        f"{found} channel{'s' * (found != 1)} ({what}), not num_channels={num_channels}; set num_channels to {found} "
-        "if all images are so, or remove it",
+        f"{found} channel{'s' * (found != 1)} ({what}); the model takes {num_channels}",
+        advice=f"set num_channels to {found} if all images are so, or remove it",
     )
 
 

@@ -9,11 +9,14 @@ __all__ = ["BadImage", "append_line", "bad_sample_line", "bad_sample_lines", "re
 
 
 class BadImage(ValueError):
-    """An image that cannot be used. `reason` is one of a few, to be counted; the message says more."""
+    """
+    An image that cannot be used. `reason` is one of a few, to be counted. The message is `fault`, which says more, and
+    the advice on the settings of pre-training, if there is any.
+    """
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
+    def __init__(self, reason: str, fault: str, advice: str = ""):
+        super().__init__(f"{fault}; {advice}" if advice else fault)
+        self.reason, self.fault = reason, fault
 
 
 def bad_sample_line(source_name: str, image: dict | None, error: BadImage, **place) -> str:

@@ -133,8 +133,8 @@ def _refuse_pages(encoded: bytes):
     if num_bands > max(num_read, 4):
         raise BadImage(
             "channels",
-            f"a TIFF of {num_bands} bands, of which {num_read} would be read; set num_channels to {num_bands} and "
-            "pixel_range, or keep the colors alone",
+            f"a TIFF of {num_bands} bands, of which {num_read} would be read",
+            advice=f"set num_channels to {num_bands} and pixel_range, or keep the colors alone",
         )
     try:
         image.seek(1)
@@ -143,8 +143,8 @@ def _refuse_pages(encoded: bytes):
         return
     if is_page:
         number = image.n_frames
-        fix = f"set num_channels to {number} and pixel_range, or keep" if num_read == 1 else "keep"
-        raise BadImage("channels", f"a TIFF of {number} pages, of which 1 would be read; {fix} one page a file")
+        advice = f"set num_channels to {number} and pixel_range, or keep" if num_read == 1 else "keep"
+        raise BadImage("channels", f"a TIFF of {number} pages, of which 1 would be read", f"{advice} one page a file")
 
 
 def upright_size(encoded: bytes) -> tuple[int, int]:

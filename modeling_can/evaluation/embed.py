@@ -332,6 +332,7 @@ class _Batches(torch.utils.data.IterableDataset):
         except BadImage as error:
             own = {"id": str(own_id)} if self.id_column else {}
             batch.reasons.append(error.reason)
+            error = BadImage(error.reason, error.fault)  # without advice: embed has none of those settings
             batch.lines.append(bad_sample_line(self.source.name, image, error, row=place, **own))
         else:
             batch.ids.append(str(own_id) if self.id_column else image["path"] if self.source.is_folder else place)

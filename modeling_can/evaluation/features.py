@@ -64,8 +64,8 @@ class Images(torch.utils.data.Dataset):
         except BadImage as error:
             path = f", {image['path']}," if image and image["path"] else ""
             raise ValueError(
-                f"{self.split.name}: the image of row {self.split.rows[index]}{path} is {error.reason} ({error}); fix "
-                "or remove it, as an evaluation leaves no image out"
+                f"{self.split.name}: the image of row {self.split.rows[index]}{path} cannot be used ({error.reason}: "
+                f"{error.fault}); fix or remove it, as an evaluation leaves no image out"
             ) from error
 
 

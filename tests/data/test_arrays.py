@@ -212,7 +212,7 @@ def test_more_bits_than_pillow_keeps_are_bad_without_imagecodecs(monkeypatch):
 
 
 BAD = {
-    "fewer channels": (encode_array(BANDS[:2]), "channels", "2 channels .*set num_channels to 2"),
+    "fewer channels": (encode_array(BANDS[:2]), "channels", "2 channels .*; the model takes 5; set num_channels to 2"),
     "gray": (tiff(BANDS[0]), "channels", "1 channel .*set num_channels to 1"),
     "a JPEG": (noise_file(0), "channels", "3 channels"),
     "a stack of volumes": (encode_array(BANDS[None]), "channels", "keep one image in a file"),

@@ -1,5 +1,6 @@
 """Evaluation and embeddings of images that are read as arrays; what is refused in words."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tifffile
 import torch
 from datasets import Array3D, ClassLabel, Dataset, Features, List, Value, load_dataset
+from PIL import Image
 from testing_utils import TINY, tiny_model
 from transformers import (
     AutoModelForImageClassification,
@@ -124,6 +126,23 @@ def test_what_arrays_cannot_have_is_refused_in_words(model, labeled, tmp_path):
             )
     with pytest.raises(ValueError, match="the demo shows RGB and gray images, .*arrays of 2 channels"):
         demo.Demo(model)
+
+
+def test_images_of_other_channels_are_refused_in_words_without_a_flag_that_eval_has_not(model, tmp_path):
+    for index in range(8):
+        path = tmp_path / "photos" / ("train", "test")[index % 2] / "ab"[index // 4] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(path)
+    flags = {"dataset_name": tmp_path / "photos", "feature_cache": "none"}
+    message = r"cannot be used \(channels: 3 channels \(an array of 40 x 36 x 3 uint8\); the model takes 2\); fix or"
+    with pytest.raises(ValueError, match=message) as error:
+        run_eval.main(arguments(model, "knn", tmp_path / "out", **flags))
+    assert "num_channels" not in str(error.value)
+    np.save(tmp_path / "photos" / "good.npy", np.zeros((2, 40, 36), np.uint16))
+    flags = {"data_dir": tmp_path / "photos", "max_bad_fraction": 0.9}
+    run_eval.main(arguments(model, "embed", tmp_path / "embeddings", **flags))
+    log = [json.loads(line) for line in (tmp_path / "embeddings" / "bad_samples.jsonl").read_text().splitlines()]
+    assert {line["detail"] for line in log} == {"3 channels (an array of 40 x 36 x 3 uint8); the model takes 2"}
 
 
 def test_a_range_of_one_value_is_refused_before_anything_is_read():

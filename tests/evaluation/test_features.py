@@ -101,8 +101,10 @@ def test_a_bad_image_is_named_and_not_left_out(tmp_path):
     write_split(tmp_path, "test", rows)
     data = load_labeled(str(tmp_path))
     images = Images(data.test, lambda encoded, index: torch.from_numpy(decode(encoded)))
-    with pytest.raises(ValueError, match="test: the image of row 5 is not_an_image .*leaves no image out"):
+    with pytest.raises(
+        ValueError, match=r"test: the image of row 5 cannot be used \(not_an_image: .*leaves no image out"
+    ):
         Extractor()(lambda batch: {"x": batch.float()}, images)
     images = Images(data.test.select(np.array([5, 0])), lambda encoded, index: torch.from_numpy(decode(encoded)))
-    with pytest.raises(ValueError, match="test: the image of row 5 is"):
+    with pytest.raises(ValueError, match="test: the image of row 5 cannot"):
         Extractor()(lambda batch: {"x": batch.float()}, images)

@@ -466,7 +466,7 @@ def columns(folder: Path, **damaged: int) -> str:
 def test_a_damaged_image_is_named_by_its_row_in_the_set(models, tmp_path, test_size):
     folder = columns(tmp_path, image=5)
     flags = {"task": "segmentation", "baselines": "none", "test_split": "train", "test_size": test_size}
-    with pytest.raises(ValueError, match=r", train: the image of row 5 is damaged"):
+    with pytest.raises(ValueError, match=r", train: the image of row 5 cannot be used \(damaged: "):
         run_eval.main(options(models, folder, tmp_path / "out", "can", **flags))
 
 

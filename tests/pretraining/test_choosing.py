@@ -130,7 +130,9 @@ def test_images_are_looked_at(tmp_path):
 def test_nothing_is_chosen_for_images_of_which_none_can_be_read(tmp_path, capfd):
     for number in range(3):
         np.save(tmp_path / f"{number}.npy", np.zeros((5, 40, 40), np.uint16))
-    message = r"none of the first 3 images can be read\. .*\d\.npy: 5 channels .*; set num_channels to 5 if all"
+    message = (
+        r"none of the first 3 images can be read\. .*\d\.npy: 5 channels .*; the model takes 4; set num_channels to"
+    )
     with pytest.raises(ValueError, match=message):
         modeling_can.pretrain(data_dir=str(tmp_path), num_channels=4, output_dir=str(tmp_path / "out"), max_steps=1)
     assert "median" not in capfd.readouterr().out
