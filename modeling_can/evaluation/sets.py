@@ -57,7 +57,9 @@ class Split:
         return len(np.unique(self.labels))
 
     def select(self, indices: np.ndarray) -> "Split":
-        return Split(self.name, self.images.select(indices), self.labels[indices], self.folder, self.rows[indices])
+        return Split(
+            self.name, self.images.select(indices), self.labels[indices], self.folder, rows=self.rows[indices]
+        )
 
     def read(self, index: int) -> bytes:
         return read_bytes(located(self.images[int(index)]["image"], self.folder))

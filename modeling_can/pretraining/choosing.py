@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..configuration_can import CANConfig
 from ..data import ImageSource
-from ..data.arrays import reads_arrays
+from ..data.arrays import read_array, reads_arrays
 from ..data.bad_samples import BadImage
 from ..data.decoding import DECODING, decode, upright_size
 from ..progress import duration, tell
@@ -45,11 +45,15 @@ _MOST_WORKERS = 8
 
 @dataclass(frozen=True)
 class Images:
-    """What is known of the images: their number, the median of their shorter sides, and whether all are gray."""
+    """
+    What is known of the images: their number, the median of their shorter sides, whether all are gray, and the largest
+    value of those in uint16 whose range is not set, 0 if there are none.
+    """
 
     number: int | None
     side: int
     is_gray: bool
+    largest: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Rec
         raise ValueError(f"num_channels={number} of {recipe.model_name_or_path} must be said: --num_channels {number}")
     if accelerator.is_main_process:
         tell("\n  ".join(recipe.chosen))
+        if 0 < images.largest < 65535 / 8:
+            top = 2 ** images.largest.bit_length() - 1
+            tell(
+                f"the largest value seen is {images.largest} of 65535: set --pixel_range 0,{top} if that is the range"
+            )
         if accelerator.device.type == "cpu":
             tell(_on_a_gpu(images, given))
     return recipe
@@ -136,27 +145,31 @@ def _decoding(given: dict) -> dict:
     return {name: given[name] for name in ("num_channels", *DECODING) if given.get(name)}
 
 
-def look_at(source: ImageSource, **decoding) -> Images:
+def look_at(source: ImageSource, num_channels: int = 3, **decoding) -> Images:
     """
     Reads the first `_NUM_LOOKED_AT` images. Those that cannot be read count later, in training.
 
     Args:
-        decoding: What `decode` takes.
+        num_channels (`int`): Of arrays.
+        decoding: What else `decode` takes.
 
     Raises:
         ValueError: if none of them can be read, with the reason of the first; and what `decode` raises.
         OSError: as of `ImageSource.fetch`.
     """
-    sides, is_gray, bad = [], True, []
+    sides, is_gray, largest, bad = [], True, 0, []
     blocks = source.blocks(source.dataset, block_size=8)  # small ones: a stream may be slow
     for row in islice((row for block, _ in blocks for row in source.images(block)), _NUM_LOOKED_AT):
         try:
             encoded = source.fetch(row)
             if source.arrays:
-                sides.append(min(decode(encoded, **decoding).shape[:2]))
+                sides.append(min(decode(encoded, num_channels, **decoding).shape[:2]))
                 is_gray = False
+                if "pixel_range" not in decoding:
+                    raw = read_array(encoded, num_channels)
+                    largest = max(largest, int(raw.max())) if raw.dtype.name == "uint16" else largest
                 continue
-            pixels = decode(encoded, **{**decoding, "num_channels": 3}, shrink=lambda size: min(size) / 64)
+            pixels = decode(encoded, **decoding, shrink=lambda size: min(size) / 64)
             sides.append(min(upright_size(encoded)))
             image = Image.fromarray(pixels)
             image.thumbnail((64, 64))
@@ -168,7 +181,7 @@ def look_at(source: ImageSource, **decoding) -> Images:
             f"{source.name}: none of the first {len(bad)} images can be read. The reason of one: {bad[0]}"
         )
     side = round(statistics.median(sides)) if sides else 224
-    return Images(source.num_images(), side, bool(is_gray and sides))
+    return Images(source.num_images(), side, bool(is_gray and sides), largest)
 
 
 def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:

@@ -13,7 +13,7 @@ from testing_utils import identity, image_file, noise_file, read, tiny_model
 import modeling_can
 from modeling_can.data import ImageSource, ViewStream
 from modeling_can.pretraining.batch_size import largest_step, largest_that_fits, measured_batch_size
-from modeling_can.pretraining.choosing import Images, Machine, check_open, choices, filled, look_at
+from modeling_can.pretraining.choosing import Images, Machine, check_open, choices, choose, filled, look_at
 from modeling_can.pretraining.recipe import make_recipe
 
 
@@ -144,6 +144,26 @@ def test_nothing_is_chosen_for_images_of_which_none_can_be_read(tmp_path, capfd)
         ValueError, match=r"\d\.tif: a TIFF of 5 pages, of which 1 would be read; set num_channels to 5"
     ):
         look_at(ImageSource(data_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "given", "is_told"),
+    [
+        ("uint16", 4000, {}, True),
+        ("uint16", 4000, {"pixel_range": [0, 4095]}, False),
+        ("uint16", 9000, {}, False),
+        ("uint8", 20, {}, False),
+    ],
+)
+def test_a_run_tells_that_the_images_use_little_of_their_range(dtype, largest, given, is_told, tmp_path, capfd):
+    pixels = np.random.default_rng(0).integers(0, largest, (4, 4, 40, 40))
+    pixels[2, 1, 20, 7] = largest
+    for number, image in enumerate(pixels):
+        np.save(tmp_path / f"{number}.npy", image.astype(dtype))
+    recipe = make_recipe(None, {"data_dir": str(tmp_path), "num_channels": 4, **given})
+    choose(recipe, ImageSource(data_dir=str(tmp_path), arrays=True), Accelerator(cpu=True))
+    line = "the largest value seen is 4000 of 65535: set --pixel_range 0,4095 if that is the range"
+    assert (line in capfd.readouterr().out) == is_told
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "generator"])
