@@ -2,7 +2,14 @@
 
 import inspect
 
+import pytest
+from accelerate import Accelerator
+from testing_utils import TINY, TOY
+
+import run_pretraining
+from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.pretraining import builders
+from modeling_can.pretraining.cost import step_seconds, training_flops
 from modeling_can.pretraining.recipe import Recipe
 
 
@@ -29,3 +36,30 @@ def test_views_augmentation_and_processor_are_as_the_recipe_says(monkeypatch):
     assert (list(processor.image_mean), list(processor.image_std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert processor.resample == 3 and dict(processor.crop_size) == {"height": 32, "width": 48}
     assert dict(processor.size) == {"shortest_edge": round(48 * 256 / 224)}
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+    """Those of the batches that models get."""
+    seen, forward = set(), CANForPreTraining.forward
+
+    def spy(model, pixel_values, *arguments, **options):
+        seen.add(tuple(pixel_values.shape))
+        return forward(model, pixel_values, *arguments, **options)
+
+    monkeypatch.setattr(CANForPreTraining, "forward", spy)
+    return seen
+
+
+def test_a_run_of_three_views_trains_and_counts_three(tmp_path, shapes):
+    flags = {"num_views": 3, "max_steps": 2, "probe_dataset_name": "none", "log_with": "none", "output_dir": tmp_path}
+    results = run_pretraining.main([*TOY, *(f"--{name}={value}" for name, value in flags.items())])
+    assert {shape[1] for shape in shapes} == {3}
+    flops = training_flops(CANConfig.from_pretrained(tmp_path), num_views=3)
+    assert results["flops_per_image"] == flops and results["train_flops"] == flops * 2 * 8
+
+
+def test_the_time_of_a_step_is_measured_on_batches_of_the_run(shapes):
+    recipe = Recipe.from_dict({**TINY, "data_dir": "x", "max_steps": 1, "num_views": 3})
+    assert step_seconds(recipe, Accelerator(cpu=True), batch_size=2) > 0
+    assert shapes == {(2, 3, 3, 32, 48)}

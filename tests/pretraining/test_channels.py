@@ -134,6 +134,18 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
         Recipe.from_dict({**RUN, "data_dir": "x", **changes})
 
 
+def test_figures_of_a_run_show_the_channels_that_are_asked_for(images, tmp_path):
+    """One channel is gray, where the default is three."""
+    settings = {**RUN, "data_dir": str(images / "tiffs"), "max_bad_fraction": 0.1, "display_channels": [2]}
+    out = tmp_path / "out"
+    modeling_can.pretrain(settings, output_dir=str(out), max_steps=1, preflight=True)
+    modeling_can.pretrain(settings, output_dir=str(out), max_steps=1)
+    for name, columns in {"preflight": 1, "reconstructions": 1, "features": 3}.items():  # the others have colors anyhow
+        sheet = imread(out / "figures" / f"{name}.png")[:, :, :3]
+        image = sheet[:, : sheet.shape[1] // columns]
+        assert image.std() > 0 and np.ptp(image, axis=2).max() == 0, name
+
+
 def test_channels_of_figures_are_no_change_of_what_is_trained():
     recipe = Recipe.from_dict({**RUN, "data_dir": "x"})
     shared = {"recipe": {**recipe.to_dict(), "display_channels": (0,)}, "optimizer": {"state": {}}}
