@@ -72,7 +72,7 @@ def test_presets_are_found_by_name():
     folders = {path.parent.name for path in (ROOT / "model_cards").glob("*/recipe.yaml")}
     assert presets.QUICKSTART in folders
     for name in folders:
-        made = recipe.make_recipe(name, {"data_dir": "x", "max_steps": 1})
+        made = recipe.make_recipe(name, {"data_dir": "x", "max_steps": 1, "frozen_encoder_ratio": 0})
         assert made.data_dir == "x" and made.dataset_name is None
 
 

@@ -210,6 +210,11 @@ class Recipe:
                 "give one source: dataset_name, data_dir or data_files "
                 f"(got {self.dataset_name!r}, {self.data_dir!r}, {self.data_files!r})"
             )
+        if self.frozen_encoder_ratio and not self.model_name_or_path:
+            raise ValueError(
+                f"frozen_encoder_ratio={self.frozen_encoder_ratio}, but there are no weights to keep: set "
+                "model_name_or_path, or frozen_encoder_ratio 0"
+            )
         if self.given is not None:
             return
         if self.length is None:

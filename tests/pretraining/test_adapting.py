@@ -1,6 +1,7 @@
 """Going on from other weights: rates of the blocks, frozen steps, the start beside the run."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -101,6 +102,20 @@ def test_a_frozen_encoder_leaves_steps_for_its_learning_rate(start):
     asked = {"model_name_or_path": str(start), "data_dir": "x", "frozen_encoder_ratio": 0.9}
     with pytest.raises(ValueError, match="frozen_encoder_ratio=0.9 and warmup_ratio=0.1 take all steps"):
         make_recipe("can-adapt", asked)
+
+
+def test_a_frozen_encoder_needs_weights(start, tmp_path):
+    for recipe in ("can-adapt", None):  # also where the settings are to be chosen
+        with pytest.raises(ValueError, match="frozen_encoder_ratio=0.1, but .* set model_name_or_path, or frozen"):
+            make_recipe(recipe, {"data_dir": "x", "frozen_encoder_ratio": 0.1})
+    assert make_recipe("can-adapt", {"data_dir": "x", "frozen_encoder_ratio": 0}).config.hidden_size == 768
+
+
+def test_a_run_goes_on_though_its_start_is_gone(start, tmp_path):
+    gone, out = shutil.copytree(start, tmp_path / "start"), tmp_path / "out"
+    adapt(gone, out, max_steps=2, save_steps=1)
+    shutil.rmtree(gone)
+    assert adapt(gone, out, max_steps=3, resume_from_checkpoint="latest")["num_steps"] == 3
 
 
 def test_decoder_and_heads_learn_first_and_a_resumed_run_is_exact(start, tmp_path):
