@@ -93,7 +93,10 @@ class _Unfailing:
 
 @contextlib.contextmanager
 def report_errors(program: str, advice: str = ""):
-    """For a program: what the user can fix ends it in one sentence, with status 1; and a full log does not end it."""
+    """
+    For a program: what the user can fix ends it in one sentence, with status 1, and Ctrl-C in one line, with status 130
+    as shells expect it; and a full log does not end it.
+    """
     sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
     try:
         yield
@@ -101,6 +104,9 @@ def report_errors(program: str, advice: str = ""):
         # Of an error in a loader's worker, what it says, without the traceback that torch puts around it.
         text = re.split(r"^[A-Za-z]*Error: ", str(error), flags=re.MULTILINE)[-1].strip()
         sys.exit(f"{program}: {text}")
+    except KeyboardInterrupt:
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         if not re.search("gloo|nccl", str(error), re.IGNORECASE):
             raise

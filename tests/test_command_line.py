@@ -78,6 +78,22 @@ def test_what_cannot_be_is_refused_before_pytorch_is_imported(words, fault, with
     assert stdout == "" and fault in stderr and "policy" not in stderr
 
 
+@pytest.mark.parametrize(
+    "words, program",
+    [
+        ("run_pretraining.py", "run_pretraining.py"),
+        ("run_eval.py --model_name_or_path a --dataset_name c", "run_eval.py"),
+        *((f"-m modeling_can {command}", "modeling-can") for command in ("pretrain", "eval", "convert", "demo")),
+    ],
+)
+def test_ctrl_c_while_pytorch_is_imported_ends_in_one_line(words, program, tmp_path):
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    command, environment = [sys.executable, *words.split()], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (130, f"{program}: stopped by Ctrl-C\n")
+
+
 def test_flags_are_read_as_by_the_settings_themselves():
     for keywords, groups in ((Pretraining, recipe._groups()), (Evaluation, settings._groups())):
         argv = [f"--{f.name}=1,2" for group in groups.values() for f in group]
