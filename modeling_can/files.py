@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 __all__ = [
-    "check_new_folder", "expand_user", "literal_pattern", "new_file", "new_files", "new_folder", "put_in_place",
-    "refuse_missing_files", "refuse_missing_folder", "refuse_missing_path", "write",
+    "check_new_folder", "expand_user", "literal_pattern", "make_folder", "new_file", "new_files", "new_folder",
+    "put_in_place", "refuse_missing_files", "refuse_missing_folder", "refuse_missing_path", "write",
 ]  # fmt: skip
 
 
@@ -49,6 +49,18 @@ def refuse_missing_path(name: str, value: str):
     """Raises ValueError for what can only be a path, and no id on the Hub, where there is nothing."""
     if value.startswith(("/", "./", "../", "~")) and not os.path.exists(expand_user(value)):
         raise ValueError(f"{name}={value}: there is no such file or folder")
+
+
+def make_folder(name: str, folder: Path):
+    """Makes `folder`, the value of the setting `name`, where it is missing; ValueError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "it cannot be written to"
+    except OSError as error:
+        file = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+        reason = f"{file} is a file" if file else error.strerror
+    if reason:
+        raise ValueError(f"{name}={folder} cannot be used: {reason}; give another --{name}")
 
 
 def write(path: Path, text: str):

@@ -94,8 +94,8 @@ class _Unfailing:
 @contextlib.contextmanager
 def report_errors(program: str, advice: str = ""):
     """
-    For a program: what the user can fix ends it in one sentence, with status 1, and Ctrl-C in one line, with status 130
-    as shells expect it; and a full log does not end it.
+    For a program: what the user can fix ends it in one sentence, with status 1, and Ctrl-C in one line, with status
+    130, as shells expect it; and a full log does not end it.
     """
     sys.stdout, sys.stderr = _Unfailing(sys.stdout), _Unfailing(sys.stderr)
     try:
@@ -105,7 +105,7 @@ def report_errors(program: str, advice: str = ""):
         text = re.split(r"^[A-Za-z]*Error: ", str(error), flags=re.MULTILINE)[-1].strip()
         sys.exit(f"{program}: {text}")
     except KeyboardInterrupt:
-        print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        sys.stderr.write(f"{program}: stopped by Ctrl-C\n")
         sys.exit(130)
     except RuntimeError as error:
         if not re.search("gloo|nccl", str(error), re.IGNORECASE):

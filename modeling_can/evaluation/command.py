@@ -9,7 +9,7 @@ from pathlib import Path
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from ..files import write
+from ..files import make_folder, write
 from ..hub import short_name, update_card
 from ..optimization import mixed_precision
 from ..progress import tell
@@ -59,7 +59,7 @@ def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict
         raise ValueError(
             f"output_dir={output_dir} holds a pre-training run, whose results.json this would replace; give another"
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", output_dir)
     if EMBED in settings.task:
         return embed_task(settings, accelerator, results)
 

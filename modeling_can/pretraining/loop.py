@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..data import ImageSource, ViewStream, mean_and_std
+from ..files import make_folder
 from ..former_names import current_names
 from ..hub.push import STOP_SECONDS, Push
 from ..progress import tell
@@ -173,7 +174,8 @@ def _where_it_stands(
 ) -> tuple[dict, dict, list[dict]]:
     """Prepares the folder; what `Checkpoints.load` gives, or nothing yet."""
     output_dir, is_main = Path(recipe.output_dir), accelerator.is_main_process
-    (output_dir / "figures").mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", output_dir)
+    (output_dir / "figures").mkdir(exist_ok=True)
     if is_main and not recipe.preflight:
         prepare_folder(output_dir, keep=bool(checkpoint))
     accelerator.wait_for_everyone()  # every process writes its bad images there

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ..files import new_files
+from ..files import make_folder, new_files
 from ..former_names import current_names
 from ..progress import quiet, tell
 from .presets import LENGTH
@@ -89,9 +89,9 @@ def lock(folder: Path):
     that is returned is given to `unlock`. The system itself lets go of it when its process ends, however that is.
 
     Raises:
-        ValueError: if another process has it.
+        ValueError: if another process has it, or no such folder can be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("output_dir", folder)
     file = open(folder / ".lock", "a+")  # hidden: nothing else opens it, which would let go of it
     try:
         if fcntl:

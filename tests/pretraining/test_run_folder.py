@@ -7,10 +7,12 @@ import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from testing_utils import ROOT, TINY
 
+import run_pretraining
 from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.pretraining.checkpoints import Checkpoints
 from modeling_can.pretraining.run_folder import lock, save_model, unlock
@@ -49,6 +51,22 @@ def test_a_folder_is_for_one_run(tmp_path):
     assert str(os.getpid()) in (folder / ".lock").read_text()
     unlock(kept)
     assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_refused_with_the_fix(tmp_path):
+    (tmp_path / "file").write_text("")
+    reasons = {
+        tmp_path / "file": f"{tmp_path}/file is a file",
+        tmp_path / "file" / "below": f"{tmp_path}/file is a file",
+    }
+    if Path("/proc/self").exists():
+        reasons[Path("/proc/out")] = "No such file or directory"
+    for folder, reason in reasons.items():
+        expected = f"output_dir={folder} cannot be used: {reason}; give another --output_dir"
+        with pytest.raises(ValueError, match=f"^{expected}$"):
+            lock(folder)
+        with pytest.raises(ValueError, match=f"^{expected}$"):
+            run_pretraining.main([*RUN, f"--output_dir={folder}", "--preflight"])
 
 
 @pytest.mark.slow
