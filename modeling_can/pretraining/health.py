@@ -134,7 +134,7 @@ def findings(
             have one for the k-NN accuracy. What a line lacks is not judged.
         warmup_steps, max_steps (`int`):
             What the model learns is judged after the warm-up, a tenth of the steps and 100 steps: before, every model
-            looks dead.
+            looks dead. Whether a run ended worse than it began is judged however short it was.
         before (`(str, float)`, *optional*): With what the run began, in words, and its k-NN accuracy.
     """
     last = lines[-1]
@@ -149,8 +149,16 @@ def findings(
         found["starving"] = (
             f"the device waits for data {wait:.0%} of the time; raise dataloader_num_workers, or bring the data nearer"
         )
+    probes = [(line["step"], line["knn"]) for line in lines if "knn" in line]
+    worse = {}
+    if before and probes and probes[-1][1] < before[1]:
+        worse["no_better"] = (
+            f"the features are worse than before training: k-NN {probes[-1][1]:.1%}, {before[0]} {before[1]:.1%}; "
+            "lower base_learning_rate, or train longer"
+        )
     if _is_early(last["step"], warmup_steps, max_steps):
-        return found
+        has_ended = last["step"] == max_steps and "knn" in last
+        return found | (worse if has_ended else {})
 
     rank, similarity = mean("effective_rank"), mean("negative_similarity")
     if similarity is not None and similarity > 0.95:
@@ -180,18 +188,11 @@ def findings(
             f"the gradient norm is {norm:.3g}, ten times and more its median of {usual:.3g}; lower "
             "base_learning_rate, or set max_grad_norm"
         )
-    probes = [(line["step"], line["knn"]) for line in lines if "knn" in line]
     if probes:
         (best_step, best), (_, newest) = max(probes, key=lambda probe: probe[1]), probes[-1]
         if newest < best - 0.03:
             found["falling"] = f"the features grow worse: k-NN {newest:.1%}, after {best:.1%} at step {best_step}"
-        if before and newest < before[1]:
-            name, accuracy = before
-            found["no_better"] = (
-                f"the features are worse than before training: k-NN {newest:.1%}, {name} {accuracy:.1%}; lower "
-                "base_learning_rate, or train longer"
-            )
-    return found
+    return found | worse
 
 
 def verdict(

@@ -163,3 +163,5 @@ def test_the_start_stands_beside_the_run(start, tmp_path, capsys):
     assert f"(the start: {100 * probe['the start']['knn']:.1f} %)" in out
     card = (tmp_path / "run" / "README.md").read_text()
     assert "| the start |" in card
+    is_worse = probe["CAN, pre-trained"]["knn"] < probe["the start"]["knn"]
+    assert is_worse == any("worse than before training" in sentence for sentence in results["health"])

@@ -140,11 +140,8 @@ def test_figures_of_a_run_show_the_channels_that_are_asked_for(images, tmp_path)
     out = tmp_path / "out"
     modeling_can.pretrain(settings, output_dir=str(out), max_steps=1, preflight=True)
     modeling_can.pretrain(settings, output_dir=str(out), max_steps=1)
-    for name, columns in {
-        "preflight": 1,
-        "reconstructions": 1,
-        "features": 3,
-    }.items():  # of features, its image
+    num_columns = {"preflight": 1, "reconstructions": 1, "features": 3}  # of features, only the image
+    for name, columns in num_columns.items():
         sheet = imread(out / "figures" / f"{name}.png")[:, :, :3]
         image = sheet[:, : sheet.shape[1] // columns]
         assert image.std() > 0 and np.ptp(image, axis=2).max() == 0, name

@@ -111,6 +111,11 @@ def test_every_fault_has_its_sentence_and_no_other(changes, name, words):
 def test_a_good_run_is_called_healthy_and_a_young_one_young():
     assert verdict(lines(), 100, 1000)[0].startswith("healthy: C 2 (trivial: 5.5), A 0.2")
     assert verdict(lines(num=2), 100, 1000) == ["too early to judge what is learned"]
+    short = [{**line, "knn": 0.4} for line in lines(num=2)]
+    assert verdict(short, 100, 1000, ("the start", 0.5)) == ["too early to judge what is learned"]
+    (ended,) = verdict(short, 100, short[-1]["step"], ("the start", 0.5))  # however short it was
+    assert ended.startswith("the features are worse than before training: k-NN 40.0%, the start 50.0%")
+    assert verdict(short, 100, short[-1]["step"], ("the start", 0.3)) == ["too early to judge what is learned"]
     falling = lines()
     falling[10]["knn"], falling[-1]["knn"] = 0.8, 0.7
     assert "k-NN 70.0%, after 80.0% at step 550" in findings(falling, 100, 1000)["falling"]
