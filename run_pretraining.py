@@ -24,6 +24,6 @@ def main(argv: list[str] | None = None, dataset=None) -> dict:
 
 
 if __name__ == "__main__":
-    with report_errors("run_pretraining.py", "Go on with --resume_from_checkpoint latest"):
+    with report_errors("run_pretraining.py", "To go on, repeat the command with --resume_from_checkpoint latest"):
         found = main()
     sys.exit(exit_status(found))

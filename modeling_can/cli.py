@@ -16,7 +16,7 @@ from .progress import quiet, report_errors, tell
 
 __all__ = ["COMMANDS", "convert", "demo", "embed", "evaluate", "exit_status", "main", "pretrain"]
 
-_RESUME = "Go on with --resume_from_checkpoint latest"
+_RESUME = "To go on, repeat the command with --resume_from_checkpoint latest"
 
 
 def pretrain(argv: list[str] | None = None, dataset=None, program: str = "modeling-can pretrain") -> dict:

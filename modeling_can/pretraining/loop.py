@@ -316,7 +316,8 @@ def _end_early(run: Run, step: int) -> dict:
     run.log.bar.close()
     run.feed.close()
     number = run.stop.received or signal.SIGTERM  # another process received it
-    _tell(run.is_main and f"stopped by {number.name} after step {step}; go on with --resume_from_checkpoint latest")
+    advice = "repeat the command with --resume_from_checkpoint latest"
+    _tell(run.is_main and f"stopped by {number.name} after step {step}; to go on, {advice}")
     if run.push and run.push.finish(STOP_SECONDS)["error"]:
         tell(f"{run.push.repo_id} is not up to date: {run.push.error}. It will be when the run goes on")
     run.accelerator.end_training()
@@ -326,7 +327,9 @@ def _end_early(run: Run, step: int) -> dict:
 def _stop_waiting(run: Run, step: int):
     """After a signal that came while data did not: other processes may wait elsewhere, so that nothing is saved."""
     newest = run.checkpoints.paths()[-1:]
-    advice = f"go on with --resume_from_checkpoint {newest[0]}" if newest else "nothing was saved"
+    advice = (
+        f"to go on, repeat the command with --resume_from_checkpoint {newest[0]}" if newest else "nothing was saved"
+    )
     name = run.stop.received.name
     raise InterruptedError(f"stopped by {name} after step {step}, while the run waited for data; {advice}")
 

@@ -54,14 +54,19 @@ def refuse_other_run(recipe: Recipe, output_dir: Path) -> dict | None:
     length = next(name for name in LENGTH if before.get(name) is not None)  # the one that counts
     is_longer = recipe.length == length and getattr(recipe, length) > before[length]
     is_longer = is_longer or (recipe.max_steps or 0) > results["num_steps"]
-    if wanted == "latest" and not is_longer:
-        tell(
-            f"the run in {output_dir} is finished: nothing to do. To make it longer raise "
-            f"{' or '.join(dict.fromkeys((length, 'max_steps')))}; for another one {choice}"
+    has_checkpoint = any(checkpoints.glob("step-*"))
+    longer, from_weights = f"To make it longer raise {' or '.join(dict.fromkeys((length, 'max_steps')))}. ", ""
+    if not has_checkpoint:
+        longer = ""
+        from_weights = (
+            f". It kept no checkpoint: to train on from its weights, --model_name_or_path {output_dir} "
+            "--output_dir NEW"
         )
+    if wanted == "latest" and not is_longer:
+        tell(f"the run in {output_dir} is finished: nothing to do. {longer}For another one {choice}{from_weights}")
         return results
-    if not own or not any(checkpoints.glob("step-*")):
-        raise ValueError(f"output_dir={output_dir} already holds a finished run; {choice}")
+    if not own or not has_checkpoint:
+        raise ValueError(f"output_dir={output_dir} already holds a finished run; {choice}{from_weights}")
     return None
 
 

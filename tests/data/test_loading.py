@@ -155,7 +155,7 @@ def test_a_stop_signal_ends_a_wait_for_data(tmp_path, num_workers, number):
         too_late.cancel()
         process.kill()
     assert process.returncode == 1
-    assert f"stopped by {number.name} after step" in errors and "waited for data; go on with" in errors
+    assert f"stopped by {number.name} after step" in errors and "waited for data; to go on, repeat the" in errors
     assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoints' / 'step-'}" in errors
 
 

@@ -19,6 +19,7 @@ from testing_utils import ROOT, RUN, free_port, kill_rank_1
 import run_pretraining
 from modeling_can.evaluation.probe import Probe
 from modeling_can.former_names import FORMER_NAMES
+from modeling_can.optimization import learning_rate
 from modeling_can.pretraining.checkpoints import Checkpoints, describe_file
 
 
@@ -99,7 +100,8 @@ def test_a_stopped_run_saves_and_goes_on_with_the_same_bits(uninterrupted, tmp_p
     process.send_signal(number)
     output = process.communicate(timeout=30)[0]
     assert process.returncode == (130 if number == signal.SIGINT else 0), output
-    step = int(re.search(rf"stopped by {number.name} after step (\d+)", output)[1])
+    words = rf"stopped by {number.name} after step (\d+); to go on, repeat the command with --resume_from_checkpoint"
+    step = int(re.search(words, output)[1])
     assert (folder / "checkpoints" / f"step-{step}").is_dir()
     with pytest.raises(ValueError, match="unfinished run; continue it with --resume_from_checkpoint latest"):
         run_pretraining.main([*RUN, f"--output_dir={folder}"])
@@ -283,7 +285,11 @@ def test_a_finished_run_that_is_made_longer_goes_on(tmp_path, capfd):
     for num_samples, num_steps in ((16, 2), (16, 2), (32, 4)):
         results = run_pretraining.main([*run, f"--num_train_samples={num_samples}"])
         assert results["num_steps"] == num_steps
-    assert capfd.readouterr().out.count("is finished: nothing to do") == 1
+    told = capfd.readouterr().out
+    assert told.count("is finished: nothing to do. To make it longer raise num_train_samples or max_steps. ") == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    peak, rate = results["learning_rate"], lines[-1]["learning_rate"]
+    assert rate == learning_rate(3, max_steps=4, warmup_steps=results["warmup_steps"], peak=peak)  # of the new length
 
 
 def test_other_folders_are_no_checkpoints(tmp_path):

@@ -117,10 +117,11 @@ def test_a_job_that_starts_again_after_its_end_does_no_harm(finished, tmp_path, 
     folder, results = finished
     weights = (folder / "model.safetensors").read_bytes()
     assert run_pretraining.main([*TOY, "--output_dir", str(folder), "--resume_from_checkpoint=latest"]) == results
-    assert "is finished: nothing to do" in capfd.readouterr().out
+    told, from_weights = capfd.readouterr().out, f"--model_name_or_path {folder} --output_dir NEW"
+    assert "is finished: nothing to do" in told and from_weights in told and "raise" not in told
     for options in (["--max_steps=9"], []):  # there is no checkpoint to go on from, or it is another run's
         wanted = "latest" if options else str(tmp_path / "checkpoints" / "step-2")
-        with pytest.raises(ValueError, match="already holds a finished run"):
+        with pytest.raises(ValueError, match=f"already holds a finished run.*no checkpoint: .*{from_weights}"):
             run_pretraining.main([*TOY, "--output_dir", str(folder), f"--resume_from_checkpoint={wanted}", *options])
     with pytest.raises(ValueError, match="is model_name_or_path, whose weights it would replace"):
         run_pretraining.main([*TOY, f"--output_dir={folder}", f"--model_name_or_path={folder}"])
