@@ -334,7 +334,7 @@ class CANConfig(PreTrainedConfig):
     def _check_objective(self):
         for name in ("mask_ratio", "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1)")
+                raise ValueError(f"{name}={getattr(self, name)} is outside [0, 1); give a number from 0 to below 1")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature} must be finite and greater than 0; the default is 0.1")
         if not self.layer_norm_eps > 0:

@@ -148,11 +148,11 @@ def parse_value(name: str, value, annotation):
         if type(None) in kinds:
             return None
         raise ValueError(f"{name} needs a value")
-    wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
+    wanted = _in_words(kinds)
     if bool in kinds and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if isinstance(value, bool):  # which Python takes for a number, and YAML for a word
-        raise ValueError(f"{name}={value} is not of type {wanted}{'; put words in quotes' * (str in kinds)}")
+        raise ValueError(f"{name}={value} must be {wanted}{'; put words in quotes' * (str in kinds)}")
     sequence = next((kind for kind in kinds if typing.get_origin(kind) in (tuple, list)), None)
     items = _at_commas(value) if sequence and isinstance(value, str) else value
     if isinstance(items, list | tuple) and sequence and items != [value]:
@@ -168,7 +168,14 @@ def parse_value(name: str, value, annotation):
         pass
     if str in kinds and not isinstance(value, dict | list | tuple):
         return str(value)
-    raise ValueError(f"{name}={value!r} is not of type {wanted}")
+    raise ValueError(f"{name}={value!r} must be {wanted}")
+
+
+def _in_words(kinds: list) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    kinds = [kind for kind in kinds if kind is not int or float not in kinds]
+    named = [words.get(kind, "several of them") for kind in kinds if kind is not type(None)]
+    return " or ".join(dict.fromkeys(named))
 
 
 def _at_commas(text: str) -> list[str]:

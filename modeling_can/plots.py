@@ -288,7 +288,9 @@ def curves(metrics: list[dict], path: Path) -> None:
         trivial = name.removesuffix("_loss") + "_trivial"
         for key, style in ((name, "-"), (trivial, "--")):
             lines = [line for line in metrics if key in line]
-            axis.plot([line["step"] for line in lines], [line[key] for line in lines], style, linewidth=1)
+            marker = "." if len(lines) == 1 else ""  # of a single point there is no line to see
+            steps, values = [line["step"] for line in lines], [line[key] for line in lines]
+            axis.plot(steps, values, style, linewidth=1, marker=marker)
         axis.set_title(title, fontsize=8)
         if name == "denoising_loss":
             axis.set_yscale("log")  # it begins far above what a model that predicts nothing has

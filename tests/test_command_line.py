@@ -62,7 +62,7 @@ def test_what_is_asked_for_is_said_before_pytorch_is_imported(words, said, witho
         ("run_pretraining.py --epochs 3", "did you mean 'num_train_epochs'?"),
         ("-m modeling_can pretrain can-vit-smal", "did you mean can-vit-small-patch16-224?"),
         ("-m modeling_can pretrain --data_dir nowhere", "data_dir=nowhere is not a folder"),
-        ("-m modeling_can pretrain --max_steps many", "max_steps='many' is not of type int"),
+        ("-m modeling_can pretrain --max_steps many", "max_steps='many' must be a whole number"),
         ("run_eval.py --model_nme x", "did you mean 'model_name_or_path'?"),
         ("-m modeling_can embed --data_dir nowhere", "data_dir=nowhere is not a folder"),
         ("-m modeling_can pretrain --data_files nowhere/*.tar --output_dir o", "data_files=nowhere/*.tar is no file"),

@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from modeling_can.plots import feature_sheet, principal_components
+from modeling_can import plots
+from modeling_can.plots import curves, feature_sheet, principal_components
 
 
 def test_components_are_those_of_scikit_learn_over_all_images():
@@ -47,3 +48,12 @@ def test_the_sheet_shows_image_components_and_attention_side_by_side(tmp_path):
     frequent = sorted(shades[0][shades[1] > 1000][:, 0])
     np.testing.assert_allclose(frequent, [0, 85, 170, 255], atol=1)  # black the least attended patch, white the most
     assert Image.open(tmp_path / "without.png").width < 0.7 * pixels.shape[1]
+
+
+def test_curves_of_one_line_show_points(tmp_path, monkeypatch):
+    figures, draw = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or draw(figure, path))
+    for number in (1, 2):
+        curves([{"step": step, "loss": 0.5} for step in range(number)], tmp_path / "curves.png")
+    one, two = (figure.axes[0].lines[0].get_marker() for figure in figures)
+    assert one == "." and two in ("", "None")

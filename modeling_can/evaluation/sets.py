@@ -65,6 +65,7 @@ class Split:
         return read_bytes(located(self.images[int(index)]["image"], self.folder))
 
 
+_SPLIT_FLAGS = "--train_split and --test_split (while pre-training, --probe_train_split and --probe_test_split)"
 HELD_OUT = 0.2  # of every class, where a set has no test split
 
 
@@ -104,7 +105,7 @@ def load_rows(dataset_name: str, config_name: str | None, split: str) -> dataset
     except ValueError as error:
         advice = ""
         if "split" in str(error).lower():
-            advice = " Set train_split and test_split to others; with run_eval.py test_size=0.2 holds out a fraction"
+            advice = f" Name others with {_SPLIT_FLAGS}; --test_size 0.2 of modeling-can eval holds out a fraction"
         if "config" in str(error).lower():
             advice = " Set dataset_config_name"
         raise ValueError(f"{name}: {error}{advice}") from error
@@ -153,7 +154,7 @@ def load_split(
     if missing:
         raise ValueError(
             f"{name}: {len(missing)} rows have no label, the first is row {missing[0]}; remove them, or name a "
-            "labeled split (train_split, test_split)"
+            f"labeled split with {_SPLIT_FLAGS}"
         )
     values, indices = np.unique(labels, return_inverse=True)
     names, indices = (list(kind.names), labels) if is_class else ([str(value) for value in values], indices)
@@ -242,7 +243,7 @@ def load_labeled(
     if unseen:
         raise ValueError(
             f"{len(unseen)} labels of {test.name} have no image in {train.name}: {', '.join(unseen[:10])}; remove "
-            "those rows, or name other splits (train_split, test_split)"
+            f"those rows, or name other splits with {_SPLIT_FLAGS}"
         )
     ours = np.array([names.index(name) if name in names else -1 for name in test_names])
     return LabeledSet(train, Split(test.name, test.images, ours[test.labels], test.folder), names)

@@ -79,7 +79,10 @@ def test_class_folders_without_splits_are_tested_on_a_fifth(tmp_path, splits, te
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded((index, index, index)))
     if "validation" in splits:  # which may be for something else
-        with pytest.raises(ValueError, match="train_split and test_split to others"):
+        with pytest.raises(
+            ValueError,
+            match="Name others with --train_split and --test_split .*--probe_train_split and --probe_test_split",
+        ):
             load_labeled(str(tmp_path), test_size=None)
         return
     data, again = (load_labeled(str(tmp_path), test_size=None) for _ in range(2))
@@ -90,7 +93,11 @@ def test_class_folders_without_splits_are_tested_on_a_fifth(tmp_path, splits, te
 
 
 ERRORS = {
-    "no split": (dict(test=None), {}, "train_split and test_split to others.* test_size=0.2 holds out"),
+    "no split": (
+        dict(test=None),
+        {},
+        "--train_split and --test_split .*--test_size 0.2 of modeling-can eval holds out",
+    ),
     "no label column": ({}, dict(label_column="klass"), "no column 'klass'; set label_column to one of label"),
     "no image column": ({}, dict(image_column="photo"), "no column 'photo'; set image_column to one of image, label"),
     "unseen": (dict(train=[0, 0, 1, 1], test=[0, 2]), {}, "1 labels of .*test have no image in .*train: blue"),

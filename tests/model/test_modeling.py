@@ -516,7 +516,7 @@ def test_wrong_shapes_are_refused_with_the_fix():
         (dict(hidden_size=30, num_attention_heads=4), "hidden_size=30 is not a multiple of num_attention_heads=4"),
         (dict(decoder_hidden_size=18, decoder_num_attention_heads=2), "decoder_hidden_size=18 is not a multiple of 4"),
         (dict(num_hidden_layers=0), "num_hidden_layers=0 must be at least 1"),
-        (dict(mask_ratio=1.0), r"mask_ratio=1.0 is outside \[0, 1\)"),
+        (dict(mask_ratio=1.0), r"mask_ratio=1.0 is outside \[0, 1\); give a number from 0 to below 1"),
         (dict(mask_ratio=-0.1), r"mask_ratio=-0.1 is outside \[0, 1\)"),
         (dict(mask_ratio=float("nan")), "mask_ratio=nan"),
         (dict(mask_ratio=0), "mask_ratio=0 hides none of the 24 patches.*reconstruction_loss_weight=0"),
