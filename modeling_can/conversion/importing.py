@@ -242,7 +242,9 @@ def _check_encoder(name_or_path: str, config: PreTrainedConfig, own_config: CANC
     if differences:
         flags = " ".join(f"--{name} {_as_word(theirs)}" for name, (theirs, _) in differences.items())
         raise ValueError(
-            f"model_name_or_path={name_or_path!r} has another encoder: {_in_words(differences)}; add {flags}"
+            f"model_name_or_path={name_or_path!r} has another encoder: {_in_words(differences)}; use the recipe "
+            f"can-adapt, or none, and leave out {' '.join(f'--{name}' for name in differences)}; with another recipe, "
+            f"add {flags}"
         )
 
 

@@ -358,7 +358,8 @@ def refused(message: str, path, **changes):
 def test_another_encoder_is_refused_with_the_words_that_fix_it(source, flags, tmp_path):
     source().save_pretrained(tmp_path)
     message = refused("has another encoder", tmp_path)
-    assert message.endswith(f"; add {flags}")
+    first = "; use the recipe can-adapt, or none, and leave out " + " ".join(re.findall(r"--\S+", flags))
+    assert message.endswith(f"{first}; with another recipe, add {flags}")
     words = dict(re.findall(r"--(\S+) (\S+)", flags))
     assert all(f"{name} is " in message for name in words)
     fixed = Recipe.from_dict({**TINY, "image_size": 32, **words, "max_steps": 1, "measure_mean_std": True}).config
