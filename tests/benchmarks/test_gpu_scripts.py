@@ -24,7 +24,6 @@ STUDY = "experiments/cifar10/gpu_study.sh"
 RESULTS = {"ceilings.json", "tests.xml", "train_step-base.json", "train_step-large.json", "train_step-tiny256.json",
            "train_step-tiny1024.json", "profile_step-large.json"}  # fmt: skip
 KEPT = {"config.json", "metrics.jsonl", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "results.json"}
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +78,7 @@ def check_whole(folder: Path):
             assert path.name == "log.txt"
 
 
+@pytest.mark.soak
 def test_a_run_that_is_killed_leaves_whole_files_and_the_next_one_does_the_rest(copy, tmp_path):
     out = tmp_path / "out"
     process = start(copy, out)
@@ -100,6 +100,7 @@ def test_a_run_that_is_killed_leaves_whole_files_and_the_next_one_does_the_rest(
     assert json.loads((out / "profile_step-large.json").read_text())["compiled"] is True
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_stops_no_other_and_is_named(copy, tmp_path):
     broken, out = tmp_path / "broken", tmp_path / "out"
     shutil.copytree(copy, broken)
@@ -112,6 +113,7 @@ def test_a_part_that_fails_stops_no_other_and_is_named(copy, tmp_path):
     assert "no such thing" in (out / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_part_that_does_not_exist_is_refused(tmp_path):
     command = ["bash", str(ROOT / "benchmarks" / "gpu_speed.sh"), "--out", str(tmp_path), "--toy", "speed"]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -140,6 +142,7 @@ def check_features(folder: Path):
     assert features.isfinite().all() and features.std() > 0
 
 
+@pytest.mark.soak
 def test_a_run_of_the_study_that_is_killed_leaves_whole_files_and_goes_on(copy, tmp_path):
     out = tmp_path / "out"
     words = (STUDY, "main-can-0", "--epochs", "2")
@@ -180,6 +183,7 @@ def test_a_run_of_the_study_that_is_killed_leaves_whole_files_and_goes_on(copy, 
     assert "| CAN | 1 |" in report and "Search" not in report
 
 
+@pytest.mark.soak
 def test_a_run_of_the_study_measures_its_speed(copy, tmp_path):
     out = tmp_path / "out"
     words = (STUDY, "trial-can-*", "--rates", "5e-4", "--seconds")
@@ -195,6 +199,7 @@ def test_a_run_of_the_study_measures_its_speed(copy, tmp_path):
     assert "CAN, pre-trained" in results["probe"]
 
 
+@pytest.mark.slow
 def test_a_run_of_the_study_that_is_out_of_time_leaves_its_weights(copy, tmp_path):
     out = tmp_path / "out"
     process = start(copy, out, STUDY, "main-mae-0", "--epochs", "1000")
@@ -210,6 +215,7 @@ def test_a_run_of_the_study_that_is_out_of_time_leaves_its_weights(copy, tmp_pat
     assert {path.name for path in (out / "main-mae-0").iterdir()} == KEPT - {"results.json"}
 
 
+@pytest.mark.slow
 def test_a_study_without_a_run_is_refused(tmp_path):
     command = ["bash", str(ROOT / STUDY), "--out", str(tmp_path), "--toy"]
     ended = subprocess.run(command, capture_output=True, text=True)

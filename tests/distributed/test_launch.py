@@ -74,14 +74,20 @@ def toy_run(folder: Path, *options: str) -> list[str]:
 # --- One node --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
-        [*TORCHRUN, "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:{port}"],
-        [*ACCELERATE, "--max_restarts=1", "--main_process_port={port}"],
+        pytest.param(
+            [*TORCHRUN, "--max-restarts=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:{port}"],
+            id="torchrun",
+            marks=pytest.mark.soak,
+        ),
+        pytest.param(
+            [*ACCELERATE, "--max_restarts=1", "--main_process_port={port}"],
+            id="accelerate",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["torchrun", "accelerate"],
 )
 def test_when_a_process_is_killed_the_launcher_resumes_the_run(tmp_path, launcher):
     folder = tmp_path / "run"
@@ -164,7 +170,7 @@ sys.exit(max(map(abs, codes)))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_slurm_job_saves_is_requeued_and_goes_on(tmp_path):
     """As Slurm would, its commands replaced: two nodes, each step's processes signaled one and all."""
     folder, commands = tmp_path / "run", tmp_path / "bin"

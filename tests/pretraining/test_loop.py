@@ -229,7 +229,9 @@ def test_a_folder_without_images_is_refused(tmp_path):
     command = [sys.executable, str(ROOT / "run_pretraining.py"), "--data_dir", str(tmp_path / "images"),
                "--output_dir", str(tmp_path / "out"), "--probe_dataset_name", "none"]  # fmt: skip
     answer = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 1 and "no usable image" in answer.stderr and "Traceback" not in answer.stderr
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert "none of the first 1 images can be read" in answer.stderr
+    assert answer.stderr.endswith("a.jpg: no image in its 4 bytes: text, 'text'\n")
 
 
 @pytest.mark.slow
