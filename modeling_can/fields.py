@@ -174,7 +174,7 @@ def parse_value(name: str, value, annotation):
 def _in_words(kinds: list) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     kinds = [kind for kind in kinds if kind is not int or float not in kinds]
-    named = [words.get(kind, "several of them") for kind in kinds if kind is not type(None)]
+    named = [words.get(kind, "values with commas between") for kind in kinds if kind is not type(None)]
     return " or ".join(dict.fromkeys(named))
 
 

@@ -113,8 +113,8 @@ def read_checkpoint(
     Raises:
         ValueError: for what cannot be read or is of another kind; the message names the fix.
     """
-    refuse_missing_path("model_name_or_path", name_or_path)
     if is_file_of_weights(name_or_path):
+        refuse_missing_path("model_name_or_path", name_or_path)
         return _read_file(Path(name_or_path), {}, num_attention_heads, decoder_num_attention_heads)
     source, config = read_config(name_or_path)
     if source is None:

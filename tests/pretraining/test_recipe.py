@@ -105,7 +105,7 @@ def test_numbers_are_read_as_their_field_says():
         (["--max_steps", "0"], "max_steps=0 must be at least 1"),
         (["--num_train_epochs", "three"], "num_train_epochs='three' must be a number"),
         (["--mask_ratio", "75"], r"mask_ratio=75.0 is outside \[0, 1\); give a number from 0 to below 1"),
-        (["--image_size", "big"], "image_size='big' must be a whole number or several of them"),
+        (["--image_size", "big"], "image_size='big' must be a whole number or values with commas between"),
         (["--max_steps", "many"], "max_steps='many' must be a whole number"),
         (["--seed"], "seed='true' must be a whole number"),
         (["--image_mean", "0.5,nan,0.5"], "image_mean=nan must be finite"),
@@ -131,12 +131,17 @@ def test_wrong_words_are_refused_with_the_fix(argv, message):
         parse(*argv)
 
 
-def test_words_of_yaml_are_no_numbers(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("data_dir: a\nmax_steps: true\n")
-    with pytest.raises(ValueError, match="max_steps=True must be a whole number"):
-        parse_arguments([str(tmp_path / "recipe.yaml")], "")
-    (tmp_path / "recipe.yaml").write_text("data_dir: a\nmax_steps: 5\nmixed_precision: no\n")
-    with pytest.raises(ValueError, match="mixed_precision=False must be text; put words in quotes"):
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("max_steps: true", "max_steps=True must be a whole number"),
+        ("mixed_precision: no", "mixed_precision=False must be text; put words in quotes"),
+        ("crop_scale: true", "crop_scale=True must be values with commas between"),
+    ],
+)
+def test_words_of_yaml_are_no_numbers(tmp_path, line, message):
+    (tmp_path / "recipe.yaml").write_text(f"data_dir: a\n{line}\n")
+    with pytest.raises(ValueError, match=message):
         parse_arguments([str(tmp_path / "recipe.yaml")], "")
 
 
