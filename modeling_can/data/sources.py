@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -178,6 +179,9 @@ class ImageSource:
             self._tables_folder = folders.pop() if len(folders) == 1 else None
             for path in local:
                 refuse_cut_off_file(path)
+            if isinstance(self._builder, FolderBasedBuilder):
+                for files in self._builder.config.data_files.values():  # sorted: a block would be of one class
+                    files[:] = [files[index] for index in np.random.default_rng(0).permutation(len(files))]
             self.fingerprint = fingerprint(self._files(), str(folder or "")) if self._files() else None
             if folder and folder.is_dir():
                 if isinstance(self._builder, FolderBasedBuilder):
@@ -279,6 +283,11 @@ class ImageSource:
         if splits and self.split in splits and splits[self.split].num_examples:
             return splits[self.split].num_examples
         files = self._files()
+        if isinstance(self._builder, FolderBasedBuilder):
+            names = {os.path.basename(file) for file in files}
+            if not names.isdisjoint(self._builder.METADATA_FILENAMES) or any(name.endswith(".zip") for name in names):
+                return None  # what is in them says which images there are
+            return sum(suffix_of(file).lower() in self._builder.EXTENSIONS for file in files)
         if not files or any(suffix_of(file) != ".parquet" for file in files):
             return None
         count = 0

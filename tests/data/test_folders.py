@@ -168,6 +168,23 @@ def test_labeled_sets_tell_it_once(tmp_path, caplog):
     assert "left out: 1 in no split" in record.message and "--data_dir" not in record.message
 
 
+# --- A folder by the name of a data set ------------------------------------------------------------------------------
+
+
+def test_class_folders_are_mixed_and_counted(tmp_path):
+    """As of `data_dir`: datasets sorts them, so that the images of a block, and of a batch, would be of one class."""
+    names = [f"{kind}/{number}.png" for kind in ("ants", "bees", "cats") for number in range(20)]
+    crcs = fill(tmp_path, *names)
+    source = ImageSource(str(tmp_path))
+    assert source.num_images() == 60 and sorted(read(ViewStream(source, identity), 60)) == sorted(crcs)
+    block, _ = next(source.blocks(source.dataset, block_size=15))
+    assert {Path(image["path"]).parent.name for image in block["image"]} == {"ants", "bees", "cats"}
+    again, _ = next(ImageSource(str(tmp_path)).blocks(source.dataset, block_size=15))
+    assert again == block
+    (tmp_path / "metadata.csv").write_text("file_name\nants/3.png\nbees/25.png\n")  # says which images there are
+    assert ImageSource(str(tmp_path)).num_images() is None
+
+
 # --- Names -----------------------------------------------------------------------------------------------------------
 
 
