@@ -14,7 +14,7 @@ from .bad_samples import BadImage
 from .formats import describe
 
 
-__all__ = ["DECODING", "HIGH_BIT_DEPTH", "check_color", "decode", "upright_size"]
+__all__ = ["DECODING", "HIGH_BIT_DEPTH", "check_color", "decode", "largest_of_16_bits", "upright_size"]
 
 
 _UPRIGHT = {  # EXIF orientation -> what turns the image upright
@@ -159,6 +159,12 @@ def upright_size(encoded: bytes) -> tuple[int, int]:
     except Exception as error:
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
     return image.size[::-1] if _orientation(image) <= 4 else image.size
+
+
+def largest_of_16_bits(encoded: bytes) -> int:
+    """The largest value of a 16-bit grayscale image that `decode` takes, 0 of any other."""
+    image = Image.open(io.BytesIO(encoded))
+    return int(np.asarray(image).max()) if image.mode.startswith("I") else 0
 
 
 def _orientation(image: Image.Image) -> int:

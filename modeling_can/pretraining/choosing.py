@@ -6,6 +6,7 @@ docs/recipes.md has the tables, their reasons, and what of it is measured.
 
 import os
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from ..configuration_can import CANConfig
 from ..data import ImageSource
 from ..data.arrays import read_array, reads_arrays
 from ..data.bad_samples import BadImage
-from ..data.decoding import DECODING, decode, upright_size
+from ..data.decoding import DECODING, decode, largest_of_16_bits, upright_size
 from ..progress import duration, tell
 from .batch_size import largest_step
 from .cost import step_seconds
@@ -29,7 +30,9 @@ from .recipe import LENGTH, Recipe, model_fields
 from .sizes import rate_of, sizes_of, sizes_of_start
 
 
-__all__ = ["Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at", "tell_time"]
+__all__ = [
+    "Choice", "Images", "Machine", "check_open", "choices", "choose", "filled", "look_at", "tell_range", "tell_time"
+]  # fmt: skip
 
 _NUM_LOOKED_AT = 32  # images
 _COLOR_DIFFERENCE = 4  # of 255: what the channels of a gray JPEG may differ by
@@ -47,7 +50,7 @@ _MOST_WORKERS = 8
 class Images:
     """
     What is known of the images: their number, the median of their shorter sides, whether all are gray, and the largest
-    value of those in uint16 whose range is not set, 0 if there are none.
+    value of those of 16 bits whose range is not set, 0 if there are none.
     """
 
     number: int | None
@@ -102,11 +105,7 @@ def choose(recipe: Recipe, source: ImageSource, accelerator: Accelerator) -> Rec
         raise ValueError(f"num_channels={number} of {recipe.model_name_or_path} must be said: --num_channels {number}")
     if accelerator.is_main_process:
         tell("\n  ".join(recipe.chosen))
-        if 0 < images.largest < 65535 / 8:
-            top = 2 ** images.largest.bit_length() - 1
-            tell(
-                f"the largest value seen is {images.largest} of 65535: set --pixel_range 0,{top} if that is the range"
-            )
+        _tell_range(images.largest, recipe)
         if accelerator.device.type == "cpu":
             tell(_on_a_gpu(images, given))
     return recipe
@@ -170,6 +169,8 @@ def look_at(source: ImageSource, num_channels: int = 3, **decoding) -> Images:
                     largest = max(largest, int(raw.max())) if raw.dtype.name == "uint16" else largest
                 continue
             pixels = decode(encoded, **decoding, shrink=lambda size: min(size) / 64)
+            if "high_bit_depth" not in decoding:
+                largest = max(largest, largest_of_16_bits(encoded))
             sides.append(min(upright_size(encoded)))
             image = Image.fromarray(pixels)
             image.thumbnail((64, 64))
@@ -182,6 +183,25 @@ def look_at(source: ImageSource, num_channels: int = 3, **decoding) -> Images:
         )
     side = round(statistics.median(sides)) if sides else 224
     return Images(source.num_images(), side, bool(is_gray and sides), largest)
+
+
+def tell_range(source: ImageSource, recipe: Recipe):
+    """Of a named recipe, on one process: whether the first images use little of their range."""
+    with suppress(ValueError):  # that none of them can be read, training says better
+        _tell_range(look_at(source, recipe.config.num_channels, **recipe.decoding).largest, recipe)
+
+
+def _tell_range(largest: int, recipe: Recipe):
+    if not 0 < largest < 65535 / 8:
+        return
+    line, fix = f"the largest value seen is {largest} of 65535", f"--pixel_range 0,{2 ** largest.bit_length() - 1}"
+    if recipe.reads_arrays:
+        tell(f"{line}: set {fix} if that is the range")
+    else:
+        tell(
+            f"{line}, which is dark in 8 bits: set --num_channels 1 {fix} if that is the range, or --high_bit_depth "
+            "stretch, each image's own"
+        )
 
 
 def choices(images: Images, machine: Machine, given: dict) -> list[Choice]:

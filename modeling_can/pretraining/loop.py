@@ -30,7 +30,7 @@ from .builders import (
     view_maker,
 )
 from .checkpoints import Checkpoints, changed_fields, restore, whole_state
-from .choosing import check_open, choose, tell_time
+from .choosing import check_open, choose, tell_range, tell_time
 from .feed import Feed
 from .plan import Plan
 from .preflight import Preflight
@@ -153,6 +153,8 @@ def _settled(recipe: Recipe, source: ImageSource, accelerator: Accelerator, chec
     given = recipe.given
     if given is not None:
         recipe = choose(recipe, source, accelerator)
+    elif accelerator.is_main_process and not checkpoint and not source.is_remote:  # there, looking would take time
+        tell_range(source, recipe)
     if recipe.per_device_train_batch_size == "auto":
         known = checkpoint and begun(recipe.resume_from_checkpoint, recipe.output_dir)
         if known:  # a run that goes on keeps its own

@@ -166,6 +166,25 @@ def test_a_run_tells_that_the_images_use_little_of_their_range(dtype, largest, g
     assert (line in capfd.readouterr().out) == is_told
 
 
+@pytest.mark.parametrize(
+    ("largest", "given", "is_told"),
+    [(4000, {}, True), (4000, {"high_bit_depth": "stretch"}, False), (9000, {}, False)],
+)
+@pytest.mark.parametrize("recipe", [None, "can-quickstart"])
+def test_dark_16_bit_images_are_told_with_and_without_a_recipe(recipe, largest, given, is_told, tmp_path, capfd):
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, largest + 1, (40, 40)).astype(np.uint16)
+        pixels[20, 7] = largest
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    settings = {**SMALL, "data_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), "max_steps": 1, **given}
+    settings |= {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "dataloader_num_workers": 0}
+    modeling_can.pretrain(recipe, **settings, per_device_train_batch_size=4)
+    line = (
+        "the largest value seen is 4000 of 65535, which is dark in 8 bits: set --num_channels 1 --pixel_range 0,4095"
+    )
+    assert (line in capfd.readouterr().out) == is_told
+
+
 @pytest.mark.parametrize("kind", ["folder", "parquet", "generator"])
 def test_looking_takes_nothing_away_from_training(tmp_path, kind):
     """The order of the images is that of a source at which nobody looked."""
