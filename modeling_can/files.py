@@ -33,6 +33,10 @@ def literal_pattern(file: str) -> str:
 
 def refuse_missing_folder(name: str, folder: Path):
     """Raises ValueError unless `folder`, the value of the setting `name`, is one."""
+    if folder.is_file():
+        raise ValueError(
+            f"{name}={folder} is a file and not a folder; unpack an archive, or name tables and tars with --data_files"
+        )
     if not folder.is_dir():
         raise ValueError(f"{name}={folder} is not a folder")
 

@@ -156,7 +156,10 @@ class ImageSource:
             first = data_files if isinstance(data_files, str) else data_files[0]
             suffix = suffix_of(first)
             if suffix not in _FORMATS:
-                raise ValueError(f"data_files={data_files} ends in {suffix!r}; known are {', '.join(_FORMATS)}")
+                raise ValueError(
+                    f"data_files={data_files} ends in {suffix!r}; known are {', '.join(_FORMATS)}. Write a list of "
+                    'paths as .jsonl, with a line {"image": "PATH"} for each, and unpack archives other than .tar'
+                )
             files = [data_files] if isinstance(data_files, str) else data_files
             refuse_braces(files)
             refuse_missing_files(files)
@@ -170,6 +173,9 @@ class ImageSource:
             self.split = "train"
         else:
             arguments, folder = load_arguments(dataset_name, config_name), Path(resolve_name(dataset_name))
+            if folder.is_file():
+                advice = "unpack an archive, or name tables and tars with --data_files"
+                raise ValueError(f"dataset_name={dataset_name} is a file and not a folder; {advice}")
             self.is_remote = not folder.exists()
         local = []
         try:
@@ -288,6 +294,8 @@ class ImageSource:
             if not names.isdisjoint(self._builder.METADATA_FILENAMES) or any(name.endswith(".zip") for name in names):
                 return None  # what is in them says which images there are
             return sum(suffix_of(file).lower() in self._builder.EXTENSIONS for file in files)
+        if files and not self.is_remote and all(suffix_of(file) == ".jsonl" for file in files):
+            return _num_lines(files)
         if not files or any(suffix_of(file) != ".parquet" for file in files):
             return None
         count = 0
@@ -371,6 +379,18 @@ class ImageSource:
             ) from error
         logger.warning("%s: %r; trying again in %g s", self.name, error, RETRY_SECONDS[num_failures])
         time.sleep(RETRY_SECONDS[num_failures])
+
+
+def _num_lines(files: list[str]) -> int | None:
+    """Of tables with a row on each line; None if one is a single list of rows, which datasets reads too."""
+    count = 0
+    for path in files:
+        with open(path, "rb") as file:
+            for line in file:
+                if not count and line.lstrip().startswith(b"["):
+                    return None
+                count += bool(line.strip())
+    return count
 
 
 def _steps(dataset: datasets.IterableDataset):

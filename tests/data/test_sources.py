@@ -1,5 +1,6 @@
 """Sources of images: folders, parquet, tar shards, data sets built in Python; what is refused."""
 
+import json
 import os
 import shutil
 import tarfile
@@ -148,6 +149,30 @@ def test_configurations_and_unusual_file_names(tmp_path, shards):
     (tmp_path / "shots" / os.fsdecode(b"\xff.png")).write_bytes(encoded_image(format="PNG"))
     with pytest.raises(ValueError, match="not UTF-8"):
         ImageSource(data_dir=str(tmp_path / "shots"))
+
+
+def test_a_list_of_paths_is_a_source_that_tells_its_length(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(encoded_image(color=(number * 40, 1, 2)))
+    lines = [json.dumps({"image": f"images/{number}.jpg"}) for number in range(5)]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n\n")
+    source = ImageSource(data_files=str(tmp_path / "list.jsonl"))
+    assert source.num_images() == 5 == len(set(read(ViewStream(source, identity), 5)))
+    (tmp_path / "list.jsonl").write_text(f"[{', '.join(lines)}]")
+    source = ImageSource(data_files=str(tmp_path / "list.jsonl"))
+    assert source.num_images() is None and len(set(read(ViewStream(source, identity), 5))) == 5
+
+
+@pytest.mark.parametrize("name", ["images.zip", "images.txt", "images.tar"])
+def test_a_file_in_the_place_of_a_folder_is_answered_with_what_to_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    for setting in ("data_dir", "dataset_name"):
+        with pytest.raises(ValueError, match=f"{setting}=.*{name} is a file and not a folder; unpack .*--data_files"):
+            ImageSource(**{setting: str(tmp_path / name)})
+    if name != "images.tar":
+        with pytest.raises(ValueError, match=r"ends in .* as \.jsonl, with a line .*unpack archives"):
+            ImageSource(data_files=str(tmp_path / name))
 
 
 def test_a_source_can_be_downloaded_first(shards):
