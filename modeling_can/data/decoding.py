@@ -1,7 +1,9 @@
 """Encoded images of any kind as pixels: RGB or gray in uint8, or arrays in fp32."""
 
+import functools
 import io
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +17,6 @@ from .formats import describe
 
 
 __all__ = ["DECODING", "HIGH_BIT_DEPTH", "check_color", "decode", "largest_of_16_bits", "upright_size"]
-
 
 _UPRIGHT = {  # EXIF orientation -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -78,6 +79,7 @@ def decode(
             `bit_depth`, or `channels` for a TIFF of which only a part would be read; of an array also `not_finite`.
         ValueError: for an array whose range must be stated, or that needs a package which is not installed.
     """
+    _read_large_images_in_silence()
     try:
         if not reads_arrays(num_channels, pixel_range):
             return _decode_colors(
@@ -94,12 +96,18 @@ def decode(
     except ModuleNotFoundError as error:  # of an optional package
         raise ValueError(str(error)) from error
     except Image.DecompressionBombError as error:
-        raise BadImage("too_large", str(error)) from error
+        raise BadImage("too_large", str(error).split(",")[0], advice="cut it into smaller images") from error
     except Image.UnidentifiedImageError as error:
         raise BadImage("not_an_image", f"no image in its {len(encoded)} bytes: {describe(encoded)}") from error
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged files
         raise BadImage("damaged", f"{type(error).__name__}: {error}") from error
     return in_unit_range(pixels, pixel_range)
+
+
+@functools.cache
+def _read_large_images_in_silence():
+    """Pillow warns of an attack from half its limit on; not when this is imported, which must change nothing."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _decode_colors(

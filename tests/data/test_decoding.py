@@ -1,12 +1,14 @@
 """Decoding: orientation, transparency, bit depth, sizes."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageOps
-from testing_utils import encoded_image, image_file
+from testing_utils import ROOT, encoded_image, image_file
 
 from modeling_can.data import encoded
 from modeling_can.data.bad_samples import BadImage
@@ -69,6 +71,21 @@ def test_jpegs_decode_to_the_pixels_of_pillow():
             encoded = image_file(Image.effect_noise((123, 77), 80).convert(mode), "JPEG", **options)
             expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
             assert abs(decode(encoded).astype(int) - expected).max() <= 1
+
+
+def test_a_large_image_is_read_in_silence_and_a_larger_one_told_what_to_do():
+    """Pillow warns of an attack from half its limit on. In a process of its own, as pytest has filters of its own."""
+    code = (
+        "import io\nfrom PIL import Image\nfrom modeling_can.data.decoding import decode\n"
+        "for height, limit in ((15, 1000), (25, 1000)):\n"
+        "    buffer = io.BytesIO()\n"
+        "    Image.new('RGB', (100, height)).save(buffer, 'PNG')\n"
+        "    Image.MAX_IMAGE_PIXELS = limit\n"
+        "    print(decode(buffer.getvalue()).shape)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert answer.stdout == "(15, 100, 3)\n" and "DecompressionBombWarning" not in answer.stderr
+    assert "(2500 pixels) exceeds limit of 2000 pixels; cut it into smaller images" in answer.stderr
 
 
 def test_broken_exif_does_no_harm():
