@@ -31,7 +31,7 @@ __all__ = [
 SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data set
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # containers and vector graphics
 _TEXT = {".csv", ".json", ".jsonl", ".md", ".parquet", ".txt", ".yaml", ".yml"}  # what describes images
-_IN_NO_SPLIT, _UNREADABLE = "in no split", "unreadable folders"
+_IN_NO_SPLIT, _IN_LINKS, _UNREADABLE = "in no split", "behind links to folders", "unreadable folders"
 _NUM_SHOWN = 8  # kinds, or folders, that a line names
 
 
@@ -247,7 +247,7 @@ def left_out_of_split(
         if own in split_names(split):
             num_read += extension in kinds
         elif own is None and extension in kinds and os.path.basename(path) not in FILES_TO_IGNORE:
-            left_out[_IN_NO_SPLIT] += 1
+            left_out[_IN_LINKS if _is_behind_link(path, folder) else _IN_NO_SPLIT] += 1
         elif own and holds_images and not _in_folder_of(own, os.path.relpath(path, folder)):
             left_out[f"in split {own}"] += 1
         elif own is None and holds_images and extension not in _TEXT:
@@ -262,10 +262,22 @@ def left_out_of_split(
         unreadable=unreadable,
         unit=unit,
     )
+    reasons = []
     if any(kind.startswith("in ") for kind in left_out):
-        text += "; datasets takes words such as train and test in names for splits: rename the files or folders"
-        text += f", or give --data_dir '{folder}', which reads all images" if holds_images and not labeled else ""
+        reasons.append("datasets takes words such as train and test in names for splits: rename the files or folders")
+    if _IN_LINKS in left_out:
+        reasons.append("datasets follows no links to folders: give the folders themselves")
+    text = "; ".join([text, *reasons])
+    text += (
+        f", or give --data_dir '{folder}', which reads all images" if reasons and holds_images and not labeled else ""
+    )
     return dict(left_out), text
+
+
+def _is_behind_link(path: str, folder: str) -> bool:
+    parent = os.path.dirname(path)
+    plain = os.path.join(os.path.realpath(folder), os.path.relpath(parent, folder))
+    return os.path.realpath(parent) != os.path.normpath(plain)
 
 
 def _in_folder_of(split: str, path: str) -> bool:

@@ -132,6 +132,23 @@ def test_a_class_called_after_a_split_and_other_files_are_told(tmp_path):
     assert source.left_out == {"in no split": 1} and "--data_dir" not in source.left_out_line
 
 
+def test_images_behind_links_to_folders_are_told(tmp_path):
+    """`data_dir` follows them, datasets does not; of links to files it reads all."""
+    fill(tmp_path / "elsewhere", "1.jpg", "2.jpg", "3.jpg")
+    fill(tmp_path / "set", "cat/1.jpg", start=5)
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "cat" / "2.jpg").symlink_to(tmp_path / "elsewhere" / "2.jpg")
+    source = ImageSource(str(tmp_path / "set"))
+    assert source.left_out == {"behind links to folders": 3} and source.num_images() == 2
+    assert (
+        "datasets follows no links to folders" in source.left_out_line and "train and test" not in source.left_out_line
+    )
+    assert source.left_out_line.endswith(f"or give --data_dir '{tmp_path}/set', which reads all images")
+    assert ImageSource(data_dir=str(tmp_path / "set")).num_images() == 5
+    (tmp_path / "link").symlink_to(tmp_path / "set" / "cat")  # the whole set by a link
+    assert ImageSource(str(tmp_path / "link")).left_out == {}
+
+
 def test_usual_folders_get_no_line(tmp_path):
     fill(tmp_path / "classes", "train/cat/test 1.jpg", "train/dog/1.jpg", "test/cat/train.jpg", "test/dog/1.jpg")
     fill(tmp_path / "flat", "cat/1.jpg", "dog/2.jpg", "README.md", ".hidden.jpg")
