@@ -1,5 +1,6 @@
 """Sources that cannot be read, each in one sentence that names the file or folder, and what fixes it."""
 
+import contextlib
 import errno
 import io
 import os
@@ -18,18 +19,43 @@ from .tars import damaged
 
 
 __all__ = [
-    "is_empty_tar", "load", "local_files", "refuse_cut_off_file", "refuse_damaged_file", "refuse_other_than_images",
-    "refuse_unwritable_cache", "refused_arrays",
+    "builder_of", "is_empty_tar", "load", "local_files", "refuse_cut_off_file", "refuse_damaged_file",
+    "refuse_other_than_images", "refuse_unwritable_cache", "refused_arrays", "without_bars",
 ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def without_bars(arguments: dict):
+    """
+    No bars of `datasets` for what is on this machine, which they call a download; `arguments` of `load_dataset`. Those
+    of a user who sets HF_DATASETS_DISABLE_PROGRESS_BARS stay as they are.
+    """
+    places = arguments.get("data_files") or [arguments["path"]]
+    is_local = all("://" not in place for place in places) and ("data_files" in arguments or os.path.exists(places[0]))
+    is_set = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None
+    if not is_local or is_set or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def builder_of(arguments: dict) -> datasets.DatasetBuilder:
+    with without_bars(arguments):
+        return datasets.load_dataset_builder(**arguments)
 
 
 def load(arguments: dict, split: str, name: str) -> datasets.Dataset:
     """`datasets.load_dataset`; `ValueError` that names the damaged file, or the damaged member of a tar."""
     try:
-        return datasets.load_dataset(**arguments, split=split)
+        with without_bars(arguments):
+            return datasets.load_dataset(**arguments, split=split)
     except Exception as error:  # also of json's, numpy's and torch's decoders
         refuse_unwritable_cache(error)
-        for path in local_files(datasets.load_dataset_builder(**arguments)):
+        for path in local_files(builder_of(arguments)):
             refuse_damaged_file(path)
         # The first comes of empty jsonl files, in which datasets looks for the columns.
         if isinstance(error, StopIteration) or "corresponds to no data" in str(error):

@@ -3,6 +3,7 @@ Local files and folders: what they are called for `datasets`, which images a fol
 Nothing is left out in silence: it is counted by kind, and a line says so.
 """
 
+import functools
 import glob
 import hashlib
 import itertools
@@ -18,13 +19,14 @@ from huggingface_hub import metadata_load
 from PIL import Image
 
 from ..files import literal_pattern
+from ..progress import tell
 from .arrays import ARRAY_EXTENSION
 
 
 __all__ = [
     "SAMPLE_DATA", "counts", "fingerprint", "hash_of", "image_extensions", "image_paths", "images_below",
-    "left_out_of_split", "load_arguments", "refuse_braces", "refuse_misread_folders", "resolve_name", "sentence",
-    "size_of", "split_names", "suffix_of",
+    "left_out_of_split", "load_arguments", "refuse_braces", "refuse_misread_folders", "resolve_name",
+    "say_that_listing_is_slow", "sentence", "size_of", "split_names", "suffix_of",
 ]  # fmt: skip
 
 
@@ -32,6 +34,7 @@ SAMPLE_DATA = "sample_data"  # the name under which the bundled tiles are a data
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}  # containers and vector graphics
 _TEXT = {".csv", ".json", ".jsonl", ".md", ".parquet", ".txt", ".yaml", ".yml"}  # what describes images
 _IN_NO_SPLIT, _IN_LINKS, _UNREADABLE = "in no split", "behind links to folders", "unreadable folders"
+_MANY = 10_000  # images, which take datasets about ten seconds to list
 _NUM_SHOWN = 8  # kinds, or folders, that a line names
 
 
@@ -194,6 +197,14 @@ def image_paths(folder: str, left_out: Counter, unreadable: list[str], arrays: b
             left_out["in figures of runs"] += len(images)
         else:
             yield from images
+
+
+@functools.cache
+def say_that_listing_is_slow(folder: str, advice: str = ""):
+    """Once, on the main process, and before: `datasets` looks for 66 patterns, each through the whole folder."""
+    images = itertools.islice(image_paths(folder, Counter(), []), _MANY)
+    if os.environ.get("RANK", "0") == "0" and sum(1 for _ in images) == _MANY:
+        tell(f"{folder}: datasets lists files slowly, 10,000 in about 10 s{advice}")
 
 
 def sentence(source: str, num_images: int, left_out: Counter, unreadable: list[str], unit: str = "images") -> str:

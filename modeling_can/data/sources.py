@@ -18,6 +18,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from ..files import literal_pattern, refuse_missing_files, refuse_missing_folder
 from .arrays import ARRAY_EXTENSION, arrays_of, dtype_of, encode_array
 from .faults import (
+    builder_of,
     is_empty_tar,
     load,
     local_files,
@@ -35,6 +36,7 @@ from .folders import (
     refuse_braces,
     refuse_misread_folders,
     resolve_name,
+    say_that_listing_is_slow,
     split_names,
     suffix_of,
 )
@@ -177,9 +179,10 @@ class ImageSource:
                 advice = "unpack an archive, or name tables and tars with --data_files"
                 raise ValueError(f"dataset_name={dataset_name} is a file and not a folder; {advice}")
             self.is_remote = not folder.exists()
+            say_that_listing_is_slow(str(folder), f"; --data_dir '{folder}' lists all images of a folder in seconds")
         local = []
         try:
-            self._builder = datasets.load_dataset_builder(**arguments)
+            self._builder = builder_of(arguments)
             local = local_files(self._builder)
             folders = {os.path.dirname(os.path.abspath(path)) for path in local}
             self._tables_folder = folders.pop() if len(folders) == 1 else None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from datasets import ReadInstruction, load_dataset
 
+from ..data.faults import without_bars
 from ..data.folders import load_arguments, resolve_name
 from ..fields import load_yaml
 from ..former_names import current_names
@@ -54,7 +55,9 @@ def recipe_of(path: str) -> dict:
 
 def _num_rows(settings) -> dict[str, int]:
     """Of every split of the set."""
-    splits = load_dataset(**load_arguments(settings.dataset_name, settings.dataset_config_name))
+    arguments = load_arguments(settings.dataset_name, settings.dataset_config_name)
+    with without_bars(arguments):
+        splits = load_dataset(**arguments)
     return {name: len(rows) for name, rows in splits.items()}
 
 

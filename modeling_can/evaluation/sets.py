@@ -15,8 +15,15 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..data import located, read_bytes
 from ..data.arrays import dtype_of, encode_array
-from ..data.faults import load, refuse_other_than_images, refuse_unwritable_cache, refused_arrays
-from ..data.folders import images_below, left_out_of_split, load_arguments, refuse_misread_folders, resolve_name
+from ..data.faults import builder_of, load, refuse_other_than_images, refuse_unwritable_cache, refused_arrays
+from ..data.folders import (
+    images_below,
+    left_out_of_split,
+    load_arguments,
+    refuse_misread_folders,
+    resolve_name,
+    say_that_listing_is_slow,
+)
 
 
 __all__ = ["HELD_OUT", "LabeledSet", "Split", "by_class", "hold_out", "load_labeled", "load_rows", "load_split"]
@@ -90,7 +97,8 @@ def load_rows(dataset_name: str, config_name: str | None, split: str) -> dataset
     try:
         arguments = load_arguments(dataset_name, config_name)
         if os.path.isdir(path):
-            files = datasets.load_dataset_builder(**arguments).config.data_files or {}
+            say_that_listing_is_slow(path)
+            files = builder_of(arguments).config.data_files or {}
             _, line = left_out_of_split(path, "+".join(map(str, files)), files, labeled=True)
             _warn_once(line)
         rows = load(arguments, split, dataset_name)

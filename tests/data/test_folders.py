@@ -10,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import datasets
 import pytest
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
@@ -200,6 +201,28 @@ def test_class_folders_are_mixed_and_counted(tmp_path):
     assert again == block
     (tmp_path / "metadata.csv").write_text("file_name\nants/3.png\nbees/25.png\n")  # says which images there are
     assert ImageSource(str(tmp_path)).num_images() is None
+
+
+def test_a_folder_shows_no_bars_of_downloads(tmp_path, capfd):
+    fill(tmp_path, *(f"{split}/{kind}/{i}.jpg" for split in ("train", "test") for kind in "ab" for i in range(9)))
+    load_labeled(str(tmp_path))
+    ImageSource(str(tmp_path), streaming=False)
+    assert not re.search("Downloading|Generating|Resolving", capfd.readouterr().err)
+    assert not datasets.are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize("load", [ImageSource, load_labeled])
+def test_a_folder_of_many_files_says_first_that_it_takes_time(tmp_path, monkeypatch, capsys, load):
+    monkeypatch.setattr(folders, "_MANY", 20)
+    fill(tmp_path, *(f"{kind}/{i}.jpg" for kind in "ab" for i in range(9)))
+    load(str(tmp_path), **({"test_size": 0.2} if load is load_labeled else {}))
+    assert "slowly" not in capsys.readouterr().out
+    fill(tmp_path / "a", "18.jpg", "19.jpg", start=20)
+    folders.say_that_listing_is_slow.cache_clear()
+    load(str(tmp_path), **({"test_size": 0.2} if load is load_labeled else {}))
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: datasets lists files slowly, 10,000 in about 10 s" in said
+    assert (f"--data_dir '{tmp_path}' lists all images" in said) == (load is ImageSource)
 
 
 # --- Names -----------------------------------------------------------------------------------------------------------
