@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from .tars import damaged
 
 
 __all__ = [
-    "builder_of", "is_empty_tar", "load", "local_files", "refuse_cut_off_file", "refuse_damaged_file",
-    "refuse_other_than_images", "refuse_unwritable_cache", "refused_arrays", "without_bars",
+    "builder_of", "configurations_in", "is_empty_tar", "load", "local_files", "refuse_cut_off_file",
+    "refuse_damaged_file", "refuse_other_than_images", "refuse_unwritable_cache", "refused_arrays", "without_bars",
 ]  # fmt: skip
 
 
@@ -64,6 +65,12 @@ def load(arguments: dict, split: str, name: str) -> datasets.Dataset:
             refuse_unwritable_cache(error.__cause__)
             raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
         raise
+
+
+def configurations_in(error: ValueError) -> str | None:
+    """Those of a set, as datasets names them where none or an unknown one was asked for; None of other errors."""
+    found = re.search(r"(?:available configs|Available): \[(.*?)\]", str(error), re.DOTALL)
+    return found and found[1]
 
 
 def local_files(builder: datasets.DatasetBuilder) -> list[str]:

@@ -19,6 +19,7 @@ from ..files import literal_pattern, refuse_missing_files, refuse_missing_folder
 from .arrays import ARRAY_EXTENSION, arrays_of, dtype_of, encode_array
 from .faults import (
     builder_of,
+    configurations_in,
     is_empty_tar,
     load,
     local_files,
@@ -223,6 +224,9 @@ class ImageSource:
                 refuse_damaged_file(path)
             raise ValueError(f"{self.name} cannot be read: {error}") from error
         except ValueError as error:
+            if found := configurations_in(error):
+                message = f"{self.name} has the configurations {found}; set dataset_config_name to one of them"
+                raise ValueError(message) from error
             if not str(error).startswith(("Bad split", "Unknown split")):
                 raise
             advice = " A part of one, or several, needs --streaming false." if streaming else ""

@@ -15,7 +15,14 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..data import located, read_bytes
 from ..data.arrays import dtype_of, encode_array
-from ..data.faults import builder_of, load, refuse_other_than_images, refuse_unwritable_cache, refused_arrays
+from ..data.faults import (
+    builder_of,
+    configurations_in,
+    load,
+    refuse_other_than_images,
+    refuse_unwritable_cache,
+    refused_arrays,
+)
 from ..data.folders import (
     images_below,
     left_out_of_split,
@@ -112,10 +119,13 @@ def load_rows(dataset_name: str, config_name: str | None, split: str) -> dataset
         ) from error
     except ValueError as error:
         advice = ""
+        if found := configurations_in(error):
+            raise ValueError(
+                f"{dataset_name} has the configurations {found}; set dataset_config_name (while pre-training, "
+                "probe_dataset_config_name) to one of them"
+            ) from error
         if "split" in str(error).lower():
             advice = f" Name others with {_SPLIT_FLAGS}; --test_size 0.2 of modeling-can eval holds out a fraction"
-        if "config" in str(error).lower():
-            advice = " Set dataset_config_name"
         raise ValueError(f"{name}: {error}{advice}") from error
     if not len(rows):
         raise ValueError(f"{name} is empty")

@@ -7,6 +7,7 @@ from datasets import ClassLabel, List, Value
 from testing_utils import encoded, write_split
 from transformers import ViTImageProcessorPil
 
+from modeling_can.data import ImageSource
 from modeling_can.evaluation.encoders import Preprocessor
 from modeling_can.evaluation.probe import Probe
 from modeling_can.evaluation.sets import load_labeled
@@ -51,6 +52,21 @@ def test_the_trainers_probe_takes_splits_by_name(tmp_path):
     assert (len(probe.set.train), len(probe.set.test)) == (4, 2)
     with pytest.raises(ValueError, match='Unknown split "test".* all these names begin with probe_'):
         Probe(str(tmp_path), None, "train", "test", "image", "label", preprocessor)
+
+
+@pytest.mark.parametrize("config_name", [None, "three"])
+def test_a_set_with_configurations_names_them_and_the_flag(tmp_path, config_name):
+    configs = ""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_split(tmp_path / name, "train", rows([0, 1]))
+        configs += f"- config_name: {name}\n  data_files: {name}/*.parquet\n"
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    told = r"^\S+ has the configurations 'one', 'two'; set dataset_config_name( \(.*, probe_dataset_config_name\))? to"
+    with pytest.raises(ValueError, match=told):
+        load_labeled(str(tmp_path), config_name)
+    with pytest.raises(ValueError, match=told):
+        ImageSource(str(tmp_path), config_name=config_name)
 
 
 def test_labels_of_any_type_become_class_indices(tmp_path):
