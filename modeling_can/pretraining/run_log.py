@@ -33,6 +33,8 @@ from .step import StepOutput, step_metrics
 
 __all__ = ["RunLog", "log_image", "refuse_non_finite"]
 
+_SILENT_SECONDS = 120  # without a line, which are too many
+
 
 class RunLog:
     """
@@ -90,8 +92,19 @@ class RunLog:
         self._started = self._logged_at
         steps, total = range(first_step, self.plan.max_steps), self.plan.max_steps
         self.bar = progress_bar(steps, "pre-training", total, initial=first_step, unit="steps", is_shown=self.is_main)
-        yield from self.bar
+        for step in self.bar:
+            began = time.perf_counter()
+            yield step
+            if step == first_step + 1:  # the first one compiles
+                self._tell_early(step + 1, time.perf_counter() - began)
         self._seconds_before, self._started = self.train_seconds, None
+
+    def _tell_early(self, step: int, seconds: float):
+        """What is left by one step, where no bar says it and the first line of the log is minutes away."""
+        next_line = min(self.recipe.logging_steps * (step // self.recipe.logging_steps + 1), self.plan.max_steps)
+        if self.is_main and self.bar.disable and (next_line - step) * seconds > _SILENT_SECONDS:
+            left = duration((self.plan.max_steps - step) * seconds)
+            tell(f"step {step} of {self.plan.max_steps} took {seconds:.3g} s, so that about {left} are left")
 
     @property
     def train_seconds(self) -> float:

@@ -1,5 +1,6 @@
 """What a run hands to its trackers."""
 
+import re
 import sys
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from testing_utils import TOY
 
 import run_pretraining
 from modeling_can.configuration_can import SIMCLR
+from modeling_can.pretraining import run_log
 from modeling_can.pretraining.run_log import log_image
 
 
@@ -80,3 +82,11 @@ def test_every_tracker_gets_images_in_its_own_form(name, expected):
 
 def test_a_tracker_without_images_gets_none():
     log_image(SimpleNamespace(name="mlflow"), "features", np.zeros((4, 6, 3), np.uint8), 5)
+
+
+@pytest.mark.parametrize(("silent_seconds", "is_told"), [(0.0, True), (120, False)])
+def test_a_slow_run_with_a_recipe_says_early_how_long_it_takes(tmp_path, monkeypatch, capsys, silent_seconds, is_told):
+    monkeypatch.setattr(run_log, "_SILENT_SECONDS", silent_seconds)
+    run_pretraining.main([*TOY, "--max_steps=4", "--logging_steps=3", f"--output_dir={tmp_path}"])
+    said = capsys.readouterr().out
+    assert bool(re.search(r"step 2 of 4 took \S+ s, so that about \S+ s are left\nstep 3 of 4: ", said)) == is_told
