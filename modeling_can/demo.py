@@ -17,7 +17,8 @@ from transformers import AutoModelForPreTraining
 
 from .data.bad_samples import BadImage
 from .data.decoding import decode
-from .evaluation.encoders import feature_maps, load_config, load_model, load_preprocessor
+from .evaluation.encoders import feature_maps, load_config, load_model
+from .evaluation.preprocessors import load_preprocessor
 from .evaluation.sets import load_split
 from .plots import amplified_noise, errors_of, feature_columns, reconstruct, true_colors
 from .progress import INSTALL, tell

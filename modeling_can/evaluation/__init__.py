@@ -7,7 +7,8 @@ A file for each protocol: what it refuses, how it runs, how its figures are show
 `protocol.Protocol` in a file of its own and an item of `tasks.PROTOCOLS`.
 
 - `command`: the order of things. `settings`: the flags. `entries`: models and baselines. `overlap`: what they saw.
-- `sets`, `features`, `encoders`, `scores`: what protocols work with. `protocol`: what they are, and are given.
+- `sets`, `features`, `encoders`, `preprocessors`, `scores`: what protocols work with. `protocol`: what they are, and
+  are given.
 - `knn`, `linear`, `few_shot`, `retrieval`: on features of the frozen encoder.
 - `linear_sgd`, `finetuning`: trained on augmented images, `training_images`; `classifier` is what is fine-tuned.
 - `robustness`, `reconstruction`: on other images, and of pixels.

@@ -12,8 +12,9 @@ from torch import nn
 from ..files import new_folder
 from ..modeling_can import resize_positions
 from ..progress import INSTALL
-from .encoders import Preprocessor, classifier_class, load_config, load_model
+from .encoders import classifier_class, load_config, load_model
 from .features import Extractor, Images
+from .preprocessors import Preprocessor
 from .sets import Split
 
 

@@ -17,12 +17,12 @@ from ..provenance import run_facts
 from ..rendezvous import INIT_METHOD
 from .advice import advice
 from .embed import embed_task
-from .encoders import load_processor, takes_arrays
 from .entries import is_listed, make_entries, named_reference, planned
 from .export import NUM_EXAMPLES, check_export, export, is_exported
 from .finetuning import FineTuning
 from .masks import load_masked
 from .overlap import seen_in_pretraining
+from .preprocessors import load_processor, takes_arrays
 from .processes import check_processes, forget_settings
 from .protocol import Entry, Features, Setup
 from .report import CAPTION, card_results, evaluation_figure, measures, remarks, table

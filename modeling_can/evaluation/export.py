@@ -16,10 +16,11 @@ from ..hub import classifier_card
 from ..modeling_can import CANPreTrainedModel
 from ..progress import quiet
 from .classifier import class_predictions
-from .encoders import Preprocessor, load_model
+from .encoders import load_model
 from .features import Extractor
 from .finetuning import tuned_folder
 from .linear import LinearClassifier
+from .preprocessors import Preprocessor
 from .protocol import Entry, Setup
 from .report import card_results
 

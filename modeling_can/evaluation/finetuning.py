@@ -22,7 +22,7 @@ from ..optimization import NonFiniteGuard, layer_groups, learning_rate, peak_lea
 from ..progress import INSTALL, progress_bar
 from ..random_state import interlude
 from .classifier import class_predictions, freeze_unused, new_classifier, save, with_adapters
-from .encoders import Preprocessor
+from .preprocessors import Preprocessor
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 from .sets import Split
 from .training_images import STEP, Augmentation, Share, crop_loader, epochs, fitting_batch_size, mix

@@ -21,8 +21,8 @@ class Probe:
 
     Args:
         dataset_name, config_name, train_split, test_split, image_column, label_column: What `load_labeled` takes.
-        preprocessor: `encoders.Preprocessor` of the processor that is saved with the model, so that users get what was
-            measured.
+        preprocessor: `preprocessors.Preprocessor` of the processor that is saved with the model, so that users get
+            what was measured.
         device (`torch.device`): That looks for the nearest neighbors and fits the linear probe.
     """
 

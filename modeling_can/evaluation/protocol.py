@@ -13,8 +13,9 @@ from accelerate.utils import gather_object
 
 from ..metrics import Accuracy
 from ..progress import progress_bar
-from .encoders import Encoder, Preprocessor, pooled
+from .encoders import Encoder, pooled
 from .features import Extractor, Images, Processes, cached
+from .preprocessors import Preprocessor
 from .scores import bootstrap_interval
 from .sets import LabeledSet, Split
 

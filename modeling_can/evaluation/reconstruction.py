@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForPreTraining
 
 from ..plots import errors_of, reconstruct, reconstruction_sheet
-from .encoders import Preprocessor, load_model
+from .encoders import load_model
 from .features import Images
+from .preprocessors import Preprocessor
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 
 

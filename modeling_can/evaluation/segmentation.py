@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from ..plots import segmentation_sheet
 from ..progress import tell
-from .encoders import Preprocessor
 from .features import Images
 from .linear import LinearClassifier, held_out_scores, mean_and_std
 from .masks import MaskedSplit
+from .preprocessors import Preprocessor
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 from .scores import bootstrap_interval_of
 from .sets import hold_out

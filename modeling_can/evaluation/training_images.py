@@ -10,8 +10,8 @@ import torch
 from ..data.augmentations import RandAugment, random_boxes
 from ..data.crops import RandomCrops
 from ..data.loading import Patient, worker_options
-from .encoders import Preprocessor
 from .features import Images
+from .preprocessors import Preprocessor
 from .sets import Split
 
 

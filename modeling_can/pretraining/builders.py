@@ -16,7 +16,7 @@ from ..conversion import normalization, warm_start
 from ..data import ImageSource
 from ..data.augmentations import Augmentation
 from ..data.crops import RandomCrops
-from ..evaluation.encoders import preprocessor_of
+from ..evaluation.preprocessors import preprocessor_of
 from ..evaluation.probe import Probe
 from ..evaluation.processes import check_processes, forget_settings
 from ..modeling_can import CANForPreTraining
@@ -151,8 +151,8 @@ def augmentation(recipe: Recipe) -> Augmentation:
 def image_processor(recipe: Recipe) -> ViTImageProcessor:
     """
     What prepares an image downstream: the shortest edge to 256/224 of the size, center crop, the recipe's mean. For
-    `encoders.Preprocessor` it also says how to decode, where that is not the usual way. Arrays come to it in [0, 1],
-    and transformers does not resize any number of channels; `encoders.ArrayPreprocessor` does.
+    `preprocessors.Preprocessor` it also says how to decode, where that is not the usual way. Arrays come to it in
+    [0, 1], and transformers does not resize any number of channels; `preprocessors.ArrayPreprocessor` does.
     """
     height, width = recipe.config.image_shape
     decoding = {name: value for name, value in recipe.decoding.items() if value != "skip"}  # a choice of images

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from modeling_can import CANConfig, CANForPreTraining
-from modeling_can.evaluation.encoders import load_preprocessor
 from modeling_can.evaluation.finetuning import FineTuning, finetune
+from modeling_can.evaluation.preprocessors import load_preprocessor
 from modeling_can.evaluation.sets import Split
 
 

@@ -22,8 +22,9 @@ from transformers import (
 import run_eval
 from modeling_can import demo
 from modeling_can.data.arrays import encode_array
-from modeling_can.evaluation.encoders import ArrayPreprocessor, load_encoder, preprocessor_of
+from modeling_can.evaluation.encoders import load_encoder
 from modeling_can.evaluation.features import Images
+from modeling_can.evaluation.preprocessors import ArrayPreprocessor, preprocessor_of
 from modeling_can.evaluation.sets import load_split
 from modeling_can.evaluation.settings import make_settings
 from modeling_can.pretraining.builders import image_processor

@@ -27,9 +27,10 @@ from modeling_can.evaluation import (
     report,
     robustness,
 )
-from modeling_can.evaluation.encoders import Preprocessor, load_encoder, pooled
+from modeling_can.evaluation.encoders import load_encoder, pooled
 from modeling_can.evaluation.entries import load
 from modeling_can.evaluation.features import Extractor
+from modeling_can.evaluation.preprocessors import Preprocessor
 from modeling_can.evaluation.protocol import Setup
 from modeling_can.evaluation.retrieval import retrieval_sheet
 from modeling_can.evaluation.settings import parse

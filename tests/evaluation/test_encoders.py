@@ -14,7 +14,8 @@ from transformers import BertConfig, BertModel, ConvNextImageProcessorPil, ViTIm
 
 from modeling_can import CANForImageClassification
 from modeling_can.conversion import convert
-from modeling_can.evaluation.encoders import Preprocessor, feature_maps, load_encoder, load_model, pooled, untrained
+from modeling_can.evaluation.encoders import feature_maps, load_encoder, load_model, pooled, untrained
+from modeling_can.evaluation.preprocessors import Preprocessor
 
 
 VIT = dict(

@@ -32,10 +32,11 @@ from modeling_can import CANConfig, CANForImageClassification, CANForPreTraining
 from modeling_can.data.crops import RandomCrops
 from modeling_can.evaluation import classifier, finetuning
 from modeling_can.evaluation.classifier import class_predictions
-from modeling_can.evaluation.encoders import load_encoder, load_preprocessor
+from modeling_can.evaluation.encoders import load_encoder
 from modeling_can.evaluation.features import Extractor, Processes
 from modeling_can.evaluation.finetuning import FineTuning, finetune
 from modeling_can.evaluation.linear_sgd import linear_probe_sgd
+from modeling_can.evaluation.preprocessors import load_preprocessor
 from modeling_can.optimization import layer_groups
 
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import run_eval
-from modeling_can.evaluation.encoders import Preprocessor
 from modeling_can.evaluation.features import Extractor
+from modeling_can.evaluation.preprocessors import Preprocessor
 from modeling_can.evaluation.protocol import Setup
 from modeling_can.evaluation.robustness import (
     GROUPS,

@@ -19,10 +19,10 @@ from transformers import ConvNextConfig, ConvNextModel, PvtConfig, PvtModel, ViT
 import run_eval
 from modeling_can import CANForPreTraining
 from modeling_can.evaluation import report, segmentation
-from modeling_can.evaluation.encoders import Preprocessor
 from modeling_can.evaluation.features import raw_patches
 from modeling_can.evaluation.linear import LinearClassifier
 from modeling_can.evaluation.masks import load_masked
+from modeling_can.evaluation.preprocessors import Preprocessor
 from modeling_can.evaluation.scores import bootstrap_interval_of
 from modeling_can.evaluation.segmentation import (
     Segmentation,

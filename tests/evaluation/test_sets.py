@@ -8,7 +8,7 @@ from testing_utils import encoded, write_split
 from transformers import ViTImageProcessorPil
 
 from modeling_can.data import ImageSource
-from modeling_can.evaluation.encoders import Preprocessor
+from modeling_can.evaluation.preprocessors import Preprocessor
 from modeling_can.evaluation.probe import Probe
 from modeling_can.evaluation.sets import load_labeled
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from modeling_can.data.augmentations import OPERATIONS, RandAugment
 from modeling_can.evaluation import training_images
-from modeling_can.evaluation.encoders import Preprocessor, load_preprocessor
+from modeling_can.evaluation.preprocessors import Preprocessor, load_preprocessor
 from modeling_can.evaluation.sets import Split
 from modeling_can.evaluation.training_images import epochs, mix
 

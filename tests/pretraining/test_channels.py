@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel
 
 import modeling_can
-from modeling_can.evaluation.encoders import ArrayPreprocessor, load_preprocessor
+from modeling_can.evaluation.preprocessors import ArrayPreprocessor, load_preprocessor
 from modeling_can.plots import displayed
 from modeling_can.pretraining.checkpoints import changed_fields
 from modeling_can.pretraining.loop import earlier_augmentation
