@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,11 @@ __all__ = [
 ]  # fmt: skip
 
 POOLINGS = ("mean", "cls", "both")
+# What no feature needs of the weights of an encoder's parts: poolers, classifiers (timm's models are a single part),
+# mask tokens, and tables that older versions of transformers saved, and newer ones compute
+_SPARE = re.compile(
+    r"(^|\.)((pooler|head|fc|classifier)\.|(mask_token|position_ids|relative_position_index|relative_coords_table)$)"
+)
 
 
 class Encoder(nn.Module):
@@ -248,8 +254,9 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
         new (`tuple[str, ...]`): Beginnings of the names of weights that may be missing.
 
     Raises:
-        ValueError: if it cannot be found, is of no kind that `auto_class` knows, has its weights in a pickle, or has
-            weights missing or of another shape, which would stay random without a word.
+        ValueError: if it cannot be found, is of no kind that `auto_class` knows, has its weights in a pickle; if
+            weights are missing or of another shape, which would stay random without a word; or if the file has some
+            for which its encoder has no place, and without which it computes something else.
     """
     with quiet(), no_conversion_service():
         try:
@@ -277,7 +284,27 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
             f"{', '.join((missing + misshapen)[:5])}{' ...' if len(missing + misshapen) > 5 else ''}; is the folder "
             "complete, and its config.json its own?"
         )
+    if left_out := _without_place(model, info["unexpected_keys"], new):
+        raise ValueError(
+            f"{name} has {len(left_out)} weights for which a {type(model).__name__} of its config.json has no place: "
+            f"{', '.join(left_out[:5])}{' ...' if len(left_out) > 5 else ''}; make config.json say what the file has "
+            "(model_type, number of layers, registers, gates, biases)"
+        )
     return model
+
+
+def _without_place(model: nn.Module, unexpected: set[str], new: tuple[str, ...]) -> list[str]:
+    """
+    Those weights of a file that the model did not take although they are of a part that it has. Heads and decoders for
+    which it has no part at all stay behind rightly.
+    """
+    parts = {key.partition(".")[0] for own in (model, model.base_model) for key in own.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    return sorted(
+        key
+        for key in unexpected
+        if key.removeprefix(prefix).partition(".")[0] in parts and not _SPARE.search(key) and not key.startswith(new)
+    )
 
 
 def load_config(name: str, trust_remote_code: bool = False):

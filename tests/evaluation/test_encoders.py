@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -324,6 +325,44 @@ def test_missing_and_misshapen_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
     with pytest.raises(ValueError, match="mlp"):
         load_encoder(folder)
+
+
+REGISTERS = {"num_register_tokens": 4}
+
+
+@pytest.mark.parametrize("kind, config, changes, named", [
+    ("Dinov2WithRegistersModel", VIT | REGISTERS, {"model_type": "dinov2"}, "embeddings.register_tokens"),
+    ("ViTModel", VIT, {"num_hidden_layers": 2}, r"layers\.2\.attention"),
+    ("ViTForImageClassification", VIT, {"qkv_bias": False}, r"k_proj\.bias"),
+    ("ConvNextModel", STAGES, {"layer_scale_init_value": 0.0}, "layer_scale_parameter"),
+    ("CLIPVisionModel", VIT, {"num_hidden_layers": 2}, r"layers\.2\."),
+])  # fmt: skip
+def test_weights_that_the_class_has_no_place_for_are_refused(kind, config, changes, named, tmp_path):
+    """It would compute something else without them."""
+    model_class = getattr(transformers, kind)
+    folder = saved(tmp_path, model_class(model_class.config_class(**config)))
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(ValueError, match=f"weights for which a .* has no place: .*{named}.*make config.json say"):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize("kind, config", [
+    ("ViTForMaskedImageModeling", VIT), ("ViTMAEForPreTraining", VIT), ("Dinov2ForImageClassification", VIT),
+    ("BeitForMaskedImageModeling", VIT), ("BeitForMaskedImageModeling", VIT | {"use_mean_pooling": False}),
+    ("SwinForMaskedImageModeling", KINDS["SwinModel"][0] | {"encoder_stride": 8}), ("DPTForDepthEstimation", VIT |
+    {"backbone_out_indices": [0, 1, 2, 2], "neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}),
+])  # fmt: skip
+def test_heads_decoders_and_tables_of_older_versions_are_rightly_left_out(kind, config, tmp_path):
+    model_class = getattr(transformers, kind)
+    folder = saved(tmp_path, model_class(model_class.config_class(**config)))
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    prefix = next(key for key in tensors if "patch_embeddings.projection.weight" in key).partition("embeddings.")[0]
+    for name in ("embeddings.position_ids", "encoder.layers.0.relative_coords_table"):
+        tensors[prefix + name] = torch.zeros(2, 2)
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    assert "mean" in load_encoder(folder)(torch.randn(1, 3, 32, 32))
 
 
 def test_a_new_classifier_may_be_missing_where_it_is_asked_for(tmp_path):
