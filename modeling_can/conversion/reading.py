@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -63,6 +64,7 @@ __all__ = [
     "read_config",
     "read_weights",
     "their_keys",
+    "wrong_config",
 ]
 
 
@@ -151,10 +153,18 @@ def read_config(name_or_path: str) -> tuple[Source, PreTrainedConfig] | tuple[No
             f"from {', '.join(_SOURCES)}, or timm's ViTs"
         )
     source = _SOURCES[model_type]
-    config = source.model_class.config_class.from_dict(values)
+    try:
+        config = source.model_class.config_class.from_dict(values)
+    except StrictDataclassError as error:
+        raise wrong_config(name_or_path, error) from error
     if source.names is DINOV2 and config.use_swiglu_ffn:
         source = source._replace(names=DINOV2_GATED)
     return source, config
+
+
+def wrong_config(name_or_path: str, error: StrictDataclassError) -> ValueError:
+    """Of a value of a wrong type; the error names field and value."""
+    return ValueError(f"model_name_or_path={name_or_path}: {' '.join(str(error).split())}; correct its config.json")
 
 
 @contextlib.contextmanager

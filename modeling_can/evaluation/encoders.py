@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTForImageClassification
 
-from ..conversion.reading import no_conversion_service
+from ..conversion.reading import no_conversion_service, wrong_config
 from ..progress import quiet
 from .preprocessors import Preprocessor, load_preprocessor
 
@@ -271,6 +272,8 @@ def load_model(name: str, auto_class, trust_remote_code=False, new: tuple[str, .
             )
         except OSError as error:
             raise _not_found(name, error) from error
+        except StrictDataclassError as error:
+            raise wrong_config(name, error) from error
         except (KeyError, ValueError, RuntimeError, SafetensorError, ImportError) as error:  # ImportError: of timm
             raise ValueError(
                 f"model_name_or_path={name} cannot be loaded as {auto_class.__name__}: {error}"
@@ -314,6 +317,8 @@ def load_config(name: str, trust_remote_code: bool = False):
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         except OSError as error:
             raise _not_found(name, error) from error
+        except StrictDataclassError as error:
+            raise wrong_config(name, error) from error
 
 
 def _not_found(name: str, error: OSError) -> ValueError:

@@ -14,8 +14,8 @@ from testing_utils import TINY, tiny_model
 from transformers import BertConfig, BertModel, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 from modeling_can import CANForImageClassification
-from modeling_can.conversion import convert
-from modeling_can.evaluation.encoders import feature_maps, load_encoder, load_model, pooled, untrained
+from modeling_can.conversion import convert, to_can
+from modeling_can.evaluation.encoders import feature_maps, load_config, load_encoder, load_model, pooled, untrained
 from modeling_can.evaluation.preprocessors import Preprocessor
 
 
@@ -325,6 +325,16 @@ def test_missing_and_misshapen_weights_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
     with pytest.raises(ValueError, match="mlp"):
         load_encoder(folder)
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "CANModel"])
+def test_a_config_with_a_value_of_a_wrong_type_is_refused_in_words(kind, tmp_path):
+    folder = saved(tmp_path, build(kind) if kind == "ViTModel" else tiny_model().can)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "three"}))
+    for load in (load_encoder, load_config, to_can):
+        with pytest.raises(ValueError, match="num_hidden_layers.*expected int, got str .*'three'.*config.json"):
+            load(folder)
 
 
 REGISTERS = {"num_register_tokens": 4}
