@@ -63,6 +63,11 @@ class Encoder(nn.Module):
         try:
             with torch.no_grad():
                 self(torch.zeros(1, preprocessor.num_channels, *size))
+        except AttributeError as error:
+            raise ValueError(
+                f"{name} is a {type(model).__name__}, which returns no last_hidden_state to take features from "
+                f"({error}); give an encoder, such as the one that it was made of"
+            ) from error
         except (ValueError, RuntimeError, TypeError) as error:
             fit = f"--image_size {','.join(map(str, theirs))}" if theirs else "--image_size HEIGHT,WIDTH"
             raise ValueError(
@@ -81,7 +86,7 @@ class Encoder(nn.Module):
         """
         options = self.options | _image_order(self.model, pixel_values)
         output = self.model(pixel_values=pixel_values, output_hidden_states=num_layers > 1, **options)
-        states = [output.last_hidden_state]
+        states = [_last_state(self.model, output, pixel_values)]
         if num_layers > 1:  # the last of all is the same as the last_hidden_state, but for the final norm
             states = [*output.hidden_states[-num_layers:-1], *states]
         pooled = [self._pool(state, pixel_values) for state in states]
@@ -100,7 +105,7 @@ class Encoder(nn.Module):
         not tell where its tokens lie in the image.
         """
         options = self.options | _image_order(self.model, pixel_values)
-        state = self.model(pixel_values=pixel_values, **options).last_hidden_state
+        state = _last_state(self.model, self.model(pixel_values=pixel_values, **options), pixel_values)
         return _in_places(self.model, state, pixel_values)[0]
 
     @functools.cached_property
@@ -164,11 +169,21 @@ def feature_maps(model: nn.Module, pixel_values: torch.Tensor, **options) -> tup
 
 def _feature_map(model: nn.Module, image: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     output = model(pixel_values=image, output_attentions=True, **options, **_image_order(model, image))
-    tokens, num_others = _in_places(model, output.last_hidden_state, image)
+    tokens, num_others = _in_places(model, _last_state(model, output, image), image)
     attention = None
-    if num_others and output.get("attentions"):
-        attention = output.attentions[-1][:, :, 0, num_others:].mean(dim=1).unflatten(1, tokens.shape[-2:])
+    weights = (output.get("attentions") or (None,))[-1]  # Data2Vec has the tuple, and nothing in it
+    if num_others and weights is not None:
+        attention = weights[:, :, 0, num_others:].mean(dim=1).unflatten(1, tokens.shape[-2:])
     return tokens, attention
+
+
+def _last_state(model: nn.Module, output, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The last hidden state; of DINOv3's ConvNeXt its map, which it gives as tokens behind one of the whole image."""
+    state = output.last_hidden_state
+    if model.config.model_type != "dinov3_convnext":
+        return state
+    height, width = (side // 32 for side in pixel_values.shape[-2:])
+    return state[:, 1:].mT.unflatten(2, (height, width))
 
 
 def _in_places(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -187,7 +202,12 @@ def _in_places(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor
 
 
 def _num_others(model: nn.Module, state: torch.Tensor, pixel_values: torch.Tensor) -> int:
-    """How many tokens come before those of the patches: class token, registers."""
+    """
+    How many tokens come before those of the patches: class token, registers. Raises ValueError for YOLOS, which has
+    others behind them, and where the model does not tell its patches.
+    """
+    if hasattr(model.config, "num_detection_tokens"):
+        raise ValueError(f"a {type(model).__name__} is a detector, and has tokens of objects behind those of patches")
     height, width = _patch_grid(model, pixel_values)
     return max(0, state.shape[1] - height * width)  # fewer tokens where patches are merged
 

@@ -31,6 +31,7 @@ KINDS = {  # class, its configuration, and how many tokens come before those of 
     "Dinov2WithRegistersModel": (VIT | {"num_register_tokens": 4}, 5),
     "DINOv3ViTModel": (VIT | {"num_register_tokens": 2}, 3),
     "BeitModel": (VIT, 1),
+    "Data2VecVisionModel": (VIT, 1),
     "SiglipVisionModel": (VIT, 0),
     "SwinModel": (dict(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[1, 2], window_size=4), 0),
     "ConvNextModel": (STAGES, 0),
@@ -93,7 +94,7 @@ def test_every_kind_gives_its_tokens_in_their_places_and_its_attention_where_it_
     with torch.no_grad():
         torch.testing.assert_close(tokens.mean((2, 3)), encoder(pixels)["mean"], rtol=1e-4, atol=1e-5)
     assert model.config._attn_implementation == implementation
-    assert (attention is not None) == (num_before > 0)
+    assert (attention is not None) == (num_before > 0 and kind != "Data2VecVisionModel")  # which returns none
     if kind in ("ViTModel", "Dinov2WithRegistersModel"):
         model.set_attn_implementation("eager")
         with torch.no_grad():
@@ -301,6 +302,33 @@ def test_models_that_do_not_tell_their_patches_are_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="a PvtModel does not tell which of its tokens are patches"):
         load_encoder(saved(tmp_path, model))
+
+
+def test_a_detector_whose_tokens_are_not_those_of_patches_alone_is_refused(tmp_path):
+    sizes = VIT | {"image_size": [32, 32], "num_detection_tokens": 5}
+    with pytest.raises(ValueError, match="a YolosModel is a detector, and has tokens of objects behind"):
+        load_encoder(saved(tmp_path, transformers.YolosModel(transformers.YolosConfig(**sizes))))
+
+
+def test_dinov3s_convnext_gives_its_map_and_not_the_token_of_the_whole_image(tmp_path):
+    torch.manual_seed(0)
+    model = transformers.DINOv3ConvNextModel(transformers.DINOv3ConvNextConfig(**STAGES)).eval()
+    encoder = load_encoder(saved(tmp_path, model, size={"height": 64, "width": 96}))
+    pixels = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        tokens, features = model(pixels).last_hidden_state[:, 1:], encoder(pixels, num_layers=2)
+        torch.testing.assert_close(encoder.patch_tokens(pixels), tokens.mT.unflatten(2, (2, 3)))
+        torch.testing.assert_close(encoder(pixels), {"mean": tokens.mean(1)})
+    assert list(features) == ["mean"] and features["mean"].shape == (2, 16) and encoder.token_shape == (8, 2, 3)
+
+
+def test_a_model_without_a_last_hidden_state_is_refused(tmp_path):
+    stages = {"out_features": ["stage1", "stage2", "stage3", "stage4"], "depths": [1] * 4, "num_heads": [1] * 4}
+    backbone = transformers.SwinConfig(**KINDS["SwinModel"][0] | stages)
+    decoder = transformers.DetrConfig(d_model=32, encoder_layers=1, decoder_layers=1)
+    config = transformers.MaskFormerConfig(backbone_config=backbone, decoder_config=decoder)
+    with pytest.raises(ValueError, match="a MaskFormerModel, which returns no last_hidden_state.*give an encoder"):
+        load_encoder(saved(tmp_path, transformers.MaskFormerModel(config)))
 
 
 def test_grayscale_images_for_a_color_model_are_refused(tmp_path):
