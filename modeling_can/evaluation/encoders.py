@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTForImageClassification
 
+from ..conversion.importing import has_classifier
 from ..conversion.reading import no_conversion_service, wrong_config
 from ..progress import quiet
 from .preprocessors import Preprocessor, load_preprocessor
@@ -260,7 +261,10 @@ def load_encoder(
     Raises:
         ValueError: if it cannot be found, is no vision model, lacks weights or a processor, or refuses the size.
     """
-    model = load_model(name, AutoModel, trust_remote_code)
+    config, kind = load_config(name, trust_remote_code), AutoModel
+    if hasattr(config, "vision_config") and has_classifier(config):  # a pair that was fine-tuned has no text encoder
+        kind = AutoModelForImageClassification
+    model = load_model(name, kind, trust_remote_code)
     if hasattr(model, "vision_model"):  # of a pair with a text encoder: CLIP, SigLIP
         model = model.vision_model
     preprocessor = load_preprocessor(processor_name or name, image_size, trust_remote_code, decoding)
@@ -331,7 +335,7 @@ def _without_place(model: nn.Module, unexpected: set[str], new: tuple[str, ...])
 
 
 def load_config(name: str, trust_remote_code: bool = False):
-    """`AutoConfig.from_pretrained`; raises ValueError if it cannot be found."""
+    """`AutoConfig.from_pretrained`; raises ValueError if it cannot be found, or is of no known kind."""
     with quiet():
         try:
             return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -339,6 +343,8 @@ def load_config(name: str, trust_remote_code: bool = False):
             raise _not_found(name, error) from error
         except StrictDataclassError as error:
             raise wrong_config(name, error) from error
+        except (KeyError, ValueError, ImportError) as error:
+            raise ValueError(f"model_name_or_path={name} cannot be loaded: {error}") from error
 
 
 def _not_found(name: str, error: OSError) -> ValueError:

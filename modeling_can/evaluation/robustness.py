@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import yaml
 
+from ..conversion.importing import has_classifier
 from ..fields import load_yaml
 from ..progress import INSTALL, tell
-from .encoders import classifier_class, load_model, pooled
+from .encoders import classifier_class, load_config, load_model, pooled
 from .features import Extractor, Images
 from .linear import fit_probe
 from .protocol import Entry, Features, Measure, Panel, Protocol, Setup
@@ -343,10 +344,8 @@ def _own_classes(setup: Setup, entry: Entry) -> list[int] | None:
     """Of a model that was saved with a classifier of our classes, its index of each."""
     if entry.path is None:
         return None
-    config = entry.encoder.model.config
-    if not any("ForImageClassification" in name for name in config.architectures or []):
-        return None
-    return class_order(config.id2label, setup.data.class_names)
+    config = load_config(entry.path, setup.settings.trust_remote_code)  # of the whole, which may be a pair
+    return class_order(config.id2label, setup.data.class_names) if has_classifier(config) else None
 
 
 def _classifier(setup: Setup, entry: Entry, train: np.ndarray | None) -> tuple[Callable, str]:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,8 @@ from modeling_can.evaluation.features import Extractor, Processes
 from modeling_can.evaluation.finetuning import FineTuning, finetune
 from modeling_can.evaluation.linear_sgd import linear_probe_sgd
 from modeling_can.evaluation.preprocessors import load_preprocessor
+from modeling_can.evaluation.robustness import Robustness
+from modeling_can.evaluation.settings import Settings
 from modeling_can.optimization import layer_groups
 
 
@@ -225,6 +228,13 @@ def test_the_image_half_of_a_pair_is_fine_tuned(tmp_path, rank):
     again = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned").eval()
     pixels = torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(again(pixels).logits, model(pixels).logits)
+    encoder = load_encoder(str(tmp_path / "tuned")).eval()  # without the text encoder, which is gone
+    expected = again.vision_model(pixels).last_hidden_state.mean(1)
+    torch.testing.assert_close(encoder(pixels)["mean"], expected)
+    setup = SimpleNamespace(settings=Settings(model_name_or_path=("tuned",), dataset_name="colors"))
+    setup.data = SimpleNamespace(class_names=NAMES)
+    entry = SimpleNamespace(path=str(tmp_path / "tuned"), encoder=encoder)
+    assert not Robustness().needs_features(setup, entry)  # as it has a classifier of these classes
     with pytest.raises(
         ValueError, match=r"made for \(16, 16\) cannot be fine-tuned at \(32, 32\); use --image_size 16"
     ):
