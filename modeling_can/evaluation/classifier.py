@@ -44,7 +44,8 @@ def new_classifier(
     elif drop_path_rate:
         logger.warning("drop_path_rate=%g is left out: the model of %s has no stochastic depth", drop_path_rate, name)
     kind = classifier_class(name, trust_remote_code)
-    model = at_size(load_model(name, kind, trust_remote_code, new=("classifier.",), **options), image_size)
+    new = ("classifier.", "beit.pooler.", "data2vec_vision.pooler.")  # these poolers are norms under the classifier
+    model = at_size(load_model(name, kind, trust_remote_code, new=new, **options), image_size)
     for part, module in model.named_modules():
         if part.startswith("classifier") and isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=2e-5)  # MAE's: the first gradients leave the encoder alone

@@ -14,7 +14,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTForImageClassification
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTForImageClassification,
+)
 
 from ..conversion.importing import has_classifier
 from ..conversion.reading import no_conversion_service, wrong_config
@@ -363,10 +369,20 @@ def _not_found(name: str, error: OSError) -> ValueError:
 
 
 def classifier_class(name: str, trust_remote_code: bool = False):
-    """The class of transformers that puts a classifier on this encoder."""
-    # transformers has no classifier for ViT-MAE; its encoder is a ViT.
-    is_mae = load_config(name, trust_remote_code).model_type == "vit_mae"
-    return ViTForImageClassification if is_mae else AutoModelForImageClassification
+    """The class of transformers that puts a classifier on this encoder; raises ValueError if there is none."""
+    config = load_config(name, trust_remote_code)
+    if config.model_type == "vit_mae":  # transformers has no classifier for ViT-MAE; its encoder is a ViT
+        return ViTForImageClassification
+    kind, code = AutoModelForImageClassification, config.to_dict().get("auto_map", {})
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or kind.__name__ in code:
+        return kind
+    fix = "use linear_probe or linear_probe_sgd"
+    if config.model_type == "dinov3_vit":
+        fix = f"make a CAN of it, which has one: python -m modeling_can.conversion {name} --to can FOLDER"
+    raise ValueError(
+        f"model_name_or_path={name} is a {config.model_type}, for which transformers has no image classifier to be "
+        f"fine-tuned; {fix}"
+    )
 
 
 def untrained(encoder: Encoder, seed: int) -> Encoder:

@@ -22,6 +22,7 @@ from ..optimization import NonFiniteGuard, layer_groups, learning_rate, peak_lea
 from ..progress import INSTALL, progress_bar
 from ..random_state import interlude
 from .classifier import class_predictions, freeze_unused, new_classifier, save, with_adapters
+from .encoders import classifier_class
 from .preprocessors import Preprocessor
 from .protocol import Entry, Features, Measure, Protocol, Setup, file_name
 from .sets import Split
@@ -277,6 +278,8 @@ class FineTune(Protocol):
             raise ValueError(f"{folder} is not empty; give another --output_dir, or remove it")
         if setup.fine_tuning.lora_rank and not is_peft_available():
             raise ValueError(f"lora_rank needs a package that is not installed: {INSTALL.format('lora')}")
+        classifier_class(entry.path, setup.settings.trust_remote_code)
+        layer_groups(entry.encoder.model, setup.fine_tuning.weight_decay, setup.fine_tuning.layer_decay)
 
     def run(self, setup: Setup, entry: Entry, features: Features) -> dict | None:
         settings, folder = setup.settings, tuned_folder(setup, entry)

@@ -17,6 +17,8 @@ from testing_utils import free_port, run_processes
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
+    BeitConfig,
+    BeitForMaskedImageModeling,
     ConvNextConfig,
     ConvNextForImageClassification,
     Dinov2Config,
@@ -239,6 +241,12 @@ def test_the_image_half_of_a_pair_is_fine_tuned(tmp_path, rank):
         ValueError, match=r"made for \(16, 16\) cannot be fine-tuned at \(32, 32\); use --image_size 16"
     ):
         classifier.new_classifier(str(tmp_path / "pair"), NAMES, (32, 32))
+
+
+def test_a_pretrained_beit_gets_the_norm_of_its_pooler_with_the_new_classifier(tmp_path):
+    BeitForMaskedImageModeling(BeitConfig(**SMALL)).save_pretrained(tmp_path)
+    model = classifier.new_classifier(str(tmp_path), NAMES, (16, 16))
+    assert (model.beit.pooler.layernorm.weight == 1).all() and not model.beit.pooler.layernorm.bias.any()
 
 
 def test_lora_trains_adapters_and_head_and_is_merged(pretrained, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from testing_utils import ROOT, options
+import transformers
+from testing_utils import ROOT, VIT, options, save
 
 import run_eval
 from modeling_can.evaluation import command
@@ -65,6 +66,22 @@ def test_what_a_later_task_would_refuse_is_refused_at_once(models, colors, tmp_p
     (tmp_path / "finetuned" / "can" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=message):
         run_eval.main(options(models, colors, tmp_path, name, task=task, further_sets="none.yaml"))
+
+
+STAGES = dict(hidden_sizes=[8] * 4, depths=[1] * 4)
+
+
+@pytest.mark.parametrize("kind, sizes, message", [
+    ("DINOv3ViT", VIT, "is a dinov3_vit, for which transformers has no image classifier.*--to can FOLDER"),
+    ("CLIPVision", VIT, "is a clip_vision_model, for which .* no image classifier.*use linear_probe"),
+    ("ConvNext", STAGES, "layer_decay=0.65 needs layers.*ConvNextModel has none; use layer_decay=1"),
+])  # fmt: skip
+def test_what_cannot_be_fine_tuned_is_refused_at_once(kind, sizes, message, colors, tmp_path, monkeypatch):
+    monkeypatch.setattr(Setup, "features", None)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    models = {kind: save(tmp_path / kind, getattr(transformers, f"{kind}Model")(config))}
+    with pytest.raises(ValueError, match=message):
+        run_eval.main(options(models, colors, tmp_path / "out", kind, task="knn,finetune"))
 
 
 def test_a_fault_costs_the_task_that_it_meets(models, colors, tmp_path, monkeypatch):
