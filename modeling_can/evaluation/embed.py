@@ -30,6 +30,9 @@ from .part_files import BAD_SAMPLES, Unit, begin, part_files, read_bad_samples, 
 __all__ = ["embed", "embed_task", "end_with"]
 
 
+_FOLDER_SHARD = 1000  # images of a folder, of which a shard has no fewer
+
+
 # --- The task --------------------------------------------------------------------------------------------------------
 
 
@@ -62,6 +65,8 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
     label_column, source = settings.label_column, source_with(settings.label_column)
     if label_column is None and isinstance(source.features.get("label"), Value | ClassLabel):
         label_column, source = "label", source_with("label")
+    if source.is_folder:  # whose shards are no files; each leaves a file of its own
+        source.num_shards = min(source.num_shards, -(-source.num_images() // _FOLDER_SHARD))
     if source.left_out_line and accelerator.is_main_process:
         tell(source.left_out_line)
     facts = {

@@ -17,6 +17,7 @@ from transformers import ConvNextConfig, ConvNextModel, ViTImageProcessorPil, pi
 import run_eval
 from modeling_can.evaluation import (
     command,
+    embed,
     entries,
     few_shot,
     finetuning,
@@ -340,6 +341,20 @@ def test_embeddings_of_a_folder_tell_what_was_left_out(models, tmp_path, capsys)
     results = run_eval.main([*argv, f"--output_dir={tmp_path}/out"])
     assert results["embed"]["num_images"] == 1 and results["left_out"] == {".heic": 1}
     assert f"data_dir={tmp_path}/p: reads 1 images; left out: 1 .heic" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("images_a_shard, num_files", [(1000, 1), (5, 3)])
+def test_the_embeddings_of_few_images_in_a_folder_are_in_few_files(
+    models, tmp_path, monkeypatch, images_a_shard, num_files
+):
+    monkeypatch.setattr(embed, "_FOLDER_SHARD", images_a_shard)
+    (tmp_path / "p").mkdir()
+    for number in range(12):
+        (tmp_path / "p" / f"{number}.png").write_bytes(encoded((20 * number, 2, 3)))
+    argv = ["--model_name_or_path", models["can"], "--task=embed", f"--data_dir={tmp_path}/p"]
+    assert run_eval.main([*argv, f"--output_dir={tmp_path}/out"])["embed"]["files"] == num_files
+    rows = load_dataset("parquet", data_files=f"{tmp_path}/out/part-*.parquet", split="train")
+    assert sorted(rows["id"]) == sorted(f"{tmp_path}/p/{number}.png" for number in range(12))
 
 
 def test_embeddings_are_those_of_the_model(models, colors, tmp_path):
