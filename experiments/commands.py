@@ -51,14 +51,16 @@ def run_script(
         raise SystemExit(f"{' '.join(command)} failed; see {log or 'above'}")
 
 
-def evaluate(model: Path, place: Path, tasks: tuple[str, ...], flags: list[str], threads: int) -> dict:
+def evaluate(
+    model: Path, place: Path, tasks: tuple[str, ...], flags: list[str], threads: int, baseline: str | None = None
+) -> dict:
     """
-    run_eval.py's results.json of one model. Its files go to `place`, not to the model's folder, which may be
-    read-only; its output goes to a log beside `place`.
+    run_eval.py's results.json of one model, or of the baseline that it is compared with. Its files go to `place`, not
+    to the model's folder, which may be read-only; its output goes to a log beside `place`.
     """
     output_dir = place / "-".join(["evaluation", *tasks])
-    flags = ["--task", *tasks, "--baselines", "none", "--output_dir", str(output_dir), *flags]
+    flags = ["--task", *tasks, "--baselines", baseline or "none", "--output_dir", str(output_dir), *flags]
     log = place.with_name(f"{place.name}.log")
     run_script(threads, "run_eval.py", "--model_name_or_path", str(model), *flags, log=log)
     result = json.loads((output_dir / "results.json").read_text())
-    return {**result, "results": result["results"][model.name]}
+    return {**result, "results": result["results"][baseline or model.name]}

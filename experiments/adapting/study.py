@@ -3,7 +3,7 @@ Is it worth it to go on from a model on one's own images, and how? The model tha
 
     python experiments/adapting/study.py --data PHOTOS        # a folder of parquet shards: columns image and label
 
-It takes 1,000 photographs about an hour on two CPU cores. All runs see all images without their labels; k-NN and
+It takes 1,000 photographs about two hours on two CPU cores. All runs see all images without their labels; k-NN and
 linear probe learn from the labels of one half and are tested on the other. A run whose JSON is in
 experiments/adapting/results is not done again. README.md gets the table.
 """
@@ -28,7 +28,7 @@ RESULTS, README = Path(__file__).parent / "results", Path(__file__).parent / "RE
 KEPT = ROOT / "model_cards" / "can-toy-patch4-32-cifar10"
 NEW = {"layer_decay": 1, "frozen_encoder_ratio": 0}  # as of new weights
 # Row of the table: where it starts (the whole model, its encoder alone, or new weights), what differs from can-adapt,
-# and the number of seeds
+# and the number of seeds. "chosen": without a recipe, all other settings are chosen for the images.
 ROWS = {
     "can-adapt": ("model", {}, 3),
     "new weights": ("new", NEW, 3),
@@ -37,7 +37,14 @@ ROWS = {
     "its encoder alone, nothing frozen": ("encoder", {"frozen_encoder_ratio": 0}, 1),
     "a quarter of the rate": ("model", {"base_learning_rate": 5e-4}, 1),
     "a quarter of the rate, the same for all blocks": ("model", {"base_learning_rate": 5e-4, "layer_decay": 1}, 1),
-}  # fmt: skip
+    "automatic choices, 100 epochs": ("chosen", {"num_train_epochs": 100, "dataloader_num_workers": 0}, 1),
+}
+# Rows above the runs, measured once: which baseline of run_eval.py it is; None: the start itself
+BEFORE = {
+    "raw pixels": "pixels",
+    "an untrained encoder like the start": "untrained",
+    "the start, not trained further": None,
+}
 
 
 def runs() -> list[tuple[str, int]]:
@@ -47,6 +54,10 @@ def runs() -> list[tuple[str, int]]:
 
 def path_of(row: str, seed: int) -> Path:
     return RESULTS / f"{row.replace(' ', '-').replace(',', '')}-seed{seed}.json"
+
+
+def before_path(baseline: str | None) -> Path:
+    return RESULTS / f"{baseline or 'start'}.json"
 
 
 def do(row: str, seed: int, arguments):
@@ -64,19 +75,22 @@ def do(row: str, seed: int, arguments):
         "model": {"model_name_or_path": str(KEPT)},
         "encoder": {"model_name_or_path": str(encoder)},
         "new": {**sizes, "base_learning_rate": 2e-3},
+        "chosen": {},
     }
     flags = as_flags({**begin[start], **settings, "seed": seed, "dataset_name": arguments.data})
     flags += as_flags({"output_dir": str(folder), "log_with": "none", "resume_from_checkpoint": "latest"})
-    run_script(arguments.threads, "run_pretraining.py", "can-adapt", *flags, log=folder.with_suffix(".log"))
+    recipe = [] if start == "chosen" else ["can-adapt"]
+    run_script(arguments.threads, "run_pretraining.py", *recipe, *flags, log=folder.with_suffix(".log"))
     measured = {"evaluation": of_half(folder, place, arguments)}
     measured |= {"row": row, "seed": seed, "settings": settings, "start": start}
     measured["pretraining"] = json.loads((folder / "results.json").read_text())
     keep(path_of(row, seed), measured, place, arguments)
 
 
-def of_half(model: Path, place: Path, arguments) -> dict:
+def of_half(model: Path, place: Path, arguments, baseline: str | None = None) -> dict:
     flags = ["--dataset_name", arguments.data, "--test_size", "0.5"]
-    return evaluate(model, place / model.name, ("knn", "linear_probe"), flags, arguments.threads)
+    name = f"{model.name}-{baseline}" if baseline else model.name
+    return evaluate(model, place / name, ("knn", "linear_probe"), flags, arguments.threads, baseline)
 
 
 def keep(path: Path, measured: dict, place: Path, arguments):
@@ -97,13 +111,10 @@ def cell(found: list[dict], task: str) -> str:
 
 def table() -> str:
     lines = ["| run | k-NN | linear probe |", "|---|---|---|"]
-    start = RESULTS / "start.json"
-    rows = {"the start, not trained further": [json.loads(start.read_text())]} if start.exists() else {}
-    for row, (_, _, num_seeds) in ROWS.items():
-        paths = [path_of(row, seed) for seed in range(num_seeds)]
-        rows[row] = [json.loads(path.read_text()) for path in paths if path.exists()]
-    for row, found in rows.items():
-        if found:
+    paths = {row: [before_path(baseline)] for row, baseline in BEFORE.items()}
+    paths |= {row: [path_of(row, seed) for seed in range(num_seeds)] for row, (_, _, num_seeds) in ROWS.items()}
+    for row, places in paths.items():
+        if found := [json.loads(path.read_text()) for path in places if path.exists()]:
             lines.append(f"| {row} | {cell(found, 'knn')} | {cell(found, 'linear_probe')} |")
     return "\n".join(lines) + "\n"
 
@@ -121,9 +132,11 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of each run")
     arguments = parser.parse_args()
     arguments.data = str(Path(arguments.data).resolve())
-    if not (RESULTS / "start.json").exists():
-        place = Path(arguments.output_dir).resolve()
-        keep(RESULTS / "start.json", {"evaluation": of_half(KEPT, place, arguments)}, place, arguments)
+    place = Path(arguments.output_dir).resolve()
+    for baseline in BEFORE.values():
+        if not before_path(baseline).exists():
+            measured = {"evaluation": of_half(KEPT, place, arguments, baseline)}
+            keep(before_path(baseline), measured, place, arguments)
     for row, seed in runs():
         if not path_of(row, seed).exists():
             print(f"=== {row}, seed {seed} ===", flush=True)
