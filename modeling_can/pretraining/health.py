@@ -166,19 +166,21 @@ def findings(
             f"the embeddings have collapsed: those of different images have a cosine of {similarity:.3f} and fill "
             f"{rank:.1f} directions; lower base_learning_rate, or check that the views are not all alike"
         )
-    dead = {  # with the fraction of the trivial loss above which a term is dead
-        "contrastive": ("the contrastive head tells images apart no better than guessing", 0.95),
-        "reconstruction": ("the decoder reconstructs masked patches no better than the mean color", 0.95),
+    usual_fix = "train longer, or raise base_learning_rate or {}_loss_weight"
+    dead = {  # with the fraction of the trivial loss above which a term is dead, and what any run can change about it
+        "contrastive": ("the contrastive head tells images apart no better than guessing", 0.95, usual_fix),
+        "reconstruction": ("the decoder reconstructs masked patches no better than the mean color", 0.95, usual_fix),
         # A draw of sigma makes the loss of a dead head scatter, and 0.9 is half a decibel of noise.
-        "denoising": ("the noise head is hardly better than predicting zero", 0.9),
+        "denoising": (
+            "the noise head is hardly better than predicting zero",
+            0.9,
+            "train longer, raise noise_std_max or {0}_loss_weight, or leave the term out with {0}_loss_weight 0",
+        ),
     }
-    for term, (sentence, share) in dead.items():
+    for term, (sentence, share, fix) in dead.items():
         loss, trivial = mean(f"{term}_loss"), mean(f"{term}_trivial")
         if loss is not None and trivial is not None and loss > share * trivial:
-            found[term] = (
-                f"{sentence}: {loss:.4g} against {trivial:.4g}; train longer, or raise base_learning_rate or "
-                f"{term}_loss_weight"
-            )
+            found[term] = f"{sentence}: {loss:.4g} against {trivial:.4g}; {fix.format(term)}"
     norms = sorted(line["grad_norm"] for line in lines if "grad_norm" in line)
     usual, norm = norms[len(norms) // 2] if norms else None, mean("grad_norm")
     if norm == 0:

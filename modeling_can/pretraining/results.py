@@ -24,14 +24,14 @@ from .run_folder import save_model
 from .stopping import StopSignals
 
 
-__all__ = ["finish", "push_unfinished", "tell_plan"]
+__all__ = ["finish", "noise_limit", "push_unfinished", "tell_plan"]
 
 
 def tell_plan(run: Run):
     """Size, length and learning rate, and what the user should know of them."""
     if not run.is_main:
         return
-    recipe, plan, config, frozen = run.recipe, run.plan, run.recipe.config, run.trained.frozen
+    recipe, plan, frozen = run.recipe, run.plan, run.trained.frozen
     tell(
         f"{run.trained.num_parameters / 1e6:.2f} M parameters; {plan.num_images or 'unknown number of'} images from "
         f"{run.source.name}; {plan.max_steps} steps of {plan.global_batch_size} on {run.accelerator.num_processes} "
@@ -39,12 +39,8 @@ def tell_plan(run: Run):
         f"{plan.warmup_steps} steps of warm-up"
         + (f"; frozen, because nothing trains them: {', '.join(frozen)}" if frozen else "")
     )
-    if config.denoising_loss_weight > 0 and math.isfinite(gain := reachable_gain(config)):
-        tell(
-            f"the noise can be weakened by {gain:.1f} dB at most: hidden_size={config.hidden_size} and "
-            f"decoder_hidden_size={config.decoder_hidden_size} are narrower than the {config.pixels_per_patch} "
-            "values of a patch; for more, take smaller patches or wider layers"
-        )
+    if limit := noise_limit(recipe):
+        tell(limit)
     if run.compiled:
         tell(f"the first step compiles (torch_compile: {run.compiled}), which takes seconds to a minute")
     if plan.num_images and plan.num_images < plan.num_contrasted and recipe.config.contrastive_loss_weight > 0:
@@ -52,6 +48,28 @@ def tell_plan(run: Run):
             f"of {plan.num_contrasted} images that are contrasted only {plan.num_images} can differ, and the same "
             "image counts as its own negative; lower per_device_train_batch_size"
         )
+
+
+def noise_limit(recipe: Recipe) -> str | None:
+    """
+    By how much the noise can be weakened at most, and what this run can change about it: its encoder and its patches
+    are those of the weights that it begins with. `None` where the widths set no limit, or noise is not predicted.
+    """
+    config = recipe.config
+    if config.denoising_loss_weight == 0 or math.isinf(gain := reachable_gain(config)):
+        return None
+    widths = {name: getattr(config, name) for name in ("hidden_size", "decoder_hidden_size")}
+    narrow = [name for name, width in widths.items() if width < config.pixels_per_patch]
+    if not recipe.model_name_or_path:
+        for_more = f"for more, lower patch_size, or raise {' and '.join(narrow)}; "
+    else:
+        for_more = "for more, raise decoder_hidden_size; " * (config.decoder_hidden_size < config.hidden_size)
+    return (
+        f"the noise can be weakened by {gain:.1f} dB at most: "
+        + " and ".join(f"{name}={widths[name]}" for name in narrow)
+        + f" {'is' if len(narrow) == 1 else 'are'} narrower than the {config.pixels_per_patch} values of a patch; "
+        f"{for_more}denoising_loss_weight 0 leaves the term out"
+    )
 
 
 def finish(run: Run, began: float) -> dict:

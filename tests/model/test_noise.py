@@ -10,9 +10,11 @@ from testing_utils import inputs, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import run_pretraining
-from modeling_can import CANForPreTraining
+from modeling_can import CANConfig, CANForPreTraining
 from modeling_can.modeling_can import patchify
 from modeling_can.pretraining.health import reachable_gain
+from modeling_can.pretraining.recipe import Recipe
+from modeling_can.pretraining.results import noise_limit
 
 
 def trivial(config, batch, mask) -> torch.Tensor:
@@ -173,6 +175,23 @@ def test_the_widths_limit_what_can_be_removed(widths, gain):
         directions = torch.linalg.qr(torch.randn(config.pixels_per_patch, min(widths)))[0]
         left = noise - noise @ directions @ directions.T
         assert -10 * torch.log10(left.square().mean()).item() == pytest.approx(gain, abs=0.05)
+
+
+def test_the_advice_names_what_the_run_can_change():
+    """The encoder and the patches of given weights are what they are."""
+    out = "denoising_loss_weight 0 leaves the term out"
+    for (width, decoder_width), start, said, advice in [
+        ((768, 512), None, "decoder_hidden_size=512 is narrower", "lower patch_size, or raise decoder_hidden_size; "),
+        ((384, 256), None, "hidden_size=384 and decoder_hidden_size=256 are", "patch_size, or raise hidden_size and "),
+        ((384, 256), "weights", "hidden_size=384 and", "raise decoder_hidden_size; "),
+        ((384, 384), "weights", "hidden_size=384 and", f"values of a patch; {out}"),
+    ]:
+        config = CANConfig(hidden_size=width, num_attention_heads=4, decoder_hidden_size=decoder_width)
+        text = noise_limit(Recipe(config=config, max_steps=1, model_name_or_path=start))
+        assert said in text and advice in text and text.endswith(f"; {out}")
+        assert start is None or "patch_size" not in text
+    without = CANConfig(hidden_size=384, num_attention_heads=4, denoising_loss_weight=0)
+    assert noise_limit(Recipe(config=without, max_steps=1)) is None
 
 
 def test_an_unknown_head_is_refused():

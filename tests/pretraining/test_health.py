@@ -96,6 +96,7 @@ def lines(num=20, **last):
     ({"contrastive_loss": 5.49}, "contrastive", "no better than guessing: 5.49 against 5.5"),
     ({"reconstruction_loss": 1.1}, "reconstruction", "no better than the mean color: 1.1 against 1"),
     ({"denoising_loss": 8e-4}, "denoising", "the noise head is hardly better than predicting zero"),
+    ({"denoising_loss": 8e-4}, "denoising", "; train longer, raise noise_std_max or denoising_loss_weight, or leave "),
     ({"data_wait": 0.6}, "starving", "waits for data 60% of the time; raise dataloader_num_workers"),
     ({"grad_norm": 30.0}, "gradient", "ten times and more its median of 1"),
     ({"grad_norm": 0.0}, "no_gradient", "nothing is learned"),
