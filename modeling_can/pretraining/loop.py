@@ -279,11 +279,13 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
     changed = changed_fields(recipe, shared, weights, trained.bare)
     restore(trained.model, trained.optimizer.optimizer, weights, shared["optimizer"])
     remarks = [f"settings that changed since: {', '.join(changed)}"] if changed else []
+    remarks += _other_step(shared["recipe"], len(own), run.plan.global_batch_size)
     remarks += earlier_augmentation(shared["recipe"])
     if len(own) == accelerator.num_processes:
         mine = own[accelerator.process_index]
         set_rng_state(mine["rng"])
-        run.log.average.load_state_dict(mine["average"])
+        if not changed:  # losses of other settings have no mean in common, and some terms may be gone
+            run.log.average.load_state_dict(mine["average"])
         if not exact:
             remarks.append("weights, optimizer and random numbers are exact, the order of the data is new")
     else:
@@ -294,6 +296,24 @@ def _resume(run: Run, first_step: int, weights: dict, shared: dict, own: list[di
             "the order of the data and the random numbers are new"
         )
     return "; ".join(remarks) or "from here on the run is what it would have been without the interruption"
+
+
+def _other_step(recipe: dict, num_processes: int, batch_size: int) -> list[str]:
+    """
+    That a step has another number of images than when a checkpoint was written.
+
+    Args:
+        recipe (`dict`), num_processes (`int`): The checkpoint's.
+        batch_size (`int`): Images of a step now.
+    """
+    before = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * num_processes
+    if before == batch_size:
+        return []
+    return [
+        f"a step has {batch_size} images and had {before}: learning rate, length and the place in the schedule are "
+        "those of the new number; to keep them, choose per_device_train_batch_size and gradient_accumulation_steps so "
+        f"that a step has {before}"
+    ]
 
 
 def earlier_augmentation(recipe: dict) -> list[str]:

@@ -132,9 +132,8 @@ def _facts(run: Run) -> dict:
 
 
 def _outcome(run: Run, began: float) -> dict:
-    lines, best, plan = run.log.lines, run.log.best, run.plan
+    lines, best, num_samples = run.log.lines, run.log.best, run.log.num_samples
     flops = training_flops(run.recipe.config, run.recipe.num_views)
-    num_samples = plan.max_steps * plan.global_batch_size
     outcome = {
         "flops_per_image": flops,
         "train_flops": flops * num_samples,

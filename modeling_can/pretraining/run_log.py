@@ -46,6 +46,7 @@ class RunLog:
         lines (`list[dict]`): Those of metrics.jsonl.
         probes (`dict`): Accuracies before and after training, by what was measured.
         num_nonfinite (`int`): Updates that did not take place.
+        num_samples (`int`): Images seen, over all processes; a step may have had another number before a resume.
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, accelerator: Accelerator, guard: NonFiniteGuard, progress: dict):
@@ -54,13 +55,14 @@ class RunLog:
         self.average = MetricAverage(lambda tensor: accelerator.reduce(tensor, "mean"))
         self.lines, self.probes = progress.get("metrics", []), progress.get("probe", {})
         self.num_nonfinite = progress.get("nonfinite", 0)
+        self.num_samples = progress.get("num_samples", progress.get("step", 0) * plan.global_batch_size)
         self._seconds_before = progress.get("train_seconds", 0.0)
         self._known_findings, self.bar, self._file, self._started = set(), None, None, None
 
     def state_dict(self) -> dict:
         """What `progress` is; a checkpoint keeps that of the main process."""
         state = {"metrics": self.lines, "probe": self.probes, "nonfinite": self.num_nonfinite}
-        return state | {"train_seconds": self.train_seconds}
+        return state | {"train_seconds": self.train_seconds, "num_samples": self.num_samples}
 
     # --- Files, trackers and the bar ---------------------------------------------------------------------------------
 
@@ -125,6 +127,7 @@ class RunLog:
 
     def update(self, output: StepOutput):
         """Called after every step; does not wait for the device."""
+        self.num_samples += self.plan.global_batch_size
         self.average.update(step_metrics(output.terms, self.recipe.config, output.grad_norm), output.finite)
 
     def log(self, step: int, output: StepOutput, feed: Feed, measure: Callable[[], float] | None = None):

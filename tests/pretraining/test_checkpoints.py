@@ -222,6 +222,18 @@ def test_settings_that_changed_are_named_and_another_model_is_refused(uninterrup
     assert "settings that changed since: base_learning_rate was 0.006, is 0.001" in output
 
 
+def test_other_settings_have_means_of_their_own_and_another_step_is_told(uninterrupted, tmp_path, capfd):
+    """The checkpoint lies between two lines of the log."""
+    results = run_pretraining.main([*RUN, f"--resume_from_checkpoint={uninterrupted}/checkpoints/step-25",
+                                    f"--output_dir={tmp_path}", "--contrastive_loss_weight=0",
+                                    "--per_device_train_batch_size=4"])  # fmt: skip
+    after = [line for line in steps(tmp_path) if line["step"] > 25]
+    assert len(after) == 2 and not any("contrastive_loss" in line for line in after)
+    output = capfd.readouterr().out
+    assert "a step has 4 images and had 8: learning rate, length and the place in the schedule are those" in output
+    assert results["train_flops"] == results["flops_per_image"] * (25 * 8 + 5 * 4)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_version_goes_on_with_a_sentence(tmp_path, capfd):
     before = ["--noise_head=shared", "--norm_noise_loss=false"]  # and nothing else
