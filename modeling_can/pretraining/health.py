@@ -149,6 +149,8 @@ def findings(
         found["starving"] = (
             f"the device waits for data {wait:.0%} of the time; raise dataloader_num_workers, or bring the data nearer"
         )
+    if left_out := _left_out(lines):
+        found["left_out"] = left_out
     probes = [(line["step"], line["knn"]) for line in lines if "knn" in line]
     worse = {}
     if before and probes and probes[-1][1] < before[1]:
@@ -195,6 +197,18 @@ def findings(
         if newest < best - 0.03:
             found["falling"] = f"the features grow worse: k-NN {newest:.1%}, after {best:.1%} at step {best_step}"
     return found | worse
+
+
+def _left_out(lines: list[dict]) -> str | None:
+    """On updates that did not take place since the sixth line from the end, if they are more than one in ten."""
+    counted = [{"step": 0, "num_nonfinite": 0}, *(line for line in lines if "num_nonfinite" in line)][-6:]
+    num_steps, num_left_out = (counted[-1][name] - counted[0][name] for name in ("step", "num_nonfinite"))
+    if num_left_out <= 0.1 * num_steps:
+        return None
+    return (
+        f"{num_left_out} of the last {num_steps} updates were left out, as their gradients were not finite; lower "
+        "base_learning_rate or set max_grad_norm, and begin anew or go on from a checkpoint before them"
+    )
 
 
 def verdict(

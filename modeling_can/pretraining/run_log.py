@@ -147,6 +147,7 @@ class RunLog:
             "images_per_second": (step - self._logged_step) * self.plan.global_batch_size / (now - self._logged_at),
             "data_wait": feed.wait.seconds() / (now - self._logged_at),
             "num_bad": feed.bad.total(),
+            "num_nonfinite": self.num_nonfinite,
         }
         embeds = output.terms.get("image_embeds")
         if embeds is not None and len(embeds) > 1 and embeds.isfinite().all():

@@ -122,6 +122,16 @@ def test_a_good_run_is_called_healthy_and_a_young_one_young():
     assert "k-NN 70.0%, after 80.0% at step 550" in findings(falling, 100, 1000)["falling"]
 
 
+def test_a_run_whose_updates_are_left_out_is_not_healthy():
+    few = [{**line, "num_nonfinite": 10 + (i > 17)} for i, line in enumerate(lines())]
+    assert verdict(few, 100, 1000)[0].startswith("healthy")
+    names = {"step", "data_wait", "num_nonfinite"}  # what is left of lines in which no update counted
+    many = [{k: v for k, v in {**line, "num_nonfinite": line["step"] - 1}.items() if k in names} for line in lines()]
+    for until in (1, 20):  # also early
+        (sentence,) = verdict(many[:until], 100, 1000)
+        assert sentence.startswith(f"{[49, 250][until == 20]} of the last {[50, 250][until == 20]} updates were left")
+
+
 def collapse(monkeypatch):
     head = modeling_can.CANProjectionHead
     forward = head.forward
