@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 __all__ = [
-    "check_new_folder", "expand_user", "literal_pattern", "make_folder", "new_file", "new_files", "new_folder",
-    "put_in_place", "refuse_missing_files", "refuse_missing_folder", "refuse_missing_path", "write",
+    "check_new_folder", "expand_user", "free_space", "literal_pattern", "make_folder", "new_file", "new_files",
+    "new_folder", "put_in_place", "refuse_missing_files", "refuse_missing_folder", "refuse_missing_path", "write",
 ]  # fmt: skip
 
 
@@ -65,6 +65,11 @@ def make_folder(name: str, folder: Path):
         reason = f"{file} is a file" if file else error.strerror
     if reason:
         raise ValueError(f"{name}={folder} cannot be used: {reason}; give another --{name}")
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that are free where `folder` is, or will be."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
 def write(path: Path, text: str):

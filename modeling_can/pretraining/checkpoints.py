@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from ..configuration_can import EARLIER
-from ..files import put_in_place
+from ..files import free_space, put_in_place
 from ..former_names import current_names
 from .recipe import Recipe, model_fields, training_fields
 
@@ -90,10 +90,12 @@ class Checkpoints:
             except Exception as caught:  # whatever it is: the others wait to hear of it
                 error = caught
             if not self.all_agree(error is None):
+                free = free_space(self.folder)  # torch does not say that a disk is full
                 if is_main:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise OSError(
-                    f"the checkpoint {path} could not be written: {error or 'another process failed'}"
+                    f"the checkpoint {path} could not be written ({free / 1e6:.3g} MB were free there): "
+                    f"{error or 'another process failed'}"
                 ) from error
         return path
 

@@ -94,7 +94,7 @@ def lock(folder: Path):
     that is returned is given to `unlock`. The system itself lets go of it when its process ends, however that is.
 
     Raises:
-        ValueError: if another process has it, or no such folder can be made.
+        ValueError: if another process has it, or no such folder can be made or written to.
     """
     make_folder("output_dir", folder)
     file = open(folder / ".lock", "a+")  # hidden: nothing else opens it, which would let go of it
@@ -109,8 +109,13 @@ def lock(folder: Path):
                 "--output_dir"
             ) from error
     file.truncate(0)  # from here on ours; or the file system knows no locks
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    try:
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder} cannot be written to: {error.strerror}; make room, or give another --output_dir"
+        ) from error
     return file
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import signal
 import socket
 import stat
@@ -67,6 +68,16 @@ def test_a_folder_that_cannot_be_made_is_refused_with_the_fix(tmp_path):
             lock(folder)
         with pytest.raises(ValueError, match=f"^{expected}$"):
             run_pretraining.main([*RUN, f"--output_dir={folder}", "--preflight"])
+
+
+def test_a_full_disk_is_refused_by_the_name_of_the_folder(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as if the disk were full: no file can be written
+    try:
+        with pytest.raises(ValueError, match=f"output_dir={tmp_path} cannot be written to: .*; make room, or give"):
+            lock(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.slow
