@@ -92,8 +92,8 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
 
     # --- Length, model, step
     plan = Plan.of(recipe, source.num_images(), accelerator.num_processes)
-    if checkpoint and Checkpoints.step(checkpoint) >= plan.max_steps:
-        raise ValueError(f"max_steps={plan.max_steps} is not beyond {checkpoint}; give more")
+    if checkpoint:
+        _refuse_shorter(recipe, plan, checkpoint)
     trained = trained_model(recipe, plan, accelerator, compiled, warm=not checkpoint)
     train_step = TrainStep(
         model=trained.model,
@@ -169,6 +169,16 @@ def _settled(recipe: Recipe, source: ImageSource, accelerator: Accelerator, chec
         mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
         recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
     return recipe
+
+
+def _refuse_shorter(recipe: Recipe, plan: Plan, checkpoint: Path):
+    """Raises ValueError where the length, as the user gave it, ends before the checkpoint: images may be gone."""
+    if Checkpoints.step(checkpoint) < plan.max_steps:
+        return
+    length = f"{recipe.length}={getattr(recipe, recipe.length)}"
+    if recipe.length != "max_steps":
+        length += f", which is {plan.max_steps} steps of {plan.global_batch_size} images,"
+    raise ValueError(f"{length} is not beyond {checkpoint}; raise {recipe.length}")
 
 
 def _where_it_stands(

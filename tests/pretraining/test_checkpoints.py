@@ -159,6 +159,11 @@ def test_checkpoints_rotate_and_damaged_ones_are_refused(uninterrupted, tmp_path
         run_pretraining.main(
             [*RUN, "--output_dir", str(tmp_path / "out"), "--max_steps=20", f"--resume_from_checkpoint={kept}/step-25"]
         )
+    # As when images are gone since: the length is the user's own
+    with pytest.raises(ValueError, match="^num_train_samples=160, which is 20 steps of 8 images, is not beyond .*; r"):
+        flags = [flag for flag in RUN if "max_steps" not in flag]
+        flags += ["--num_train_samples=160", f"--resume_from_checkpoint={kept}/step-25"]
+        run_pretraining.main([*flags, f"--output_dir={tmp_path / 'out'}"])
 
 
 def test_the_best_checkpoint_by_probe_is_kept_and_images_and_trackers_go_on(tmp_path, monkeypatch):
