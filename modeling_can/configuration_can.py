@@ -1,6 +1,7 @@
 """Configuration of CAN (arXiv 2210.16870): contrastive learning, masked autoencoding, noise prediction in one ViT."""
 
 import difflib
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -303,15 +304,17 @@ class CANConfig(PreTrainedConfig):
                 )
         for prefix in ("", "decoder_"):
             width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
+            multiple = math.lcm(4, heads)
+            above = width - width % multiple + multiple
             if width % heads:
                 raise ValueError(
                     f"{prefix}hidden_size={width} is not a multiple of {prefix}num_attention_heads={heads}; "
-                    f"use a width of {width - width % heads + heads} or another number of heads"
+                    f"use a width of {above} or another number of heads"
                 )
             if width % 4:
                 raise ValueError(
                     f"{prefix}hidden_size={width} is not a multiple of 4, which 2-D sin-cos positions need; "
-                    f"use {width + 4 - width % 4}"
+                    f"use {above}"
                 )
         self._check_positions()
 

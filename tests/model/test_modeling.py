@@ -541,6 +541,13 @@ def test_config_refuses_what_cannot_work(changes, message, tmp_path):
         CANConfig.from_pretrained(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("width, heads, advised", [(32, 3, 36), (30, 3, 36), (30, 5, 40), (18, 2, 20), (30, 4, 32)])
+def test_the_advised_width_is_accepted(width, heads, advised):
+    with pytest.raises(ValueError, match=f"hidden_size={width} is not a multiple of .*use (a width of )?{advised}"):
+        tiny_config(hidden_size=width, num_attention_heads=heads)
+    assert tiny_config(hidden_size=advised, num_attention_heads=heads).hidden_size == advised
+
+
 def test_a_foreign_key_in_a_file_is_kept_with_a_warning(tmp_path, caplog):
     """Beside what a user writes: a folder that another library added to, or that was converted, is not locked."""
     tiny_config().save_pretrained(tmp_path)
