@@ -149,24 +149,32 @@ def run(recipe: Recipe, dataset=None, command: list[str] = ()) -> dict:
 
 
 def _settled(recipe: Recipe, source: ImageSource, accelerator: Accelerator, checkpoint: Path | None) -> Recipe:
-    """The recipe with what only images and device can tell: open choices, the batch size, mean and deviation."""
+    """
+    The recipe with what only images and device can tell: open choices, the batch size, mean and deviation. A run that
+    goes on keeps its own.
+    """
     given = recipe.given
     if given is not None:
         recipe = choose(recipe, source, accelerator)
     elif accelerator.is_main_process and not checkpoint and not source.is_remote:  # there, looking would take time
         tell_range(source, recipe)
+    known = checkpoint and begun(recipe.resume_from_checkpoint, recipe.output_dir)
+    before = yaml.safe_load(known.read_text()) if known else None
     if recipe.per_device_train_batch_size == "auto":
-        known = checkpoint and begun(recipe.resume_from_checkpoint, recipe.output_dir)
-        if known:  # a run that goes on keeps its own
-            size = yaml.safe_load(known.read_text())["per_device_train_batch_size"]
+        if before:
+            size = before["per_device_train_batch_size"]
         else:
             size = measured_batch_size(recipe, accelerator, source.num_images())
         recipe = replace(recipe, per_device_train_batch_size=size)
     if given is not None:
         tell_time(recipe, source, accelerator)
     if recipe.measure_mean_std:
-        _tell(accelerator.is_main_process and "measuring mean and standard deviation of the pixels ...")
-        mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
+        if before:
+            mean, std = tuple(before["image_mean"]), tuple(before["image_std"])
+            _tell(accelerator.is_main_process and f"image_mean and image_std stay those of {known}")
+        else:
+            _tell(accelerator.is_main_process and "measuring mean and standard deviation of the pixels ...")
+            mean, std = mean_and_std(ViewStream(source, view_maker(recipe), max_bad_fraction=1.0))
         recipe = replace(recipe, image_mean=mean, image_std=std, measure_mean_std=False)
     return recipe
 

@@ -8,7 +8,7 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from PIL import Image
-from testing_utils import identity, image_file, noise_file, read, tiny_model
+from testing_utils import encoded, identity, image_file, noise_file, read, tiny_model
 
 import modeling_can
 from modeling_can.data import ImageSource, ViewStream
@@ -284,6 +284,19 @@ def test_a_run_that_goes_on_keeps_what_was_chosen(folder, batch_size):
     assert branch["global_batch_size"] == 16
     new = modeling_can.pretrain(**settings, output_dir=str(out), max_steps=1, overwrite_output_dir=True)
     assert new["global_batch_size"] == 32 and "image_size: 64\n" in (out / "recipe.yaml").read_text()
+
+
+def test_a_run_that_goes_on_keeps_its_normalization(folder, capfd):
+    out, settings = folder / "out", {**SMALL, "data_dir": str(folder / "photos"), "measure_mean_std": True}
+    modeling_can.pretrain(**settings, output_dir=str(out), max_steps=2, save_steps=1)
+    measured = yaml.safe_load((out / "recipe.yaml").read_text())
+    for number in range(40):
+        (folder / "photos" / f"dark-{number}.png").write_bytes(encoded((10, 20, 30 + number), size=(70, 50)))
+    modeling_can.pretrain(**settings, output_dir=str(out), max_steps=3, resume_from_checkpoint="latest")
+    after = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert [after[name] == measured[name] for name in ("image_mean", "image_std")] == [True, True]
+    told = capfd.readouterr().out
+    assert told.count("measuring mean") == 1 and f"image_mean and image_std stay those of {out}/recipe.yaml" in told
 
 
 def test_what_a_checkpoint_is_not_yet_there_for_is_chosen_anew(folder):
