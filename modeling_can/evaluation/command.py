@@ -23,7 +23,7 @@ from .finetuning import FineTuning
 from .masks import load_masked
 from .overlap import seen_in_pretraining
 from .preprocessors import load_processor, takes_arrays
-from .processes import check_processes, forget_settings
+from .processes import check_processes, end_training, forget_settings
 from .protocol import Entry, Features, Setup
 from .report import CAPTION, card_results, evaluation_figure, measures, remarks, table
 from .segmentation import Segmentation
@@ -83,7 +83,7 @@ def run(settings: Settings, fine_tuning: FineTuning, command: list[str]) -> dict
         _measure(setup=setup, entry=entry, tasks=plan[entry.name], results=results, started=started)
     if setup.is_main:
         _finish(setup=setup, entries=entries, reference=reference, results=results, started=started)
-    accelerator.end_training()
+    end_training(accelerator)
     return results
 
 

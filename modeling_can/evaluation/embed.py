@@ -25,6 +25,7 @@ from ..progress import progress_bar, tell
 from .encoders import pooled
 from .entries import load
 from .part_files import BAD_SAMPLES, Unit, begin, part_files, read_bad_samples, schema_of, totals, unit_of
+from .processes import end_training
 
 
 __all__ = ["embed", "embed_task", "end_with"]
@@ -106,7 +107,7 @@ def embed_task(settings, accelerator: Accelerator, results: dict) -> dict:
             f"{new_images:,} of them new at {speed:.0f} images/s; bad images: {bad or 'none'}. "
             f"results.json, and for load_dataset('parquet', data_files=...): {settings.output_dir}/part-*.parquet"
         )
-    accelerator.end_training()
+    end_training(accelerator)
     return results
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..data import ImageSource, ViewStream, mean_and_std
+from ..evaluation.processes import end_training
 from ..files import make_folder
 from ..former_names import current_names
 from ..hub.push import STOP_SECONDS, Push
@@ -213,7 +214,7 @@ def _preflight(run: Run, num_steps: int) -> dict:
     parts = (run.recipe, run.accelerator, run.feed, run.trained, run.train_step, run.stop)
     is_ready = Preflight(*parts, num_steps)()
     run.feed.close()
-    run.accelerator.end_training()
+    end_training(run.accelerator)
     return {"ready": is_ready}
 
 
@@ -360,7 +361,7 @@ def _end_early(run: Run, step: int) -> dict:
     _tell(run.is_main and f"stopped by {number.name} after step {step}; to go on, {advice}")
     if run.push and run.push.finish(STOP_SECONDS)["error"]:
         tell(f"{run.push.repo_id} is not up to date: {run.push.error}. It will be when the run goes on")
-    run.accelerator.end_training()
+    end_training(run.accelerator)
     return {"stopped_by": number.name, "step": step}
 
 

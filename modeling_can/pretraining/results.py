@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..conversion.export import export_kind
 from ..data.folders import SAMPLE_DATA
+from ..evaluation.processes import end_training
 from ..files import write
 from ..hub import write_card
 from ..hub.push import LAST_CHECKPOINT, WAIT_SECONDS, unfinished_card
@@ -104,7 +105,7 @@ def finish(run: Run, began: float) -> dict:
         _write(run.output_dir, results)  # last: it marks the run as finished
         _tell_summary(run.output_dir, recipe, results)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_training(accelerator)
     if run.push:  # the other processes need not wait for it
         results["hub"] = _push_finished(run)
         _write(run.output_dir, results)

@@ -9,6 +9,8 @@ import time
 
 import torch
 
+from ..evaluation.processes import settle
+
 
 __all__ = ["StopSignals", "StoppedWaiting"]
 
@@ -48,9 +50,7 @@ class StopSignals(contextlib.AbstractContextManager):
 
     def __exit__(self, *_):
         if self.reduce is not None:
-            # When torch 2.13 drops a gloo group it waits for the group's threads and holds the GIL, which one of them
-            # may still need to let go of the last reduction: without time for that, one run in ten hung at its end.
-            time.sleep(0.5)
+            settle()  # also where an error ends the run
         if self.received and _HAS_TIMER:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.previous.items():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from testing_utils import ROOT, TOY, free_port, inputs, no_sync, run_processes, 
 from torch.nn.parallel import DistributedDataParallel
 
 import run_pretraining
+from modeling_can.evaluation.processes import end_training
 from modeling_can.optimization import learning_rate, parameter_groups
 from modeling_can.pretraining.gradient_caching import accumulated_backward, cached_backward
 from modeling_can.pretraining.step import total_norm
@@ -177,3 +179,14 @@ def test_processes_draw_other_noise_and_masks_and_log_their_mean(tmp_path):
     drawn, means = ([x for x in answer.stdout.splitlines() if x.startswith(word)] for word in ("draws", "means"))
     assert len(drawn) == 2 and drawn[0] != drawn[1], answer.stderr[-2000:]
     assert len(means) == 2 and means[0] == means[1]
+
+
+def test_the_threads_of_a_group_have_time_before_it_is_dropped(monkeypatch):
+    """Without it, a preflight of two processes hung after its last line, one in twelve."""
+    calls = []
+    monkeypatch.setattr("time.sleep", lambda seconds: calls.append(seconds))
+    accelerator = SimpleNamespace(num_processes=2, end_training=lambda: calls.append("end"))
+    end_training(accelerator)
+    assert calls == [0.5, "end"]
+    ends = [path for path in (ROOT / "modeling_can").rglob("*.py") if ".end_training(" in path.read_text()]
+    assert [path.name for path in ends] == ["processes.py"]  # nothing ends a group in another way
