@@ -87,6 +87,8 @@ def test_a_tracker_without_images_gets_none():
 @pytest.mark.parametrize(("silent_seconds", "is_told"), [(0.0, True), (120, False)])
 def test_a_slow_run_with_a_recipe_says_early_how_long_it_takes(tmp_path, monkeypatch, capsys, silent_seconds, is_told):
     monkeypatch.setattr(run_log, "_SILENT_SECONDS", silent_seconds)
-    run_pretraining.main([*TOY, "--max_steps=4", "--logging_steps=3", f"--output_dir={tmp_path}"])
+    run_pretraining.main(
+        [*TOY, "--max_steps=4", "--logging_steps=3", "--probe_dataset_name=none", f"--output_dir={tmp_path}"]
+    )
     said = capsys.readouterr().out
     assert bool(re.search(r"step 2 of 4 took \S+ s, so that about \S+ s are left\nstep 3 of 4: ", said)) == is_told
